@@ -1,0 +1,205 @@
+// CPU kernels of adaln: one row at a time in fp32 scratch that stays in L1.
+#include "adaln.h"
+#include "bindings.h"
+
+namespace tbcm::adaln {
+namespace {
+
+template <class T>
+struct Forward {
+  Rows<const T> x, h, tx, th;
+  Rows<const float> gate, scale, shift, tgate, tscale, tshift;
+  Rows<T> out, y, tout, ty;
+  int64_t batch, tokens, width;
+  float eps;
+};
+
+struct Statistics {
+  float mean, r;
+};
+
+TBCM_INLINE Statistics statistics(const float* v, int64_t n, float eps) {
+  float sum = 0.f, square = 0.f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += v[i];
+  const float mean = sum / float(n);
+#pragma omp simd reduction(+ : square)
+  for (int64_t i = 0; i < n; ++i) square += (v[i] - mean) * (v[i] - mean);
+  return {mean, 1.f / __builtin_sqrtf(square / float(n) + eps)};
+}
+
+// Means of a and of a * xhat: what both the tangent and the gradient of a LayerNorm subtract.
+TBCM_INLINE void means(const float* a, const float* v, Statistics s, int64_t n, float* mean, float* mixed) {
+  float sum = 0.f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += a[i];
+  *mean = sum / float(n);
+  float dot = 0.f;
+#pragma omp simd reduction(+ : dot)
+  for (int64_t i = 0; i < n; ++i) dot += normalise(v[i], s.mean, s.r) * (a[i] - *mean);
+  *mixed = dot / float(n);
+}
+
+template <class T>
+TBCM_INLINE void forward_row(const Forward<T>& p, int64_t b, int64_t n, float* v, float* tv, const float* zero) {
+  const int64_t width = p.width;
+  load(v, p.x.at(b, n), width);
+  if (p.h) {
+    multiply_add(v, p.h.at(b, n), p.gate.at(b, n), width);
+    store(p.out.at(b, n), v, width);
+  }
+  if (p.ty) {
+    if (p.tx) load(tv, p.tx.at(b, n), width);
+    else std::memset(tv, 0, width * sizeof(float));
+    if (p.tgate) multiply_add(tv, p.h.at(b, n), p.tgate.at(b, n), width);
+    if (p.th) multiply_add(tv, p.th.at(b, n), p.gate.at(b, n), width);
+    if (p.tout) store(p.tout.at(b, n), tv, width);
+  }
+  const Statistics s = statistics(v, width, p.eps);
+  const float* scale = p.scale ? p.scale.at(b, n) : zero;
+  const float* shift = p.shift ? p.shift.at(b, n) : zero;
+  if (p.ty) {
+    const float* tscale = p.tscale ? p.tscale.at(b, n) : zero;
+    const float* tshift = p.tshift ? p.tshift.at(b, n) : zero;
+    float tmean, m;
+    means(tv, v, s, width, &tmean, &m);
+    T* ty = p.ty.at(b, n);
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      const float xhat = normalise(v[i], s.mean, s.r);
+      const float txhat = normalise_tangent(xhat, tv[i], tmean, m, s.r);
+      narrow(modulate_tangent(xhat, txhat, scale[i], tscale[i], tshift[i]), &ty[i]);
+    }
+  }
+  T* y = p.y.at(b, n);
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i)
+    narrow(modulate(normalise(v[i], s.mean, s.r), scale[i], shift[i]), &y[i]);
+}
+
+template <class T>
+TBCM_INLINE void forward_rows(const Forward<T>& p, int64_t begin, int64_t end) {
+  float* v = scratch(3 * p.width);
+  float* zero = v + 2 * p.width;
+  std::memset(zero, 0, p.width * sizeof(float));
+  for (int64_t row = begin; row < end; ++row)
+    forward_row(p, row / p.tokens, row % p.tokens, v, v + p.width, zero);
+}
+
+TBCM_CLONES void forward_rows_f32(const Forward<float>& p, int64_t begin, int64_t end) {
+  forward_rows(p, begin, end);
+}
+TBCM_CLONES void forward_rows_bf16(const Forward<bfloat16>& p, int64_t begin, int64_t end) {
+  forward_rows(p, begin, end);
+}
+void run(const Forward<float>& p, int64_t begin, int64_t end) { forward_rows_f32(p, begin, end); }
+void run(const Forward<bfloat16>& p, int64_t begin, int64_t end) { forward_rows_bf16(p, begin, end); }
+
+template <class T>
+struct Backward {
+  Rows<const T> gout, gy, x, h;  // x is the residual sum x' that forward stored
+  Rows<const float> gate, scale;
+  Rows<T> gx, gh;
+  Rows<float> ggate, gscale, gshift;  // [B, chunks, C], each chunk the sum over its tokens
+  int64_t batch, tokens, width, chunk;
+  float eps;
+};
+
+template <class T>
+TBCM_INLINE void backward_row(const Backward<T>& p, int64_t b, int64_t n, int64_t c, float* v, float* g, const float* zero) {
+  const int64_t width = p.width;
+  if (p.gy) {
+    load(v, p.x.at(b, n), width);
+    const Statistics s = statistics(v, width, p.eps);
+    const float* scale = p.scale ? p.scale.at(b, n) : zero;
+    const T* gy = p.gy.at(b, n);
+    if (float* sum = p.gscale.at(b, c)) {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) sum[i] += widen(gy[i]) * normalise(v[i], s.mean, s.r);
+    }
+    if (float* sum = p.gshift.at(b, c)) multiply_add(sum, gy, nullptr, width);
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) g[i] = widen(gy[i]) * (1.f + scale[i]);
+    float gmean, gxmean;
+    means(g, v, s, width, &gmean, &gxmean);
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i)
+      g[i] = normalise_gradient(g[i], normalise(v[i], s.mean, s.r), gmean, gxmean, s.r);
+  } else {
+    std::memset(g, 0, width * sizeof(float));
+  }
+  if (p.gout) multiply_add(g, p.gout.at(b, n), nullptr, width);
+  T* gx = p.gx.at(b, n);
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) narrow(g[i], &gx[i]);
+  if (float* sum = p.ggate.at(b, c)) multiply_add(sum, p.h.at(b, n), g, width);
+  if (T* gh = p.gh.at(b, n)) {
+    const float* gate = p.gate.at(b, n);
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) narrow(gate[i] * g[i], &gh[i]);
+  }
+}
+
+template <class T>
+TBCM_INLINE void backward_chunks(const Backward<T>& p, int64_t begin, int64_t end) {
+  float* v = scratch(3 * p.width);
+  float* zero = v + 2 * p.width;
+  std::memset(zero, 0, p.width * sizeof(float));
+  const int64_t chunks = (p.tokens + p.chunk - 1) / p.chunk;
+  for (int64_t k = begin; k < end; ++k) {
+    const int64_t b = k / chunks, c = k % chunks;
+    for (const Rows<float>& sums : {p.ggate, p.gscale, p.gshift})
+      if (float* sum = sums.at(b, c)) std::memset(sum, 0, p.width * sizeof(float));
+    const int64_t last = (c + 1) * p.chunk < p.tokens ? (c + 1) * p.chunk : p.tokens;
+    for (int64_t n = c * p.chunk; n < last; ++n) backward_row(p, b, n, c, v, v + p.width, zero);
+  }
+}
+
+TBCM_CLONES void backward_chunks_f32(const Backward<float>& p, int64_t begin, int64_t end) {
+  backward_chunks(p, begin, end);
+}
+TBCM_CLONES void backward_chunks_bf16(const Backward<bfloat16>& p, int64_t begin, int64_t end) {
+  backward_chunks(p, begin, end);
+}
+void run(const Backward<float>& p, int64_t begin, int64_t end) { backward_chunks_f32(p, begin, end); }
+void run(const Backward<bfloat16>& p, int64_t begin, int64_t end) { backward_chunks_bf16(p, begin, end); }
+
+template <class T>
+void forward_as(const Tensor& x, const Maybe& h, const Maybe& gate, const Maybe& scale, const Maybe& shift,
+                const Maybe& tx, const Maybe& th, const Maybe& tgate, const Maybe& tscale, const Maybe& tshift,
+                const Maybe& out, const Tensor& y, const Maybe& tout, const Maybe& ty, double eps) {
+  const Forward<T> p{rows<const T>(x), rows<const T>(h), rows<const T>(tx), rows<const T>(th),
+                     rows<const float>(gate), rows<const float>(scale), rows<const float>(shift),
+                     rows<const float>(tgate), rows<const float>(tscale), rows<const float>(tshift),
+                     rows<T>(out), rows<T>(y), rows<T>(tout), rows<T>(ty),
+                     x.size(0), x.size(1), x.size(2), float(eps)};
+  parallel(p.batch * p.tokens, p.width, [&](int64_t a, int64_t z) { run(p, a, z); });
+}
+
+template <class T>
+void backward_as(const Maybe& gout, const Maybe& gy, const Tensor& x, const Maybe& h, const Maybe& gate,
+                 const Maybe& scale, const Tensor& gx, const Maybe& gh, const Maybe& ggate, const Maybe& gscale,
+                 const Maybe& gshift, int64_t chunk, double eps) {
+  const Backward<T> p{rows<const T>(gout), rows<const T>(gy), rows<const T>(x), rows<const T>(h),
+                      rows<const float>(gate), rows<const float>(scale), rows<T>(gx), rows<T>(gh),
+                      rows<float>(ggate), rows<float>(gscale), rows<float>(gshift),
+                      x.size(0), x.size(1), x.size(2), chunk, float(eps)};
+  const int64_t chunks = (p.tokens + chunk - 1) / chunk;
+  parallel(p.batch * chunks, p.width * chunk, [&](int64_t a, int64_t z) { run(p, a, z); });
+}
+
+}  // namespace
+
+void forward(Tensor x, Maybe h, Maybe gate, Maybe scale, Maybe shift, Maybe tx, Maybe th, Maybe tgate, Maybe tscale,
+             Maybe tshift, Maybe out, Tensor y, Maybe tout, Maybe ty, double eps) {
+  const auto call = is_bf16(x) ? forward_as<bfloat16> : forward_as<float>;
+  call(x, h, gate, scale, shift, tx, th, tgate, tscale, tshift, out, y, tout, ty, eps);
+}
+
+void backward(Maybe gout, Maybe gy, Tensor x, Maybe h, Maybe gate, Maybe scale, Tensor gx, Maybe gh, Maybe ggate,
+              Maybe gscale, Maybe gshift, int64_t chunk, double eps) {
+  const auto call = is_bf16(x) ? backward_as<bfloat16> : backward_as<float>;
+  call(gout, gy, x, h, gate, scale, gx, gh, ggate, gscale, gshift, chunk, eps);
+}
+
+}  // namespace tbcm::adaln

@@ -1,0 +1,37 @@
+// What the kernels need of PyTorch, through its stable ABI only.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <type_traits>
+
+#include "vector.h"
+
+namespace tbcm {
+
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+
+inline bool is_bf16(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::BFloat16; }
+
+// A [B, N, C] tensor as rows; the Python adapter has made the last stride 1.
+template <class T>
+Rows<T> rows(const Tensor& x) {
+  return {static_cast<T*>(const_cast<void*>(static_cast<const void*>(x.data_ptr()))), x.stride(0), x.stride(1)};
+}
+
+template <class T>
+Rows<T> rows(const Maybe& x) {
+  return x ? rows<T>(*x) : Rows<T>{};
+}
+
+// Run f(begin, end) over `count` items of `cost` elements each on PyTorch's threads.
+template <class F>
+void parallel(int64_t count, int64_t cost, const F& f) {
+  const int64_t grain = 16384 / (cost > 0 ? cost : 1) + 1;
+  torch::stable::parallel_for(0, count, grain, f);
+}
+
+}  // namespace tbcm

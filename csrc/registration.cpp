@@ -1,0 +1,47 @@
+// The compiled extension: raw kernels that fill tensors which the Python adapters allocate.
+// It is loaded as an ordinary Python module (`tbcm_kernels._C`) so that packaging treats it as one.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include "bindings.h"
+
+namespace tbcm {
+namespace adaln {
+void forward(Tensor x, Maybe h, Maybe gate, Maybe scale, Maybe shift, Maybe tx, Maybe th, Maybe tgate, Maybe tscale,
+             Maybe tshift, Maybe out, Tensor y, Maybe tout, Maybe ty, double eps);
+void backward(Maybe gout, Maybe gy, Tensor x, Maybe h, Maybe gate, Maybe scale, Tensor gx, Maybe gh, Maybe ggate,
+              Maybe gscale, Maybe gshift, int64_t chunk, double eps);
+}  // namespace adaln
+namespace rms_norm {
+void forward(Tensor x, Maybe weight, Maybe tx, Maybe tweight, Tensor y, Maybe ty, double eps);
+void backward(Tensor gy, Tensor x, Maybe weight, Tensor gx, Maybe gweight, int64_t chunk, double eps);
+}  // namespace rms_norm
+}  // namespace tbcm
+
+STABLE_TORCH_LIBRARY(tbcm_cpu, m) {
+  m.def(
+      "adaln_forward(Tensor x, Tensor? h, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? tx, Tensor? th, "
+      "Tensor? tgate, Tensor? tscale, Tensor? tshift, Tensor(a!)? out, Tensor(b!) y, Tensor(c!)? tout, "
+      "Tensor(d!)? ty, float eps) -> ()");
+  m.def(
+      "adaln_backward(Tensor? gout, Tensor? gy, Tensor x, Tensor? h, Tensor? gate, Tensor? scale, Tensor(a!) gx, "
+      "Tensor(b!)? gh, Tensor(c!)? ggate, Tensor(d!)? gscale, Tensor(e!)? gshift, int chunk, float eps) -> ()");
+  m.def(
+      "rms_norm_forward(Tensor x, Tensor? weight, Tensor? tx, Tensor? tweight, Tensor(a!) y, Tensor(b!)? ty, "
+      "float eps) -> ()");
+  m.def(
+      "rms_norm_backward(Tensor gy, Tensor x, Tensor? weight, Tensor(a!) gx, Tensor(b!)? gweight, int chunk, "
+      "float eps) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tbcm_cpu, CPU, m) {
+  m.impl("adaln_forward", TORCH_BOX(&tbcm::adaln::forward));
+  m.impl("adaln_backward", TORCH_BOX(&tbcm::adaln::backward));
+  m.impl("rms_norm_forward", TORCH_BOX(&tbcm::rms_norm::forward));
+  m.impl("rms_norm_backward", TORCH_BOX(&tbcm::rms_norm::backward));
+}
+
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,153 @@
+// CPU kernels of rms_norm. Tensors arrive as [1, rows, C].
+#include "bindings.h"
+#include "rms_norm.h"
+
+namespace tbcm::rms_norm {
+namespace {
+
+template <class T>
+struct Forward {
+  Rows<const T> x, tx;
+  const float *weight, *tweight;
+  Rows<T> y, ty;
+  int64_t count, width;
+  float eps;
+};
+
+TBCM_INLINE float mean_product(const float* a, const float* b, int64_t n) {
+  float sum = 0.f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
+  return sum / float(n);
+}
+
+TBCM_INLINE float inverse_rms(const float* x, int64_t n, float eps) {
+  return 1.f / __builtin_sqrtf(mean_product(x, x, n) + eps);
+}
+
+template <class T>
+TBCM_INLINE void forward_row(const Forward<T>& p, int64_t n, float* x, float* tx, const float* one) {
+  const int64_t width = p.width;
+  const float* weight = p.weight ? p.weight : one;
+  load(x, p.x.at(0, n), width);
+  const float r = inverse_rms(x, width, p.eps);
+  if (T* ty = p.ty.at(0, n)) {
+    if (p.tx) load(tx, p.tx.at(0, n), width);
+    else std::memset(tx, 0, width * sizeof(float));
+    const float m = mean_product(x, tx, width);
+    if (p.tweight) {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i)
+        narrow(weight[i] * tangent(x[i], tx[i], m, r) + p.tweight[i] * x[i] * r, &ty[i]);
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) narrow(weight[i] * tangent(x[i], tx[i], m, r), &ty[i]);
+    }
+  }
+  T* y = p.y.at(0, n);
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) narrow(weight[i] * x[i] * r, &y[i]);
+}
+
+// Scratch for two rows and a row of ones.
+TBCM_INLINE float* prepare(int64_t width) {
+  float* buffer = scratch(3 * width);
+  for (int64_t i = 0; i < width; ++i) buffer[2 * width + i] = 1.f;
+  return buffer;
+}
+
+template <class T>
+TBCM_INLINE void forward_rows(const Forward<T>& p, int64_t begin, int64_t end) {
+  float* x = prepare(p.width);
+  for (int64_t n = begin; n < end; ++n) forward_row(p, n, x, x + p.width, x + 2 * p.width);
+}
+
+TBCM_CLONES void forward_rows_f32(const Forward<float>& p, int64_t begin, int64_t end) {
+  forward_rows(p, begin, end);
+}
+TBCM_CLONES void forward_rows_bf16(const Forward<bfloat16>& p, int64_t begin, int64_t end) {
+  forward_rows(p, begin, end);
+}
+void run(const Forward<float>& p, int64_t begin, int64_t end) { forward_rows_f32(p, begin, end); }
+void run(const Forward<bfloat16>& p, int64_t begin, int64_t end) { forward_rows_bf16(p, begin, end); }
+
+template <class T>
+struct Backward {
+  Rows<const T> gy, x;
+  const float* weight;
+  Rows<T> gx;
+  Rows<float> gweight;  // [1, chunks, C], each chunk the sum over its rows
+  int64_t count, width, chunk;
+  float eps;
+};
+
+template <class T>
+TBCM_INLINE void backward_row(const Backward<T>& p, int64_t n, float* sum, float* x, float* g, const float* one) {
+  const int64_t width = p.width;
+  const float* weight = p.weight ? p.weight : one;
+  load(x, p.x.at(0, n), width);
+  load(g, p.gy.at(0, n), width);
+  const float r = inverse_rms(x, width, p.eps);
+  if (sum) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) sum[i] += g[i] * x[i] * r;
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) g[i] *= weight[i];
+  const float m = mean_product(x, g, width);
+  T* gx = p.gx.at(0, n);
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) narrow(gradient(x[i], g[i], m, r), &gx[i]);
+}
+
+template <class T>
+TBCM_INLINE void backward_chunks(const Backward<T>& p, int64_t begin, int64_t end) {
+  float* x = prepare(p.width);
+  for (int64_t c = begin; c < end; ++c) {
+    float* sum = p.gweight.at(0, c);
+    if (sum) std::memset(sum, 0, p.width * sizeof(float));
+    const int64_t last = (c + 1) * p.chunk < p.count ? (c + 1) * p.chunk : p.count;
+    for (int64_t n = c * p.chunk; n < last; ++n) backward_row(p, n, sum, x, x + p.width, x + 2 * p.width);
+  }
+}
+
+TBCM_CLONES void backward_chunks_f32(const Backward<float>& p, int64_t begin, int64_t end) {
+  backward_chunks(p, begin, end);
+}
+TBCM_CLONES void backward_chunks_bf16(const Backward<bfloat16>& p, int64_t begin, int64_t end) {
+  backward_chunks(p, begin, end);
+}
+void run(const Backward<float>& p, int64_t begin, int64_t end) { backward_chunks_f32(p, begin, end); }
+void run(const Backward<bfloat16>& p, int64_t begin, int64_t end) { backward_chunks_bf16(p, begin, end); }
+
+const float* floats(const Maybe& x) { return x ? static_cast<const float*>(x->data_ptr()) : nullptr; }
+
+template <class T>
+void forward_as(const Tensor& x, const Maybe& weight, const Maybe& tx, const Maybe& tweight, const Tensor& y,
+                const Maybe& ty, double eps) {
+  const Forward<T> p{rows<const T>(x), rows<const T>(tx), floats(weight), floats(tweight), rows<T>(y), rows<T>(ty),
+                     x.size(1), x.size(2), float(eps)};
+  parallel(p.count, p.width, [&](int64_t a, int64_t z) { run(p, a, z); });
+}
+
+template <class T>
+void backward_as(const Tensor& gy, const Tensor& x, const Maybe& weight, const Tensor& gx, const Maybe& gweight,
+                 int64_t chunk, double eps) {
+  const Backward<T> p{rows<const T>(gy), rows<const T>(x), floats(weight), rows<T>(gx), rows<float>(gweight),
+                      x.size(1), x.size(2), chunk, float(eps)};
+  parallel((p.count + chunk - 1) / chunk, p.width * chunk, [&](int64_t a, int64_t z) { run(p, a, z); });
+}
+
+}  // namespace
+
+void forward(Tensor x, Maybe weight, Maybe tx, Maybe tweight, Tensor y, Maybe ty, double eps) {
+  const auto call = is_bf16(x) ? forward_as<bfloat16> : forward_as<float>;
+  call(x, weight, tx, tweight, y, ty, eps);
+}
+
+void backward(Tensor gy, Tensor x, Maybe weight, Tensor gx, Maybe gweight, int64_t chunk, double eps) {
+  const auto call = is_bf16(x) ? backward_as<bfloat16> : backward_as<float>;
+  call(gy, x, weight, gx, gweight, chunk, eps);
+}
+
+}  // namespace tbcm::rms_norm

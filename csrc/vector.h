@@ -1,0 +1,93 @@
+// Element types and loop helpers shared by the CPU kernels.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+// One source, three instruction sets: the loader picks AVX-512, AVX2 or the baseline at run time.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#define TBCM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define TBCM_CLONES
+#endif
+#define TBCM_INLINE inline __attribute__((always_inline))
+
+#if defined(__CUDACC__)
+#define TBCM_HD __host__ __device__ __forceinline__
+#else
+#define TBCM_HD TBCM_INLINE
+#endif
+
+namespace tbcm {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+TBCM_INLINE float widen(float x) { return x; }
+
+TBCM_INLINE float widen(bfloat16 x) {
+  uint32_t u = uint32_t(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &u, sizeof f);
+  return f;
+}
+
+TBCM_INLINE void narrow(float x, float* out) { *out = x; }
+
+// Round to nearest even; a NaN stays a NaN.
+TBCM_INLINE void narrow(float x, bfloat16* out) {
+  uint32_t u;
+  std::memcpy(&u, &x, sizeof u);
+  uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  out->bits = uint16_t(x != x ? 0x7fc0u : rounded);
+}
+
+template <class T>
+TBCM_INLINE void load(float* dst, const T* src, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) dst[i] = widen(src[i]);
+}
+
+// Writes a row and leaves in `src` what was stored, so that later arithmetic sees the stored values.
+template <class T>
+TBCM_INLINE void store(T* dst, float* src, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    narrow(src[i], &dst[i]);
+    src[i] = widen(dst[i]);
+  }
+}
+
+// dst += a (row of T) * b (row of float); a null b means 1.
+template <class T>
+TBCM_INLINE void multiply_add(float* dst, const T* a, const float* b, int64_t n) {
+  if (b) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) dst[i] += widen(a[i]) * b[i];
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) dst[i] += widen(a[i]);
+  }
+}
+
+// A [B, N, C] operand with unit stride along C, or nothing; a stride of 0 broadcasts.
+template <class T>
+struct Rows {
+  T* data = nullptr;
+  int64_t stride_b = 0, stride_n = 0;
+  explicit operator bool() const { return data != nullptr; }
+  TBCM_INLINE T* at(int64_t b, int64_t n) const {
+    return data ? data + b * stride_b + n * stride_n : nullptr;
+  }
+};
+
+// Scratch rows of a thread, kept between calls.
+inline float* scratch(int64_t floats) {
+  static thread_local std::vector<float> buffer;
+  if (int64_t(buffer.size()) < floats) buffer.resize(floats);
+  return buffer.data();
+}
+
+}  // namespace tbcm

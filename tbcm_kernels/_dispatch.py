@@ -1,0 +1,137 @@
+"""Which implementation of an op runs, and why.
+
+`impl="auto"` takes the best one that can run the given tensors; where it must fall back to the plain
+PyTorch reference it says so once. An explicit `impl` runs that implementation or raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
+_FAST_DTYPES = {
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cpu": (torch.float32, torch.bfloat16),
+}
+_DEVICES = {"triton": "cuda", "cpu": "cpu"}
+OPS: dict[str, tuple[str, ...]] = {
+    "adaln": ("triton", "cpu"),
+    "rms_norm": ("triton", "cpu"),
+    "linear": (),
+}
+"""The accelerated implementations of each op; every op also has "reference"."""
+
+
+@functools.cache
+def missing(impl: str) -> str | None:
+    """Why `impl` cannot run in this installation, in one clause; None where it can."""
+    if impl == "cpu":
+        try:
+            importlib.import_module("tbcm_kernels._C")
+        except ImportError as error:
+            return (
+                f"the compiled extension is not there ({error}); install a C++ compiler and run "
+                f"pip install --no-build-isolation tbcm-kernels"
+            )
+    if impl == "triton":
+        try:
+            importlib.import_module("triton")
+        except ImportError:
+            return "triton is not installed; pip install triton"
+    return None
+
+
+def refusal(op: str, impl: str, x: Tensor) -> str | None:
+    """Why `impl` cannot run `op` on tensors like x, in one clause; None where it can."""
+    if impl not in OPS[op]:
+        return f"{op} has no {impl} implementation"
+    if x.device.type != _DEVICES[impl] and not (impl == "triton" and _interpreted()):
+        return f"it runs on {_DEVICES[impl]} tensors and these are on {x.device.type}"
+    if x.dtype not in _FAST_DTYPES[impl]:
+        names = ", ".join(str(d).removeprefix("torch.") for d in _FAST_DTYPES[impl])
+        return f"it takes {names} and these are {str(x.dtype).removeprefix('torch.')}"
+    return missing(impl)
+
+
+def choose(op: str, impl: str, x: Tensor) -> str:
+    """The name of the implementation that runs `op` on tensors like x.
+
+    Raises:
+        ValueError: an unknown `impl`, or an explicit one that cannot run here, with the reason.
+    """
+    if impl == "reference":
+        return impl
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"{op}: impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}.")
+    if impl != "auto":
+        if reason := refusal(op, impl, x):
+            raise ValueError(f"{op}: impl={impl!r} cannot run: {reason}.")
+        return impl
+    for candidate in OPS[op]:
+        if x.device.type == _DEVICES[candidate] and refusal(op, candidate, x) is None:
+            _notice_unproved(candidate)
+            return candidate
+    if OPS[op]:
+        _notice_fallback(op, x.device.type, x.dtype)
+    return "reference"
+
+
+def implementation(op: str, impl: str) -> ModuleType:
+    """The module that holds `forward` and `backward` of one implementation of one op."""
+    return _module(op, impl)
+
+
+@functools.cache
+def _module(op: str, impl: str) -> ModuleType:
+    return importlib.import_module(f"tbcm_kernels.{op}.{impl}")
+
+
+@functools.cache
+def _interpreted() -> bool:
+    """Whether Triton runs its interpreter, so that kernels accept CPU tensors."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _notice_unproved(impl: str) -> None:
+    if impl == "triton":
+        warnings.warn(
+            "tbcm_kernels: these Triton kernels passed the interpreter and the static audit but are "
+            "not yet proved on a GPU of this kind; `python -m tbcm_kernels.testing` proves them on "
+            "yours in a minute.",
+            stacklevel=2,
+        )
+
+
+@functools.cache
+def _notice_fallback(op: str, device: str, dtype: torch.dtype) -> None:
+    reasons = "; ".join(
+        f"{i}: {refusal(op, i, torch.empty(0, dtype=dtype, device=device))}" for i in OPS[op]
+    )
+    warnings.warn(
+        f"tbcm_kernels.{op} runs its plain PyTorch reference for {device} {dtype} ({reasons}).",
+        stacklevel=2,
+    )
+
+
+def implementations() -> list[tuple[str, str, str]]:
+    """What runs here: a row (op, implementation chosen for fp32, reason) for each op and device."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return [(op, *_row(op, device)) for op in OPS for device in devices]
+
+
+def _row(op: str, device: str) -> tuple[str, str]:
+    x = torch.empty(0, device=device)
+    for impl in OPS[op]:
+        if x.device.type == _DEVICES[impl] and refusal(op, impl, x) is None:
+            return f"{impl} ({device})", "available"
+    reasons = [f"{i}: {refusal(op, i, x)}" for i in OPS[op]]
+    return f"reference ({device})", "; ".join(reasons) or "PyTorch's own GEMM is the implementation"

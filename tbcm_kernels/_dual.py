@@ -1,0 +1,120 @@
+"""Dual numbers at the door of an op: unpack, guard, re-make, and the semi-gradient switch.
+
+A `torch.library` op that receives a forward-AD dual returns a zero tangent without a word. So no op of
+this package ever sees one: the public function unpacks every input here, calls the op on explicit
+primals and tangents, and makes the dual again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor
+
+_stopped = False
+
+
+@contextlib.contextmanager
+def stop_tangent_gradient() -> Iterator[None]:
+    """Treat every tangent as a constant in backward, and save nothing for it.
+
+    This is the semi-gradient of sCM, TBCM and MeanFlow, whose losses use the tangent without
+    differentiating it. Inside, tangents that the ops return do not require grad. Applies to the whole
+    process, so enter it on one thread at a time.
+    """
+    global _stopped
+    before, _stopped = _stopped, True
+    try:
+        yield
+    finally:
+        _stopped = before
+
+
+def tangent_gradient_stopped() -> bool:
+    """Whether the surrounding code runs under `stop_tangent_gradient()`."""
+    return _stopped
+
+
+def tangent_scope() -> contextlib.AbstractContextManager[object]:
+    """The scope in which a tangent is computed: no_grad under `stop_tangent_gradient()`."""
+    return torch.no_grad() if _stopped else contextlib.nullcontext()
+
+
+@torch._dynamo.assume_constant_result
+def _functorch_levels() -> tuple[int, int]:
+    """How many forward-mode and how many reverse-mode functorch levels surround this call."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    keys = [level.key() for level in stack]
+    kinds = torch._C._functorch.TransformType
+    return keys.count(kinds.Jvp), keys.count(kinds.Grad)
+
+
+def guard_levels(op: str) -> None:
+    """Raise where PyTorch would drop or garble the tangents of `op`.
+
+    Raises:
+        RuntimeError: under nested forward mode, or under `torch.func.grad` and its relatives.
+    """
+    forward, reverse = _functorch_levels()
+    if forward > 1:
+        raise RuntimeError(
+            f"tbcm_kernels.{op} supports one level of forward mode, and {forward} are nested here: "
+            f'call it with impl="reference", which plain PyTorch differentiates to any order.'
+        )
+    if reverse:
+        raise RuntimeError(
+            f"tbcm_kernels.{op} does not run under torch.func.grad, vjp or jacrev: use "
+            f'torch.autograd.grad or .backward(), or call it with impl="reference".'
+        )
+
+
+def unpack(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Primals and tangents of the inputs; a tangent is None where an input carries none."""
+    primals: list[Tensor | None] = []
+    tangents: list[Tensor | None] = []
+    for x in tensors:
+        primal, tangent = (None, None) if x is None else fwAD.unpack_dual(x)
+        primals.append(primal)
+        tangents.append(tangent)
+    return primals, tangents
+
+
+def pack(y: Tensor, ty: Tensor | None) -> Tensor:
+    """The dual y + ε ty, or y itself where there is no tangent."""
+    return y if ty is None else fwAD.make_dual(y, ty)
+
+
+def check_tangents(op: str, **pairs: tuple[Tensor | None, Tensor | None]) -> None:
+    """Check each (primal, tangent) pair of an explicit call.
+
+    Raises:
+        ValueError: a tangent without its primal, or of another shape, dtype or device.
+    """
+    for name, (x, tx) in pairs.items():
+        if tx is None:
+            continue
+        if x is None:
+            raise ValueError(f"{op}: t{name} was given without {name}; pass both or neither.")
+        if tx.shape != x.shape or tx.dtype != x.dtype or tx.device != x.device:
+            raise ValueError(
+                f"{op}: t{name} must match {name} in shape, dtype and device, got "
+                f"{describe(tx)} for {describe(x)}."
+            )
+
+
+def describe(x: Tensor) -> str:
+    """Shape, dtype and device, for messages."""
+    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
+
+
+def detached(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors without their graphs."""
+    return tuple(None if t is None else t.detach() for t in tensors)
+
+
+def present(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether any of the tensors is there."""
+    return any(t is not None for t in tensors)

@@ -1,0 +1,133 @@
+"""Registration shared by all ops: kernels, fakes, autograd, vmap, and the refusal of double backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Store = Callable[[Tensor], Tensor]
+"""A rounding point: what a value becomes when a kernel stores it."""
+
+CHUNK = 16
+"""Rows whose weight gradients one worker sums; fixed, so that sums are deterministic."""
+
+_library = torch.library.Library("tbcm", "DEF")
+
+
+def register(
+    name: str,
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Define the op `tbcm::name` and return it; without `backward` it refuses differentiation."""
+    qualified = f"tbcm::{name}"
+    _library.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=_library)
+    torch.library.register_autograd(
+        qualified, backward or _refuse(name), setup_context=setup_context, lib=_library
+    )
+    op = getattr(torch.ops.tbcm, name).default
+    torch.library.register_vmap(qualified, _lanes(op), lib=_library)
+    return op
+
+
+def _refuse(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            f"tbcm_kernels: {name} has no second derivative; for a double backward call the op with "
+            f'impl="reference", which plain PyTorch differentiates to any order.'
+        )
+
+    return backward
+
+
+def _lanes(op: Callable[..., Any]) -> Callable[..., Any]:
+    """vmap by one call per lane: correct for every op; a kernel that shares work replaces it."""
+
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        lanes = [
+            op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(lanes[0], Tensor):
+            return torch.stack(lanes), 0
+        return tuple(map(torch.stack, zip(*lanes, strict=True))), (0,) * len(lanes[0])
+
+    return rule
+
+
+def absent(like: Tensor) -> Tensor:
+    """The placeholder that an op returns for an output that is not there."""
+    return like.new_empty(0)
+
+
+def present_or_absent(like: Tensor, outputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Outputs with placeholders for those that are None."""
+    return tuple(absent(like) if o is None else o for o in outputs)
+
+
+def fresh(x: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor like x."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def wide(x: Tensor | None) -> Tensor | None:
+    """The tensor in the dtype that arithmetic runs in: at least fp32."""
+    return None if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def chunk_sum(x: Tensor, chunk: int) -> Tensor:
+    """Sums over groups of `chunk` rows of x [B, N, C]; the last group may be short."""
+    pad = -x.shape[1] % chunk
+    return torch.nn.functional.pad(x, (0, 0, 0, pad)).unflatten(1, (-1, chunk)).sum(2)
+
+
+def or_none(x: Tensor, there: bool) -> Tensor | None:
+    """An op's output, or None where it is a placeholder."""
+    return x if there else None
+
+
+def differentiate(
+    function: Callable[..., Sequence[Tensor | None]],
+    inputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Vector-Jacobian product of a plain PyTorch function, with respect to every tensor in `inputs`.
+
+    This is how an op differentiates through its tangent exactly before it has a kernel for it. In a
+    backward with create_graph=True the result can be differentiated again.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = [_leaf(x, again) for x in inputs]
+        outputs = function(*leaves)
+        kept = [
+            (o, g)
+            for o, g in zip(outputs, cotangents, strict=True)
+            if o is not None and g is not None and o.requires_grad
+        ]
+        wanted = [x for x in leaves if x is not None]
+        grads = torch.autograd.grad(
+            [o for o, _ in kept],
+            wanted,
+            [g for _, g in kept],
+            allow_unused=True,
+            create_graph=again,
+        )
+    found = iter(grads)
+    return [None if x is None else next(found) for x in leaves]
+
+
+def _leaf(x: Tensor | None, keep_graph: bool) -> Tensor | None:
+    if x is None:
+        return None
+    if keep_graph and x.requires_grad:
+        return x.view_as(x)
+    return x.detach().requires_grad_()

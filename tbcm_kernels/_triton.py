@@ -1,0 +1,44 @@
+"""What the Triton launchers of row-wise ops share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+MAX_WIDTH = 8192
+
+
+def row_config(width: int) -> tuple[int, int]:
+    """Block of columns and number of warps for one row per program, 8 columns a thread.
+
+    Raises:
+        ValueError: a row too wide for the registers of one program.
+    """
+    if width > MAX_WIDTH:
+        raise ValueError(
+            f'the Triton row kernels take widths up to {MAX_WIDTH}, got {width}; pass impl="reference".'
+        )
+    block = triton.next_power_of_2(width)
+    return block, min(max(block // 256, 1), 16)
+
+
+def unit_rows(x: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """The operand as [B, N, C] with unit stride along C; broadcasting is a stride of 0."""
+    if x is None:
+        return None
+    return (x if x.stride(-1) == 1 else x.contiguous()).expand(shape)
+
+
+def strides(operands: Sequence[Tensor | None]) -> list[int]:
+    """Strides of batch and token of each operand, 0 for one that is not there."""
+    pairs = [(0, 0) if x is None else (x.stride(0), x.stride(1)) for x in operands]
+    return [stride for pair in pairs for stride in pair]
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """The tensor's CUDA device as the current one; nothing to do under the interpreter."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,117 @@
+"""The ops tbcm::adaln and tbcm::adaln_backward: schemas, fakes, and what is saved for backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tbcm_kernels import _dispatch
+from tbcm_kernels._library import CHUNK, absent, differentiate, present_or_absent, register
+from tbcm_kernels.adaln import reference
+
+
+def _forward(
+    x: Tensor, h: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    tx: Tensor | None, th: Tensor | None, tgate: Tensor | None, tscale: Tensor | None,
+    tshift: Tensor | None, eps: float, through: bool, impl: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    kernel = _dispatch.implementation("adaln", impl).forward
+    return present_or_absent(
+        x, kernel(x, h, gate, scale, shift, tx, th, tgate, tscale, tshift, eps)
+    )
+
+
+def _forward_fake(
+    x: Tensor, h: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    tx: Tensor | None, th: Tensor | None, tgate: Tensor | None, tscale: Tensor | None,
+    tshift: Tensor | None, eps: float, through: bool, impl: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    tangent_in = any(t is not None for t in (tx, th, tgate))
+    tangent_out = tangent_in or tscale is not None or tshift is not None
+    there = (h is not None, True, h is not None and tangent_in, tangent_out)
+    return tuple(x.new_empty(x.shape) if t else absent(x) for t in there)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, h, gate, scale, shift, *tangents, eps, through, impl = inputs
+    ctx.set_materialize_grads(False)
+    ctx.eps, ctx.impl, ctx.residual = eps, impl, h is not None
+    ctx.shapes = [None if m is None else (m.shape, m.dtype) for m in (gate, scale, shift)]
+    ctx.through = through and any(t is not None for t in tangents)
+    if ctx.through:
+        ctx.save_for_backward(x, h, gate, scale, shift, *tangents)
+    else:
+        kept_h = h if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(x if h is None else output[0], kept_h, gate, scale)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    if ctx.through:
+        # Exact through the tangent by differentiating the reference; the kernels take the rest.
+        found = differentiate(
+            lambda *inputs: reference.forward(*inputs, ctx.eps), ctx.saved_tensors, grads
+        )
+        return *found, None, None, None
+    gout, gy = grads[:2]
+    out, h, gate, scale = ctx.saved_tensors
+    needs = [
+        n and s is not None for n, s in zip(ctx.needs_input_grad[2:5], ctx.shapes, strict=True)
+    ]
+    chunk = 1 if any(s is not None and s[0][-2:-1] == out.shape[1:2] for s in ctx.shapes) else CHUNK
+    gx, gh, *sums = adaln_backward(gout, gy, out, h, gate, scale, *needs, chunk, ctx.eps, ctx.impl)
+    reduced = [
+        g.sum_to_size(s[0]).to(s[1]) if n and g.numel() else None
+        for g, s, n in zip(sums, ctx.shapes, needs, strict=True)
+    ]
+    gh = None if not ctx.residual else gh if gate is not None else gx
+    return gx, gh, *reduced, *[None] * 8
+
+
+def _backward_kernel(
+    gout: Tensor | None, gy: Tensor | None, out: Tensor, h: Tensor | None, gate: Tensor | None,
+    scale: Tensor | None, needs_gate: bool, needs_scale: bool, needs_shift: bool, chunk: int,
+    eps: float, impl: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    kernel = _dispatch.implementation("adaln", impl).backward
+    return present_or_absent(
+        out,
+        kernel(
+            gout, gy, out, h, gate, scale, needs_gate, needs_scale, needs_shift, chunk, eps
+        ),
+    )  # fmt: skip
+
+
+def _backward_fake(
+    gout: Tensor | None, gy: Tensor | None, out: Tensor, h: Tensor | None, gate: Tensor | None,
+    scale: Tensor | None, needs_gate: bool, needs_scale: bool, needs_shift: bool, chunk: int,
+    eps: float, impl: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    batch, tokens, width = out.shape
+    accumulate = torch.promote_types(out.dtype, torch.float32)
+    sums = out.new_empty((batch, -(-tokens // chunk), width), dtype=accumulate)
+    norm = gy is not None
+    return (
+        out.new_empty(out.shape),
+        out.new_empty(out.shape) if gate is not None else absent(out),
+        torch.empty_like(sums) if needs_gate else absent(out),
+        torch.empty_like(sums) if needs_scale and norm else absent(out),
+        torch.empty_like(sums) if needs_shift and norm else absent(out),
+    )
+
+
+adaln_op = register(
+    "adaln",
+    "(Tensor x, Tensor? h, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? tx, Tensor? th, "
+    "Tensor? tgate, Tensor? tscale, Tensor? tshift, float eps, bool through, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _forward, _forward_fake, _setup, _backward,
+)  # fmt: skip
+adaln_backward = register(
+    "adaln_backward",
+    "(Tensor? gout, Tensor? gy, Tensor out, Tensor? h, Tensor? gate, Tensor? scale, "
+    "bool needs_gate, bool needs_scale, bool needs_shift, int chunk, float eps, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_kernel, _backward_fake,
+)  # fmt: skip

@@ -1,0 +1,137 @@
+"""Public functions of the op gate + residual + LayerNorm + modulate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tbcm_kernels import _dispatch, _dual
+from tbcm_kernels._library import or_none
+from tbcm_kernels.adaln import reference
+from tbcm_kernels.adaln.autograd import adaln_op
+
+
+def adaln(
+    x: Tensor,
+    h: Tensor | None = None,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Gated residual, then LayerNorm without weights, then modulation: adaLN of DiT and SANA.
+
+        x' = x + gate · h
+        y  = LayerNorm(x') · (1 + scale) + shift
+
+    Args:
+        x: residual stream [B, N, C], fp32, bf16, fp16 or fp64.
+        h: branch output of x's shape and dtype; None leaves x as it is.
+        gate, scale, shift: modulations that broadcast to x, such as [B, 1, C] per sample or
+            [B, N, C] per token, of any floating dtype; None is 1, 0, 0.
+        eps: added to the variance.
+        impl: "auto", "cpu", "triton" or "reference" (plain PyTorch, differentiable to any order).
+
+    Returns:
+        (x', y), both of x's shape and dtype. Without h, x' is x itself.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or an `impl` that cannot run here.
+        RuntimeError: nested forward mode, torch.func.grad, or a double backward.
+
+    Precision: arithmetic in fp32 (fp64 for fp64). x' is rounded to x's dtype before it is normalised,
+    y at the end. Modulations keep their own precision.
+    Cost: reads x, h and writes x', y once. Saves x' for backward, and h where gate needs a gradient.
+    Source: adaLN-Zero of DiT, arXiv 2212.09748.
+    """
+    inputs = (x, h, gate, scale, shift)
+    _check(*inputs)
+    if impl == "reference":
+        out, y, _, _ = reference.forward(*inputs, *[None] * 5, eps)
+        return (x if out is None else out), y
+    _dual.guard_levels("adaln")
+    primals, tangents = _dual.unpack(*inputs)
+    out, y, tout, ty = adaln_jvp(*primals, *tangents, eps=eps, impl=impl)
+    return (x if h is None else _dual.pack(out, tout)), _dual.pack(y, ty)
+
+
+def adaln_jvp(
+    x: Tensor,
+    h: Tensor | None = None,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    tx: Tensor | None = None,
+    th: Tensor | None = None,
+    tgate: Tensor | None = None,
+    tscale: Tensor | None = None,
+    tshift: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`adaln` with explicit tangents, value and tangent in one pass.
+
+        tx' = tx + tgate · h + gate · th
+        ty  = r ((tx' − mean tx') − x̂ mean(x̂ tx')) · (1 + scale) + x̂ · tscale + tshift
+
+    Args: those of `adaln`, then the tangent of each; None is a zero tangent, whose work is skipped.
+
+    Returns:
+        (x', y, tx', ty). A tangent is None where every input it depends on has none. Under
+        `stop_tangent_gradient()` the tangents do not require grad.
+
+    Raises: as `adaln`; ValueError also for a tangent that does not match its primal.
+
+    Cost: reads x, h, tx, th and writes x', y, tx', ty once. Backward through a tangent is exact, by
+    differentiating the reference, and then saves all inputs.
+    """
+    primals = (x, h, gate, scale, shift)
+    tangents = (tx, th, tgate, tscale, tshift)
+    _check(*primals)
+    if _dual.present(tangents):
+        _dual.check_tangents(
+            "adaln_jvp", x=(x, tx), h=(h, th), gate=(gate, tgate), scale=(scale, tscale),
+            shift=(shift, tshift),
+        )  # fmt: skip
+    if stopped := _dual.tangent_gradient_stopped():
+        tangents = _dual.detached(*tangents)
+    chosen = _dispatch.choose("adaln", impl, x)
+    out, y, tout, ty = adaln_op(*primals, *tangents, eps, not stopped, chosen)
+    residual_tangent = _dual.present(tangents[:3])
+    if stopped:
+        tout, ty = tout.detach(), ty.detach()
+    return (
+        x if h is None else out,
+        y,
+        tx if h is None else or_none(tout, residual_tangent),
+        or_none(ty, _dual.present(tangents)),
+    )
+
+
+def _check(
+    x: Tensor, h: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None
+) -> None:
+    if x.ndim != 3 or not x.dtype.is_floating_point:
+        raise ValueError(f"adaln: x must be [B, N, C] and floating, got {_dual.describe(x)}.")
+    if x.shape[-1] == 0:
+        raise ValueError("adaln: x has width 0, and a row of nothing has no norm.")
+    if h is not None and (h.shape != x.shape or h.dtype != x.dtype or h.device != x.device):
+        raise ValueError(f"adaln: h must match x, got {_dual.describe(h)} for {_dual.describe(x)}.")
+    if gate is not None and h is None:
+        raise ValueError("adaln: gate was given without h; pass the branch output that it gates.")
+    for name, m in (("gate", gate), ("scale", scale), ("shift", shift)):
+        if m is not None and (m.device != x.device or not _broadcasts(m.shape, x.shape)):
+            raise ValueError(
+                f"adaln: {name} must broadcast to x on its device, such as [B, 1, C]; got "
+                f"{_dual.describe(m)} for {_dual.describe(x)}."
+            )
+
+
+def _broadcasts(small: torch.Size, big: torch.Size) -> bool:
+    padded = (1,) * (len(big) - len(small)) + tuple(small)
+    return len(padded) == len(big) and all(
+        s in (1, b) for s, b in zip(padded, big, strict=True)
+    ) and padded[-1] == big[-1]  # fmt: skip

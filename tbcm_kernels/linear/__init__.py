@@ -1,0 +1,3 @@
+from tbcm_kernels.linear.functional import linear, linear_jvp
+
+__all__ = ["linear", "linear_jvp"]

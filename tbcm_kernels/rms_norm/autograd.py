@@ -1,0 +1,83 @@
+"""The ops tbcm::rms_norm and tbcm::rms_norm_backward: schemas, fakes, what is saved for backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tbcm_kernels import _dispatch
+from tbcm_kernels._library import CHUNK, absent, differentiate, present_or_absent, register
+from tbcm_kernels.rms_norm import reference
+
+
+def _forward(
+    x: Tensor, weight: Tensor | None, tx: Tensor | None, tweight: Tensor | None, eps: float,
+    through: bool, impl: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    kernel = _dispatch.implementation("rms_norm", impl).forward
+    return present_or_absent(x, kernel(x, weight, tx, tweight, eps))
+
+
+def _forward_fake(
+    x: Tensor, weight: Tensor | None, tx: Tensor | None, tweight: Tensor | None, eps: float,
+    through: bool, impl: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    tangent = tx is not None or tweight is not None
+    return x.new_empty(x.shape), x.new_empty(x.shape) if tangent else absent(x)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, tx, tweight, eps, through, impl = inputs
+    ctx.set_materialize_grads(False)
+    ctx.eps, ctx.impl = eps, impl
+    ctx.through = through and (tx is not None or tweight is not None)
+    ctx.save_for_backward(x, weight, *((tx, tweight) if ctx.through else ()))
+
+
+def _backward(ctx: Any, gy: Tensor | None, gty: Tensor | None) -> tuple[Tensor | None, ...]:
+    if ctx.through:
+        # Exact through the tangent by differentiating the reference; the kernels take the rest.
+        found = differentiate(
+            lambda *inputs: reference.forward(*inputs, ctx.eps), ctx.saved_tensors, (gy, gty)
+        )
+        return *found, None, None, None
+    if gy is None:
+        return (None,) * 7
+    x, weight = ctx.saved_tensors
+    needs = weight is not None and ctx.needs_input_grad[1]
+    gx, gw = rms_norm_backward(gy, x, weight, needs, CHUNK, ctx.eps, ctx.impl)
+    return gx, gw.sum(0).to(weight.dtype) if needs else None, *[None] * 5
+
+
+def _backward_kernel(
+    gy: Tensor, x: Tensor, weight: Tensor | None, needs_weight: bool, chunk: int, eps: float,
+    impl: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    kernel = _dispatch.implementation("rms_norm", impl).backward
+    return present_or_absent(x, kernel(gy, x, weight, needs_weight, chunk, eps))
+
+
+def _backward_fake(
+    gy: Tensor, x: Tensor, weight: Tensor | None, needs_weight: bool, chunk: int, eps: float,
+    impl: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    chunks = (x.numel() // x.shape[-1] + chunk - 1) // chunk
+    gw = x.new_empty((chunks, x.shape[-1]), dtype=accumulate) if needs_weight else absent(x)
+    return x.new_empty(x.shape), gw
+
+
+rms_norm_op = register(
+    "rms_norm",
+    "(Tensor x, Tensor? weight, Tensor? tx, Tensor? tweight, float eps, bool through, str impl) "
+    "-> (Tensor, Tensor)",
+    _forward, _forward_fake, _setup, _backward,
+)  # fmt: skip
+rms_norm_backward = register(
+    "rms_norm_backward",
+    "(Tensor gy, Tensor x, Tensor? weight, bool needs_weight, int chunk, float eps, str impl) "
+    "-> (Tensor, Tensor)",
+    _backward_kernel, _backward_fake,
+)  # fmt: skip

@@ -1,0 +1,90 @@
+"""Public functions of RMSNorm."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tbcm_kernels import _dispatch, _dual
+from tbcm_kernels._library import or_none
+from tbcm_kernels.rms_norm import reference
+from tbcm_kernels.rms_norm.autograd import rms_norm_op
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6, impl: str = "auto"
+) -> Tensor:
+    """RMSNorm over the last dimension.
+
+        y = weight · x · (mean x² + eps)^−½
+
+    Args:
+        x: [..., C], fp32, bf16, fp16 or fp64.
+        weight: [C], any floating dtype; None is 1.
+        eps: added to the mean square.
+        impl: "auto", "cpu", "triton" or "reference" (plain PyTorch, differentiable to any order).
+
+    Returns:
+        y of x's shape and dtype.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or an `impl` that cannot run here.
+        RuntimeError: nested forward mode, torch.func.grad, or a double backward.
+
+    Precision: arithmetic in fp32 (fp64 for fp64), rounded once at the end; `torch.nn.RMSNorm` in
+    bf16 rounds before it multiplies by the weight.
+    Cost: reads x and writes y once. Saves x for backward.
+    Source: arXiv 1910.07467.
+    """
+    _check(x, weight)
+    if impl == "reference":
+        return reference.forward(x, weight, None, None, eps)[0]
+    _dual.guard_levels("rms_norm")
+    primals, tangents = _dual.unpack(x, weight)
+    return _dual.pack(*rms_norm_jvp(*primals, *tangents, eps=eps, impl=impl))
+
+
+def rms_norm_jvp(
+    x: Tensor,
+    weight: Tensor | None = None,
+    tx: Tensor | None = None,
+    tweight: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """`rms_norm` with explicit tangents, value and tangent in one pass.
+
+        ty = weight · r · (tx − x r² mean(x tx)) + tweight · x · r
+
+    Args: those of `rms_norm`, then the tangent of each; None is a zero tangent.
+
+    Returns:
+        (y, ty); ty is None where both tangents are, and does not require grad under
+        `stop_tangent_gradient()`.
+
+    Raises: as `rms_norm`; ValueError also for a tangent that does not match its primal.
+
+    Cost: reads x, tx and writes y, ty once. Backward through ty is exact, by differentiating the
+    reference, and then saves all inputs.
+    """
+    _check(x, weight)
+    _dual.check_tangents("rms_norm_jvp", x=(x, tx), weight=(weight, tweight))
+    if stopped := _dual.tangent_gradient_stopped():
+        tx, tweight = _dual.detached(tx, tweight)
+    chosen = _dispatch.choose("rms_norm", impl, x)
+    y, ty = rms_norm_op(x, weight, tx, tweight, eps, not stopped, chosen)
+    if stopped:
+        ty = ty.detach()
+    return y, or_none(ty, tx is not None or tweight is not None)
+
+
+def _check(x: Tensor, weight: Tensor | None) -> None:
+    if x.ndim == 0 or x.shape[-1] == 0 or not x.dtype.is_floating_point:
+        raise ValueError(
+            f"rms_norm: x must be [..., C] with C > 0 and floating, got {_dual.describe(x)}."
+        )
+    if weight is not None and (weight.shape != x.shape[-1:] or weight.device != x.device):
+        raise ValueError(
+            f"rms_norm: weight must be [C] = [{x.shape[-1]}] on {x.device}, got "
+            f"{_dual.describe(weight)}."
+        )

@@ -1,0 +1,311 @@
+"""The forward of diffusers' SanaTransformer2DModel on explicit pairs of value and tangent.
+
+A pair (x, tx) has tx = None where there is no tangent; that work is then skipped. Each residual is
+added by the `adaln` call that normalises the sum, across block borders too. Under
+`stop_tangent_gradient()` tangents are computed without a graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tbcm_kernels import _dual
+from tbcm_kernels.adaln import adaln_jvp
+from tbcm_kernels.linear import linear_jvp
+from tbcm_kernels.rms_norm import rms_norm_jvp
+
+Pair = tuple[Tensor, Tensor | None]
+
+
+def check(model: nn.Module) -> None:
+    """Raise ValueError, naming the setting, where the fused forward would not equal the stock one."""
+    config = model.config
+    refused = {
+        "dropout": config.dropout > 0,
+        "norm_elementwise_affine": bool(config.norm_elementwise_affine),
+        "cross_attention_dim": config.cross_attention_dim is None,
+    }
+    for name, bad in refused.items():
+        if bad:
+            raise ValueError(
+                f"fuse: {name}={getattr(config, name)!r} has no fused forward; use the stock model."
+            )
+
+
+def forward(
+    self: nn.Module,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    timestep: Tensor,
+    guidance: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    attention_kwargs: dict[str, Any] | None = None,
+    controlnet_block_samples: tuple[Tensor, ...] | None = None,
+    return_dict: bool = True,
+) -> Any:
+    """Arguments and result of the stock forward; any tensor may be a forward-AD dual.
+
+    Raises:
+        ValueError: attention_kwargs, controlnet_block_samples or gradient checkpointing in use.
+    """
+    _refuse(self, attention_kwargs, controlnet_block_samples)
+    _dual.guard_levels("fuse")
+    bias = _text_bias(encoder_attention_mask, hidden_states)
+    conditions = {} if guidance is None else {"guidance": guidance}
+    modulation, embedded = self.time_embed(
+        timestep,
+        hidden_dtype=hidden_states.dtype,
+        **(conditions or {"batch_size": len(hidden_states)}),
+    )
+    text = _split(self.caption_norm(self.caption_projection(encoder_hidden_states)))
+    x = _patch_embed(self, *_split(hidden_states))
+    grid = (hidden_states.shape[2] // _patch(self), hidden_states.shape[3] // _patch(self))
+    y = _trunk(self, x, text, bias, _split(modulation), _split(embedded), grid)
+    sample = _dual.pack(*(None if v is None else _unpatchify(self, v, grid) for v in y))
+    if not return_dict:
+        return (sample,)
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    return Transformer2DModelOutput(sample=sample)
+
+
+def _refuse(model: nn.Module, attention_kwargs: object, controlnet: object) -> None:
+    for name, used in (
+        ("attention_kwargs", bool(attention_kwargs)),
+        ("controlnet_block_samples", controlnet is not None),
+        ("gradient checkpointing", model.gradient_checkpointing and torch.is_grad_enabled()),
+    ):
+        if used:
+            raise ValueError(f"fuse: {name} has no fused forward; undo() and use the stock model.")
+
+
+def _trunk(
+    model: nn.Module, x: Pair, text: Pair, bias: Tensor | None, modulation: Pair, embedded: Pair,
+    grid: tuple[int, int],
+) -> Pair:  # fmt: skip
+    """Blocks, output norm and projection. A block's last residual waits for the next norm."""
+    h: Pair = (None, None)
+    gate: Pair = (None, None)
+    for block in model.transformer_blocks:
+        shift1, scale1, gate1, shift2, scale2, gate2 = _chunks(block.scale_shift_table, modulation)
+        x, y = _adaln(x, h, gate, scale1, shift1, block.norm1.eps)
+        x = _gated_sum(x, gate1, _self_attention(block.attn1, y))
+        context = _cross_attention(block.attn2, x, text, bias)
+        x, y = _adaln(x, context, (None, None), scale2, shift2, block.norm2.eps)
+        h, gate = _gated_conv(block.ff, y, grid), gate2
+    both = (embedded[0][:, None], None if embedded[1] is None else embedded[1][:, None])
+    shift, scale = _chunks(model.scale_shift_table, both)
+    _, y = _adaln(x, h, gate, scale, shift, model.norm_out.norm.eps)
+    return _linear(model.proj_out, y)
+
+
+def _adaln(x: Pair, h: Pair, gate: Pair, scale: Pair, shift: Pair, eps: float) -> tuple[Pair, Pair]:
+    h = (
+        None if h[0] is None else h[0].to(x[0].dtype),
+        None if h[1] is None else h[1].to(x[0].dtype),
+    )
+    out, y, tout, ty = adaln_jvp(*zip_pairs(x, h, gate, scale, shift), eps=eps)
+    return (out, tout), (y, ty)
+
+
+def zip_pairs(*pairs: Pair) -> list[Tensor | None]:
+    """Primals of all pairs, then their tangents: the argument order of every `_jvp` function."""
+    return [p for p, _ in pairs] + [t for _, t in pairs]
+
+
+def _split(x: Tensor) -> Pair:
+    """A tensor or dual as a pair; its tangent is detached under `stop_tangent_gradient()`."""
+    (primal,), (tangent,) = _dual.unpack(x)
+    if tangent is not None and _dual.tangent_gradient_stopped():
+        tangent = tangent.detach()
+    return primal, tangent
+
+
+def _chunks(table: Tensor, embedded: Pair) -> list[Pair]:
+    """The modulations table + embedding, one [B, 1, C] pair for each row of the table [K, C]."""
+    e, te = (None if v is None else v.reshape(v.shape[0], -1, table.shape[1]) for v in embedded)
+    primals = (table[None] + e).chunk(len(table), dim=1)
+    if te is None:
+        return [(p, None) for p in primals]
+    return list(zip(primals, te.expand_as(table[None] + te).chunk(len(table), dim=1), strict=True))
+
+
+def _gated_sum(x: Pair, gate: Pair, h: Pair) -> Pair:
+    """x + γ h and its tangent ẋ + γ̇ h + γ ḣ."""
+    dtype = x[0].dtype
+    out = torch.addcmul(x[0], gate[0].to(dtype), h[0].to(dtype))
+    with _dual.tangent_scope():
+        terms = [x[1]] if x[1] is not None else []
+        if gate[1] is not None:
+            terms.append(gate[1].to(dtype) * h[0].to(dtype))
+        if h[1] is not None:
+            terms.append(gate[0].to(dtype) * h[1].to(dtype))
+        return out, sum(terms[1:], terms[0]) if terms else None
+
+
+def _linear(layer: nn.Linear, x: Pair) -> Pair:
+    return linear_jvp(x[0], layer.weight, layer.bias, x[1])
+
+
+def _norm(layer: nn.Module | None, x: Pair) -> Pair:
+    return x if layer is None else rms_norm_jvp(x[0], layer.weight, x[1], eps=layer.eps)
+
+
+def _self_attention(attn: nn.Module, x: Pair) -> Pair:
+    q = _norm(attn.norm_q, _linear(attn.to_q, x))
+    k = _norm(attn.norm_k, _linear(attn.to_k, x))
+    v = _linear(attn.to_v, x)
+    o = linear_attention(q, k, v, attn.heads, 1e-15)
+    return _linear(attn.to_out[0], tuple(None if t is None else t.to(v[0].dtype) for t in o))
+
+
+def linear_attention(q: Pair, k: Pair, v: Pair, heads: int, eps: float) -> Pair:
+    """ReLU linear attention in fp32 over pairs [B, N, H·D].
+
+    With q, k after ReLU: S = kᵀv, z = Σ k, o = (q S) / (q z + ε), and
+    ȯ = (q̇S + qṠ − o (q̇z + qż)) / (q z + ε),  Ṡ = k̇ᵀv + kᵀv̇,  ż = Σ k̇.
+    """
+    (q, tq), (k, tk), (v, tv) = (tuple(_heads(t, heads) for t in p) for p in (q, k, v))
+    tq, tk = (None if t is None else t * (p > 0) for p, t in ((q, tq), (k, tk)))
+    q, k = F.relu(q), F.relu(k)
+    state, total = k.mT @ v, k.sum(-2).unsqueeze(-1)
+    scale = 1 / (q @ total + eps)
+    o = (q @ state) * scale
+    to = None
+    with _dual.tangent_scope():
+        if any(t is not None for t in (tq, tk, tv)):
+            numerator = denominator = 0
+            if tq is not None:
+                numerator, denominator = tq @ state, tq @ total
+            if tk is not None or tv is not None:
+                parts = [tk.mT @ v] if tk is not None else []
+                parts += [k.mT @ tv] if tv is not None else []
+                numerator = numerator + q @ sum(parts[1:], parts[0])
+            if tk is not None:
+                denominator = denominator + q @ tk.sum(-2).unsqueeze(-1)
+            to = _merge((numerator - o * denominator) * scale)
+    return _merge(o), to
+
+
+def _heads(x: Tensor | None, heads: int) -> Tensor | None:
+    return None if x is None else x.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _merge(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)
+
+
+def _text_bias(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """The stock additive bias −10000 (1 − mask), as [B, 1, 1, S]; 3-dimensional masks are biases."""
+    if mask is None:
+        return None
+    if mask.ndim == 2:
+        mask = ((1 - mask.to(like.dtype)) * -10000.0)[:, None]
+    return mask[:, None]
+
+
+def _cross_attention(attn: nn.Module, x: Pair, text: Pair, bias: Tensor | None) -> Pair:
+    q = _norm(attn.norm_q, _linear(attn.to_q, x))
+    k = _norm(attn.norm_k, _linear(attn.to_k, text))
+    v = _linear(attn.to_v, text)
+    return _linear(attn.to_out[0], softmax_attention(q, k, v, attn.heads, bias))
+
+
+def softmax_attention(q: Pair, k: Pair, v: Pair, heads: int, bias: Tensor | None) -> Pair:
+    """Softmax attention over pairs q [B, N, H·D], k and v [B, S, H·D], with an additive bias.
+
+    Ȯ = (P∘Ṡ)V − μO + PV̇,  μ = rowsum(P∘Ṡ),  Ṡ = s(Q̇Kᵀ + QK̇ᵀ). The tangent materialises P.
+    """
+    (q, tq), (k, tk), (v, tv) = (tuple(_split_heads(t, heads) for t in p) for p in (q, k, v))
+    bias = None if bias is None else bias.to(q.dtype)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    to = None
+    with _dual.tangent_scope():
+        if any(t is not None for t in (tq, tk, tv)):
+            to = _merge(_attention_tangent(q, k, v, tq, tk, tv, o, bias))
+    return _merge(o), to
+
+
+def _split_heads(x: Tensor | None, heads: int) -> Tensor | None:
+    return None if x is None else x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _attention_tangent(
+    q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None,
+    o: Tensor, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    s = q.shape[-1] ** -0.5
+    logits = (q * s) @ k.mT
+    p = torch.softmax(logits if bias is None else logits + bias, -1)
+    to = 0 if tv is None else p @ tv
+    if tq is None and tk is None:
+        return to
+    parts = [(tq * s) @ k.mT] if tq is not None else []
+    parts += [(q * s) @ tk.mT] if tk is not None else []
+    weighted = p * sum(parts[1:], parts[0])
+    return to + weighted @ v - weighted.sum(-1, keepdim=True) * o
+
+
+def _gated_conv(ff: nn.Module, x: Pair, grid: tuple[int, int]) -> Pair:
+    """GLUMBConv on tokens: a 1×1 convolution is a linear map, and tokens are channels-last pixels."""
+    a = linear_jvp(x[0], ff.conv_inverted.weight.flatten(1), ff.conv_inverted.bias, x[1])
+    y = conv_glu(a, ff.conv_depth.weight, ff.conv_depth.bias, grid)
+    return linear_jvp(y[0], ff.conv_point.weight.flatten(1), None, y[1])
+
+
+def conv_glu(a: Pair, weight: Tensor, bias: Tensor, grid: tuple[int, int]) -> Pair:
+    """SiLU → depthwise 3×3 → GLU on tokens [B, N, 2K], to [B, N, K].
+
+    u = silu(a), c = conv(u) + b, y = c₁ silu(c₂);
+    u̇ = silu′(a) ȧ, ċ = conv(u̇), ẏ = ċ₁ silu(c₂) + c₁ silu′(c₂) ċ₂.
+    """
+    a, ta = a
+    c1, c2 = _depthwise(F.silu(a), weight, bias, grid).chunk(2, dim=-1)
+    s = F.silu(c2)
+    y, ty = c1 * s, None
+    with _dual.tangent_scope():
+        if ta is not None:
+            tc1, tc2 = _depthwise(_silu_slope(a) * ta, weight, None, grid).chunk(2, dim=-1)
+            ty = tc1 * s + c1 * _silu_slope(c2) * tc2
+    return y, ty
+
+
+def _silu_slope(x: Tensor) -> Tensor:
+    """silu′(x) = σ (1 + x (1 − σ))."""
+    sigma = torch.sigmoid(x)
+    return sigma * (1 + x * (1 - sigma))
+
+
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int]) -> Tensor:
+    pixels = x.unflatten(1, grid).permute(0, 3, 1, 2)
+    y = F.conv2d(pixels, weight, bias, padding=1, groups=len(weight))
+    return y.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _patch(model: nn.Module) -> int:
+    return model.config.patch_size
+
+
+def _patch_embed(model: nn.Module, x: Tensor, tx: Tensor | None) -> Pair:
+    """Patch embedding is affine: its tangent is the convolution without bias and positions."""
+    y = model.patch_embed(x)
+    dtype = torch.promote_types(y.dtype, model.scale_shift_table.dtype)
+    ty = None
+    if tx is not None:
+        with _dual.tangent_scope():
+            projection = model.patch_embed.proj
+            ty = F.conv2d(tx, projection.weight, None, projection.stride)
+            ty = ty.flatten(2).transpose(1, 2).to(dtype)
+    return y.to(dtype), ty
+
+
+def _unpatchify(model: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens [B, N, p·p·C] to images [B, C, H·p, W·p]."""
+    p = _patch(model)
+    x = x.reshape(len(x), *grid, p, p, -1).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(len(x), -1, grid[0] * p, grid[1] * p)

@@ -1,0 +1,77 @@
+"""Static audit of the Triton kernels: compile every shipped config without a GPU and read its cubin."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel to compile: the type of each argument, None for one that is absent."""
+
+    name: str
+    kernel: Any
+    arguments: dict[str, str | None]
+    constants: dict[str, int]
+    warps: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a case."""
+
+    name: str
+    architecture: int
+    registers: int
+    spilled: int
+    """Bytes of stack plus local-memory loads and stores."""
+    shared: int
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel of every op at the widths of SANA and of the built-in case."""
+    from tbcm_kernels.adaln import triton as adaln
+    from tbcm_kernels.rms_norm import triton as rms_norm
+
+    for module in (adaln, rms_norm):
+        yield from module.audit_cases()
+
+
+def compile_case(case: Case, architecture: int) -> Report:
+    """Compile for one GPU generation and count registers, spills and shared memory."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {k: None for k, v in case.arguments.items() if v is None} | case.constants
+    signature = {k: v or "constexpr" for k, v in case.arguments.items()}
+    signature |= dict.fromkeys(case.constants, "constexpr")
+    source = ASTSource(case.kernel, signature, constexprs=constants)
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": case.warps})
+    usage = _cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
+    sass = _cuobjdump(compiled.asm["cubin"], "--dump-sass")
+    numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
+    local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    spilled = int(numbers["STACK"]) + int(numbers.get("LOCAL", 0)) + local
+    return Report(case.name, architecture, int(numbers["REG"]), spilled, compiled.metadata.shared)
+
+
+def _cuobjdump(cubin: bytes, what: str) -> str:
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__path__[0]) / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run(
+            [tool, what, file.name], check=True, capture_output=True, text=True
+        ).stdout

@@ -47,15 +47,15 @@ def missing(impl: str) -> str | None:
     return None
 
 
-def refusal(op: str, impl: str, x: Tensor) -> str | None:
-    """Why `impl` cannot run `op` on tensors like x, in one clause; None where it can."""
+def refusal(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why `impl` cannot run `op` on such tensors, in one clause; None where it can."""
     if impl not in OPS[op]:
         return f"{op} has no {impl} implementation"
-    if x.device.type != _DEVICES[impl] and not (impl == "triton" and _interpreted()):
-        return f"it runs on {_DEVICES[impl]} tensors and these are on {x.device.type}"
-    if x.dtype not in _FAST_DTYPES[impl]:
+    if device != _DEVICES[impl] and not (impl == "triton" and _interpreted()):
+        return f"it runs on {_DEVICES[impl]} tensors and these are on {device}"
+    if dtype not in _FAST_DTYPES[impl]:
         names = ", ".join(str(d).removeprefix("torch.") for d in _FAST_DTYPES[impl])
-        return f"it takes {names} and these are {str(x.dtype).removeprefix('torch.')}"
+        return f"it takes {names} and these are {str(dtype).removeprefix('torch.')}"
     return missing(impl)
 
 
@@ -65,21 +65,30 @@ def choose(op: str, impl: str, x: Tensor) -> str:
     Raises:
         ValueError: an unknown `impl`, or an explicit one that cannot run here, with the reason.
     """
+    chosen, reason = _choice(op, impl, x.device.type, x.dtype)
+    if chosen is None:
+        raise ValueError(f"{op}: {reason}.")
+    return chosen
+
+
+@torch._dynamo.assume_constant_result
+def _choice(op: str, impl: str, device: str, dtype: torch.dtype) -> tuple[str | None, str]:
+    """The chosen implementation, or None and why; evaluated once where torch.compile traces."""
     if impl == "reference":
-        return impl
+        return impl, "asked for"
     if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"{op}: impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}.")
+        return None, f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}"
     if impl != "auto":
-        if reason := refusal(op, impl, x):
-            raise ValueError(f"{op}: impl={impl!r} cannot run: {reason}.")
-        return impl
+        reason = refusal(op, impl, device, dtype)
+        return (None, f"impl={impl!r} cannot run: {reason}") if reason else (impl, "asked for")
     for candidate in OPS[op]:
-        if x.device.type == _DEVICES[candidate] and refusal(op, candidate, x) is None:
+        if device == _DEVICES[candidate] and refusal(op, candidate, device, dtype) is None:
             _notice_unproved(candidate)
-            return candidate
-    if OPS[op]:
-        _notice_fallback(op, x.device.type, x.dtype)
-    return "reference"
+            return candidate, "available"
+    reasons = "; ".join(f"{i}: {refusal(op, i, device, dtype)}" for i in OPS[op])
+    if reasons:
+        _notice_fallback(op, device, dtype, reasons)
+    return "reference", reasons or "PyTorch's own GEMM is the implementation"
 
 
 def implementation(op: str, impl: str) -> ModuleType:
@@ -112,26 +121,22 @@ def _notice_unproved(impl: str) -> None:
 
 
 @functools.cache
-def _notice_fallback(op: str, device: str, dtype: torch.dtype) -> None:
-    reasons = "; ".join(
-        f"{i}: {refusal(op, i, torch.empty(0, dtype=dtype, device=device))}" for i in OPS[op]
-    )
+def _notice_fallback(op: str, device: str, dtype: torch.dtype, reasons: str) -> None:
+    name = str(dtype).removeprefix("torch.")
     warnings.warn(
-        f"tbcm_kernels.{op} runs its plain PyTorch reference for {device} {dtype} ({reasons}).",
+        f"tbcm_kernels.{op} runs its plain PyTorch reference for {name} on {device} ({reasons}).",
         stacklevel=2,
     )
 
 
 def implementations() -> list[tuple[str, str, str]]:
-    """What runs here: a row (op, implementation chosen for fp32, reason) for each op and device."""
+    """What runs here: rows (op, implementation chosen for fp32 on a device, reason)."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return [(op, *_row(op, device)) for op in OPS for device in devices]
-
-
-def _row(op: str, device: str) -> tuple[str, str]:
-    x = torch.empty(0, device=device)
-    for impl in OPS[op]:
-        if x.device.type == _DEVICES[impl] and refusal(op, impl, x) is None:
-            return f"{impl} ({device})", "available"
-    reasons = [f"{i}: {refusal(op, i, x)}" for i in OPS[op]]
-    return f"reference ({device})", "; ".join(reasons) or "PyTorch's own GEMM is the implementation"
+    rows = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for op in OPS:
+            for device in devices:
+                chosen, reason = _choice(op, "auto", device, torch.float32)
+                rows.append((op, f"{chosen} ({device})", reason))
+    return rows

@@ -56,9 +56,15 @@ def guard_levels(op: str) -> None:
     """Raise where PyTorch would drop or garble the tangents of `op`.
 
     Raises:
-        RuntimeError: under nested forward mode, or under `torch.func.grad` and its relatives.
+        RuntimeError: under nested forward mode, under `torch.func.grad` and its relatives, or in a
+            compiled function that is called inside `dual_level()`.
     """
     forward, reverse = _functorch_levels()
+    if torch.compiler.is_compiling() and forward == 0 and fwAD._current_level >= 0:
+        raise RuntimeError(
+            f"tbcm_kernels.{op}: a compiled function loses its tangents inside dual_level(); compile "
+            f"a function that calls torch.func.jvp instead."
+        )
     if forward > 1:
         raise RuntimeError(
             f"tbcm_kernels.{op} supports one level of forward mode, and {forward} are nested here: "

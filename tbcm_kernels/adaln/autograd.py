@@ -61,9 +61,10 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     ]
     chunk = 1 if any(s is not None and s[0][-2:-1] == out.shape[1:2] for s in ctx.shapes) else CHUNK
     gx, gh, *sums = adaln_backward(gout, gy, out, h, gate, scale, *needs, chunk, ctx.eps, ctx.impl)
+    there = (needs[0], needs[1] and gy is not None, needs[2] and gy is not None)
     reduced = [
-        g.sum_to_size(s[0]).to(s[1]) if n and g.numel() else None
-        for g, s, n in zip(sums, ctx.shapes, needs, strict=True)
+        g.sum_to_size(s[0]).to(s[1]) if t else None
+        for g, s, t in zip(sums, ctx.shapes, there, strict=True)
     ]
     gh = None if not ctx.residual else gh if gate is not None else gx
     return gx, gh, *reduced, *[None] * 8

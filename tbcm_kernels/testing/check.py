@@ -1,0 +1,132 @@
+"""Run one case on one implementation and judge every output and gradient."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+import tbcm_kernels
+from tbcm_kernels.testing.cases import Case
+from tbcm_kernels.testing.compare import faults
+
+Values = list[Tensor | None]
+
+
+def check(case: Case, impl: str) -> list[str]:
+    """The faults of `impl` on `case`: outputs, tangents, gradients of the primal."""
+    truth, baseline = _truth(case), _baseline(case)
+    actual = run(case, impl)
+    found = []
+    for name, a, t, b in zip(_names(case), actual, truth, baseline, strict=True):
+        if (a is None) != (t is None):
+            found.append(f"{name}: is {'missing' if a is None else 'there'} and should not be")
+        elif a is not None:
+            found += faults(name, a, t, b, a.dtype)
+    return [f"{case.op}[{case.name}] {impl}: {f}" for f in found]
+
+
+def run(case: Case, impl: str) -> Values:
+    """Outputs, tangents and gradients of one implementation."""
+    function = getattr(tbcm_kernels, f"{case.op}_jvp")
+    with torch.no_grad():
+        pair = function(*case.primals, *case.tangents, eps=case.eps, impl=impl)
+    leaves = [None if p is None else p.detach().requires_grad_() for p in case.primals]
+    outputs = function(*leaves, eps=case.eps, impl=impl)
+    return [*pair, *_gradients(outputs, leaves, _cotangents(case, outputs))]
+
+
+def _names(case: Case) -> list[str]:
+    outputs = ["x'", "y", "tx'", "ty"] if case.op == "adaln" else ["y", "ty"]
+    return outputs + [f"gradient of {a}" for a in case.arguments]
+
+
+def _truth(case: Case) -> Values:
+    reference = _reference(case.op)
+    primals, tangents = _doubles(case.primals), _doubles(case.tangents)
+    exact = _complete(case, reference.forward(*primals, *tangents, case.eps), primals, tangents)
+    leaves = [None if p is None else p.requires_grad_() for p in primals]
+    outputs = reference.forward(*leaves, *[None] * len(leaves), case.eps)
+    outputs = _complete(case, outputs, leaves, [None] * len(leaves))
+    return [*exact, *_gradients(outputs, leaves, _cotangents(case, outputs))]
+
+
+def _baseline(case: Case) -> Values:
+    """The reference on the inputs as they are: fp32 arithmetic, rounding at the stores."""
+    reference = _reference(case.op)
+    primals, tangents = ([_cpu(v) for v in vs] for vs in (case.primals, case.tangents))
+    exact = _complete(case, reference.forward(*primals, *tangents, case.eps), primals, tangents)
+    plain = reference.forward(*primals, *[None] * len(primals), case.eps)
+    plain = _complete(case, plain, primals, [None] * len(primals))
+    grads = _backward(case, primals, plain, _cotangents(case, plain), reference)
+    grads = [
+        None if p is None else g.to(p.dtype) for g, p in zip(grads, case.primals, strict=True)
+    ]
+    return [None if o is None else o.double() for o in (*exact, *grads)]
+
+
+def _cpu(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().cpu()
+
+
+def _backward(
+    case: Case, primals: Values, outputs: Values, cotangents: Values,
+    reference: ModuleType,
+) -> Values:  # fmt: skip
+    if case.op == "rms_norm":
+        x, weight = primals
+        gx, gw = reference.backward(cotangents[0], x, weight, weight is not None, 1, case.eps)
+        return [gx, None if gw is None else gw.sum(0)]
+    _, h, gate, scale, shift = primals
+    needs = [m is not None for m in (gate, scale, shift)]
+    gout = cotangents[0] if h is not None else None
+    gx, gh, *sums = reference.backward(
+        gout, cotangents[1], outputs[0], h, gate, scale, *needs, 1, case.eps
+    )
+    modulations = [
+        None if m is None else s.sum_to_size(m.shape)
+        for s, m in zip(sums, (gate, scale, shift), strict=True)
+    ]
+    return [gx, None if h is None else gx if gate is None else gh, *modulations]
+
+
+def _complete(case: Case, outputs: Sequence[Tensor | None], primals: Values, tangents: Values) -> Values:
+    """adaln without h returns x and its tangent in place of a sum."""
+    if case.op == "adaln" and primals[1] is None:
+        return [primals[0], outputs[1], tangents[0], outputs[3]]
+    return list(outputs)
+
+
+def _gradients(outputs: Sequence[Tensor | None], leaves: Values, cotangents: Values) -> Values:
+    kept = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if c is not None]
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    grads = iter(torch.autograd.grad([o for o, _ in kept], wanted, [c for _, c in kept]))
+    return [None if leaf is None else next(grads) for leaf in leaves]
+
+
+def _cotangents(case: Case, outputs: Sequence[Tensor | None]) -> Values:
+    """The same random cotangents for every implementation, rounded to bf16 so that all agree.
+
+    An output that is an input itself (x' without h) has none.
+    """
+    generator = torch.Generator().manual_seed(1)
+    drawn: Values = []
+    without_sum = case.op == "adaln" and case.primals[1] is None
+    for i, o in enumerate(outputs):
+        if o is None or (without_sum and i == 0):
+            drawn.append(None)
+            continue
+        c = torch.randn(o.shape, generator=generator).to(torch.bfloat16)
+        drawn.append(c.to(o.device, o.dtype))
+    return drawn
+
+
+def _doubles(values: Sequence[Tensor | None]) -> Values:
+    return [None if v is None else v.detach().to("cpu", torch.float64) for v in values]
+
+
+def _reference(op: str) -> ModuleType:
+    return importlib.import_module(f"tbcm_kernels.{op}.reference")

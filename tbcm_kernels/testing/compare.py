@@ -1,0 +1,70 @@
+"""When is a result right? The error of the reference in the documented precision sets the tolerance.
+
+Truth is the reference in fp64 on the same rounded inputs. The baseline is the reference in the
+precision that the op documents: fp32 arithmetic, and rounding at its stores for bf16 and fp16. A
+result passes when its error is that of the baseline up to small factors; there are no absolute
+tolerances. A baseline of n numbers is itself a random draw whose RMS scatters by about 1/√(2n), so
+the factors grow by 2/√n: nothing at real sizes, and enough for tensors of eight elements. Where all
+arithmetic rounds (fp32, fp64), a row's statistics are one draw that its elements share: n counts rows
+then, and a row is granted one unit in the last place of its RMS; where only stores round, a quarter.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RMS, LARGEST, ROW = 1.25, 2.0, 2.0
+
+
+def faults(name: str, actual: Tensor, truth: Tensor, baseline: Tensor, dtype: torch.dtype) -> list[str]:
+    """The sentences that say how `actual` fails the policy; empty where it passes.
+
+    Args:
+        actual: the result, of any floating dtype.
+        truth, baseline: fp64 tensors of the same shape.
+        dtype: the dtype whose rounding the result carries.
+    """
+    if actual.shape != truth.shape:
+        return [f"{name}: shape {list(actual.shape)}, expected {list(truth.shape)}"]
+    truth, baseline = truth.detach(), baseline.detach()
+    actual = actual.detach().to("cpu", torch.float64)
+    if not torch.equal(actual.isfinite(), truth.isfinite()):
+        return [f"{name}: not finite in other places than the truth"]
+    if actual.numel() == 0:
+        return []
+    error, allowed = (torch.nan_to_num(v - truth) for v in (actual, baseline))
+    truth = torch.nan_to_num(truth)
+    rows, rows_allowed, rows_truth = (
+        v.reshape(-1, v.shape[-1] if v.ndim else 1).square().mean(-1).sqrt()
+        for v in (error, allowed, truth)
+    )
+    # An exact baseline (all errors zero) still grants half a unit in the last place.
+    unit, stores_only = torch.finfo(dtype).eps, dtype.itemsize < 4
+    slack = 1 + 2 / (error.numel() if stores_only else rows.numel()) ** 0.5
+    found = []
+    limit = RMS * slack * max(_rms(allowed), 0.5 * unit * _rms(truth))
+    if (e := _rms(error)) > limit:
+        found.append(f"{name}: RMS error {e:.3g} > {limit:.3g}")
+    limit = LARGEST * slack * max(_largest(allowed), 0.5 * unit * _largest(truth))
+    if (e := _largest(error)) > limit:
+        found.append(f"{name}: largest error {e:.3g} > {limit:.3g}")
+    width = error.numel() // rows.numel()
+    row_slack = 1 + 2 / width**0.5
+    granted = (0.25 if stores_only else 1.0) * unit * rows_truth
+    bad = rows > row_slack * (ROW * rows_allowed + granted)
+    if bool(bad.any()):
+        i = int((rows - ROW * rows_allowed).argmax())
+        found.append(
+            f"{name}: {int(bad.sum())} rows too far off, row {i} by {float(rows[i]):.3g} "
+            f"where {float(rows_allowed[i]):.3g} is the baseline's"
+        )
+    return found
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max())

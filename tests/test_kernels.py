@@ -1,0 +1,159 @@
+"""Every implementation of every op, by the error policy, with planted faults that must fail it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tbcm_kernels
+from tbcm_kernels import _dispatch
+from tbcm_kernels.testing.cases import cases
+from tbcm_kernels.testing.check import check, run
+
+pytestmark = pytest.mark.kernels
+OPS = ["adaln", "rms_norm"]
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+# The interpreter truncates where a GPU rounds to bf16, so without a GPU Triton is tested in fp16.
+TRITON_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+COMBINATIONS = [
+    *(("reference", "cpu", d) for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)),
+    *(("cpu", "cpu", d) for d in (torch.float32, torch.bfloat16)),
+    *(("triton", DEVICE, d) for d in TRITON_DTYPES),
+]
+
+
+def _id(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("impl", "device", "dtype"), COMBINATIONS, ids=_id)
+def test_policy(op: str, impl: str, device: str, dtype: torch.dtype) -> None:
+    if impl != "reference" and (reason := _dispatch.missing(impl)):
+        pytest.skip(reason)
+    few = impl == "triton" and not GPU
+    tried = list(cases(op, dtype, device, few))
+    assert len(tried) > 8
+    assert [f for case in tried for f in check(case, impl)] == []
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_deterministic_whatever_the_threads(op: str) -> None:
+    case = next(c for c in cases(op, torch.float32) if "1, 33, 320" in c.name)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            results.append(run(case, "auto"))
+    finally:
+        torch.set_num_threads(before)
+    for a, *others in zip(*results, strict=True):
+        assert all(torch.equal(a, b) for b in others)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("op", OPS)
+def test_tangent_is_linear(op: str, impl: str) -> None:
+    """Powers of two scale the tangent to the bit, and a zero tangent gives exactly zero."""
+    case = next(c for c in cases(op, torch.float32) if c.name == "shape (2, 17, 129)")
+    function = getattr(tbcm_kernels, f"{op}_jvp")
+    outputs = len(run(case, impl)) - len(case.primals)
+
+    def tangents(factor: float) -> list[torch.Tensor]:
+        moved = [None if t is None else t * factor for t in case.tangents]
+        return list(function(*case.primals, *moved, eps=case.eps, impl=impl)[outputs // 2 :])
+
+    for one, four, zero in zip(tangents(1.0), tangents(4.0), tangents(0.0), strict=True):
+        assert torch.equal(four, 4 * one)
+        assert not zero.any()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_inner_products_agree(op: str) -> None:
+    """uᵀ(J t) = (Jᵀu)·t ties the tangent to the gradient, both from the kernels."""
+    case = next(c for c in cases(op, torch.float32) if c.name == "shape (1, 33, 320)")
+    function = getattr(tbcm_kernels, f"{op}_jvp")
+    leaves = [p.clone().requires_grad_() for p in case.primals]
+    values = function(*leaves, *case.tangents, eps=case.eps)
+    half = len(values) // 2
+    torch.manual_seed(3)
+    u = [torch.randn_like(v) for v in values[:half]]
+    forward = sum((a.double() * t.double()).sum() for a, t in zip(u, values[half:], strict=True))
+    grads = torch.autograd.grad(function(*leaves, eps=case.eps)[:half], leaves, u)
+    reverse = sum((g.double() * t.double()).sum() for g, t in zip(grads, case.tangents, strict=True))
+    assert forward.item() == pytest.approx(reverse.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradcheck_with_and_through_the_tangent(op: str) -> None:
+    case = next(c for c in cases(op, torch.float64) if c.name == "shape (3, 7, 31)")
+    function = getattr(tbcm_kernels, f"{op}_jvp")
+    inputs = [v[..., :5].clone().requires_grad_() for v in case.primals + case.tangents]
+    inputs = [v[:2, :2] if v.ndim == 3 else v for v in inputs]
+    inputs = [v.detach().clone().requires_grad_() for v in inputs]
+    torch.autograd.gradcheck(lambda *v: function(*v, eps=case.eps), inputs)
+    half = len(case.primals)
+    torch.autograd.gradcheck(
+        lambda *v: [o for o in function(*v, eps=case.eps) if o is not None], inputs[:half]
+    )
+
+
+def _mutants() -> dict[str, object]:
+    def scaled(values: list) -> None:
+        values[-1].mul_(1.01)
+
+    def shifted(values: list) -> None:
+        values[0].add_(values[0].abs().mean() * 0.01)
+
+    def one_row(values: list) -> None:
+        values[1][0, 0].mul_(1.02)
+
+    def lost_tangent(values: list) -> None:
+        values[3].zero_()
+
+    def not_a_number(values: list) -> None:
+        values[1][-1, -1, -1] = float("nan")
+
+    return {f.__name__: f for f in (scaled, shifted, one_row, lost_tangent, not_a_number)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
+@pytest.mark.parametrize("mutant", _mutants())
+def test_planted_faults_fail(
+    mutant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tbcm_kernels.testing import check as harness
+
+    case = next(c for c in cases("adaln", dtype) if c.name == "shape (1, 33, 320)")
+    assert check(case, "auto") == []
+
+    def broken(*arguments: object) -> list:
+        values = [v.clone() for v in run(*arguments)]
+        _mutants()[mutant](values)
+        return values
+
+    monkeypatch.setattr(harness, "run", broken)
+    assert check(case, "auto") != []
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op: str) -> None:
+    from tbcm_kernels.adaln.autograd import adaln_op
+    from tbcm_kernels.rms_norm.autograd import rms_norm_op
+
+    case = next(c for c in cases(op, torch.float32) if c.name == "shape (3, 7, 31)")
+    leaves = [v.clone().requires_grad_() for v in case.primals]
+    handle = {"adaln": adaln_op, "rms_norm": rms_norm_op}[op]
+    for through, tangents in ((False, [None] * len(leaves)), (True, case.tangents)):
+        torch.library.opcheck(handle, (*leaves, *tangents, case.eps, through, "reference"))
+
+
+def test_inputs_are_never_written() -> None:
+    for op in OPS:
+        case = next(c for c in cases(op, torch.float32) if c.name == "slices of larger buffers")
+        before = [None if v is None else v.clone() for v in case.primals + case.tangents]
+        run(case, "auto")
+        for b, v in zip(before, case.primals + case.tangents, strict=True):
+            assert b is None or torch.equal(b, v)

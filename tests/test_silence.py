@@ -1,0 +1,247 @@
+"""Every way in which PyTorch can lose a tangent gives the right one here, or raises."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor
+
+import tbcm_kernels as tk
+
+B, N, C = 2, 6, 16
+
+
+def _inputs(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor]]:
+    torch.manual_seed(0)
+    shapes = [(B, N, C), (B, N, C), (B, 1, C), (B, 1, C), (B, 1, C), (C,), (C, C)]
+    primals = [torch.randn(s).to(dtype).requires_grad_() for s in shapes]
+    return primals, [torch.randn(s).to(dtype) for s in shapes]
+
+
+def stack(x, h, gate, scale, shift, weight, matrix, impl="auto"):
+    """All three ops in a row; one output."""
+    out, y = tk.adaln(x, h, gate, scale, shift, impl=impl)
+    y = tk.rms_norm(tk.linear(y, matrix), weight, impl=impl)
+    return out + y
+
+
+def _plain(*inputs: Tensor) -> Tensor:
+    """The same in PyTorch, from primitives: F.layer_norm is not right to second order."""
+    x, h, gate, scale, shift, weight, matrix = inputs
+    out = x + gate * h
+    center = out - out.mean(-1, keepdim=True)
+    y = center * torch.rsqrt(center.square().mean(-1, keepdim=True) + 1e-6) * (1 + scale) + shift
+    y = y @ matrix.mT
+    return out + weight * y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def _expected() -> tuple[Tensor, Tensor]:
+    primals, tangents = _inputs(torch.float64)
+    return torch.func.jvp(_plain, tuple(primals), tuple(tangents))
+
+
+def _agrees(pair: tuple[Tensor, Tensor]) -> None:
+    for got, want in zip(pair, _expected(), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_func_jvp() -> None:
+    primals, tangents = _inputs()
+    _agrees(torch.func.jvp(stack, tuple(primals), tuple(tangents)))
+
+
+def test_dual_level() -> None:
+    primals, tangents = _inputs()
+    with fwAD.dual_level():
+        pair = fwAD.unpack_dual(stack(*map(fwAD.make_dual, primals, tangents)))
+    _agrees(pair)
+
+
+def test_func_jvp_with_aux_under_no_grad() -> None:
+    primals, tangents = _inputs()
+    with torch.no_grad():
+        value, tangent, aux = torch.func.jvp(
+            lambda *p: (stack(*p), 2 * p[0].detach()), tuple(primals), tuple(tangents), has_aux=True
+        )
+    _agrees((value, tangent))
+    assert torch.equal(aux, 2 * primals[0]) and not tangent.requires_grad
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("stop", [False, True])
+def test_compile_fullgraph_forward_and_backward(backend: str, stop: bool) -> None:
+    torch._dynamo.reset()
+    primals, tangents = _inputs()
+
+    def both(*values: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(stack, values[:7], values[7:])
+
+    def run(function: object) -> list[Tensor]:
+        value, tangent = function(*primals, *tangents)
+        assert tangent.requires_grad is not stop
+        loss = value.square().sum() + (0 if stop else tangent.square().sum())
+        return [value, tangent, *torch.autograd.grad(loss, primals)]
+
+    compiled = torch.compile(both, fullgraph=True, backend=backend)
+    if stop:
+        with tk.stop_tangent_gradient():
+            got, want = run(compiled), run(both)
+    else:
+        got, want = run(compiled), run(both)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_function_inside_dual_level_keeps_the_tangent_or_raises() -> None:
+    """PyTorch itself drops the tangent here (pytorch#187284), so the door refuses."""
+    torch._dynamo.reset()
+    primals, tangents = _inputs()
+    compiled = torch.compile(stack, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*primals), stack(*primals))  # compiled before, outside
+    with fwAD.dual_level(), pytest.raises(Exception, match="dual_level"):
+        compiled(*map(fwAD.make_dual, primals, tangents))
+
+
+def test_dual_level_inside_a_compiled_function_keeps_the_tangent_or_raises() -> None:
+    torch._dynamo.reset()
+    primals, tangents = _inputs()
+
+    def both(*values: Tensor) -> tuple[Tensor, Tensor]:
+        with fwAD.dual_level():
+            return tuple(fwAD.unpack_dual(stack(*map(fwAD.make_dual, values[:7], values[7:]))))
+
+    try:
+        pair = torch.compile(both, fullgraph=True, backend="aot_eager")(*primals, *tangents)
+    except Exception as refusal:
+        assert "dual_level" in str(refusal)
+    else:
+        _agrees(pair)
+
+
+def test_gradient_through_the_tangent_is_exact() -> None:
+    primals, tangents = _inputs()
+    want_primals, want_tangents = _inputs(torch.float64)
+    got = _gradients_of_both(stack, primals, tangents)
+    want = _gradients_of_both(_plain, want_primals, want_tangents)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3)
+
+
+def _gradients_of_both(f: object, primals: list[Tensor], tangents: list[Tensor]) -> tuple:
+    value, tangent = torch.func.jvp(f, tuple(primals), tuple(tangents))
+    return torch.autograd.grad(value.sum() + tangent.square().sum(), primals)
+
+
+def test_stop_tangent_gradient_gives_the_gradient_of_the_value_alone() -> None:
+    primals, tangents = _inputs()
+    with tk.stop_tangent_gradient():
+        value, tangent = torch.func.jvp(stack, tuple(primals), tuple(tangents))
+    assert not tangent.requires_grad
+    got = torch.autograd.grad(value.sum(), primals)
+    want = torch.autograd.grad(stack(*primals).sum(), primals)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_stop_tangent_gradient_saves_nothing_for_the_tangent() -> None:
+    primals, tangents = _inputs()
+
+    def saved(run: object) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = run()
+        del out
+        return sum(sizes.values())
+
+    def dual() -> object:
+        return torch.func.jvp(stack, tuple(primals), tuple(tangents))
+
+    plain = saved(lambda: stack(*primals))
+    with tk.stop_tangent_gradient():
+        assert saved(dual) == plain
+    assert saved(dual) > plain
+
+
+def test_vmap_over_tangents() -> None:
+    primals, _ = _inputs()
+    lanes = torch.randn(3, B, N, C)
+
+    def along(t: Tensor) -> Tensor:
+        return torch.func.jvp(lambda x: stack(x, *primals[1:]), (primals[0],), (t,))[1]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PyTorch's slow fallback would warn
+        got = torch.func.vmap(along)(lanes)
+    torch.testing.assert_close(got, torch.stack([along(t) for t in lanes]))
+
+
+def test_checkpoint_of_explicit_pairs() -> None:
+    primals, tangents = _inputs()
+    x, h, *modulations = primals[:5]
+
+    def pair(x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+        return tk.adaln_jvp(x, h, *modulations, *tangents[:5])
+
+    y = torch.utils.checkpoint.checkpoint(pair, x, h, use_reentrant=False)[1]
+    got = torch.autograd.grad(y.sum(), [x, h])
+    want = torch.autograd.grad(pair(x, h)[1].sum(), [x, h])
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def _nested(primals: list[Tensor], tangents: list[Tensor], impl: str) -> Tensor:
+    def first(*p: Tensor) -> Tensor:
+        return torch.func.jvp(lambda *q: stack(*q, impl=impl), p, tuple(tangents))[1]
+
+    return torch.func.jvp(first, tuple(primals), tuple(tangents))[1]
+
+
+def test_nested_forward_mode_raises() -> None:
+    with pytest.raises(RuntimeError, match="one level of forward mode"):
+        _nested(*_inputs(), "auto")
+
+
+def test_nested_forward_mode_raises_under_compile() -> None:
+    torch._dynamo.reset()
+    primals, tangents = _inputs()
+    compiled = torch.compile(lambda *p: _nested(list(p), tangents, "auto"), backend="eager")
+    with pytest.raises(Exception, match="one level of forward mode"):
+        compiled(*primals)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev])
+def test_functional_reverse_mode_raises_with_the_mend(transform: object) -> None:
+    primals, _ = _inputs()
+    with pytest.raises(RuntimeError, match=r"torch\.autograd\.grad"):
+        transform(lambda x: stack(x, *primals[1:]).sum())(primals[0])
+
+
+def test_double_backward_raises() -> None:
+    primals, _ = _inputs()
+    for y in (tk.adaln(*primals[:5])[1], tk.rms_norm(primals[0], primals[5])):
+        (first,) = torch.autograd.grad(y.sum(), primals[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivative"):
+            first.sum().backward()
+
+
+def test_a_tangent_of_the_wrong_shape_raises() -> None:
+    x = torch.randn(B, N, C)
+    with pytest.raises(ValueError, match="tx must match x"):
+        tk.rms_norm_jvp(x, None, x[:, :1])
+    with pytest.raises(ValueError, match="tgate was given without gate"):
+        tk.adaln_jvp(x, x, tgate=x[:, :1])
+
+
+def test_autocast_casts_pairs_alike() -> None:
+    primals, tangents = _inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, ty = tk.linear_jvp(primals[0], primals[6], None, tangents[0])
+    assert y.dtype == ty.dtype == torch.bfloat16

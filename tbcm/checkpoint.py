@@ -1,0 +1,212 @@
+"""Checkpoints written whole or not at all, and the rules for starting and resuming a run.
+
+A checkpoint is `DIR/checkpoints/step-000123/state.pt`. Its folder is filled under a temporary name,
+flushed to disc and renamed, so that a name without `.tmp` is a finished checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+
+from tbcm.config import MAY_CHANGE, TrainConfig, changed_fields
+from tbcm.errors import UserError
+
+TMP = ".tmp"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a failed write (disc full, no permission) into a UserError that names the path."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch.save follows the file's own error with one of its archive.
+        told = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(told, "strerror", None) or str(told).splitlines()[0]
+        raise UserError(
+            f"Cannot write {path}: {reason}; mend that, then continue the run with "
+            "--resume_from_checkpoint latest."
+        ) from error
+
+
+def flush(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty temporary folder that becomes `path`, or vanishes if the body fails."""
+    tmp = path.with_name(path.name + TMP)
+    with writing(path):
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        try:
+            yield tmp
+            for file in (*tmp.rglob("*"), tmp):
+                flush(file)
+        except BaseException:
+            shutil.rmtree(tmp, ignore_errors=True)
+            raise
+        if path.exists():
+            shutil.rmtree(path)
+        tmp.rename(path)
+        flush(path.parent)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    found = (run / "checkpoints").glob("step-*")
+    return sorted(path for path in found if path.name[5:].isdigit())
+
+
+def save(run: Path, step: int, state: dict[str, Any], limit: int | None) -> None:
+    """Write a checkpoint; only then remove the oldest beyond the limit."""
+    path = run / "checkpoints" / f"step-{step:06d}"
+    # Through a Python file, whose error tells why a write failed.
+    with whole_folder(path) as folder, (folder / "state.pt").open("wb") as file:
+        torch.save(state, file)
+    for old in checkpoints(run)[: -limit if limit else 0]:
+        shutil.rmtree(old)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint folder. Raises UserError if it is absent or damaged."""
+    try:
+        return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive raises half a dozen types
+        reason = "it is missing" if not path.exists() else "it is half-written or damaged"
+        raise UserError(
+            f"Cannot read the checkpoint {path}: {reason}; give another, or latest."
+        ) from error
+
+
+def latest(run: Path) -> dict[str, Any] | None:
+    """The newest readable state; None if the run was stopped before its first checkpoint.
+
+    Raises UserError if there is no run, or a run whose checkpoints are gone.
+    """
+    for half in (run / "checkpoints").glob(f"step-*{TMP}"):
+        print(f"Skipping {half}: a checkpoint that was not finished.")
+    for path in reversed(checkpoints(run)):
+        try:
+            return read(path)
+        except UserError:
+            print(f"Skipping {path}: it is half-written or damaged.")
+    if _stopped_early(run):
+        print(f"{run} was stopped before its first checkpoint: starting again from step 0.")
+        return None
+    raise UserError(
+        f"There is no checkpoint in {run / 'checkpoints'}; to start a new run, leave out "
+        "--resume_from_checkpoint."
+    )
+
+
+def _stopped_early(run: Path) -> bool:
+    """True if the run had not yet come to its first checkpoint."""
+    config, metrics = run / "config.yaml", run / "metrics.jsonl"
+    if checkpoints(run) or not config.exists():
+        return False
+    steps = metrics.read_text().count("\n") if metrics.exists() else 0
+    # The first checkpoint follows the metrics of its step.
+    return steps <= yaml.safe_load(config.read_text())["checkpointing_steps"]
+
+
+def open_run(config: TrainConfig) -> dict[str, Any] | None:
+    """Check the run folder and return the state to continue from, None for a start at step 0.
+
+    Raises UserError if the folder cannot be written, holds another run, or has no such checkpoint.
+    """
+    run = Path(config.output_dir)
+    if not config.resume_from_checkpoint:
+        _claim(run)
+        return None
+    state = _resumed_state(run, config.resume_from_checkpoint)
+    if state is not None:
+        _check_same_run(state["config"], config)
+        _set_aside_newer(run, state["step"])
+    else:
+        _check_same_run(yaml.safe_load((run / "config.yaml").read_text()), config)
+    return state
+
+
+def _claim(run: Path) -> None:
+    """Make the folder of a new run; nothing that is there already is touched."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        empty = not any(run.iterdir())
+    except OSError as error:
+        raise _unwritable(run, error.strerror) from error
+    if not empty:
+        raise UserError(
+            f"output_dir {run} is not empty; choose another folder, or continue the run that it "
+            "holds with --resume_from_checkpoint latest."
+        )
+    if not os.access(run, os.W_OK):
+        raise _unwritable(run, "Permission denied")
+
+
+def _unwritable(run: Path, reason: str | None) -> UserError:
+    return UserError(f"Cannot write to output_dir {run}: {reason}; choose another folder.")
+
+
+def _resumed_state(run: Path, name: str) -> dict[str, Any] | None:
+    if name == "latest":
+        return latest(run)
+    inside = run / "checkpoints" / name
+    return read(inside if inside.exists() else Path(name))
+
+
+def _check_same_run(old: dict[str, Any], config: TrainConfig) -> None:
+    """Changed settings are said; those that would make it another run are refused."""
+    for name, (before, now) in changed_fields(old, config).items():
+        if name not in MAY_CHANGE:
+            raise UserError(
+                f"The checkpoint was made with {name} = {before}, not {now}; give the same value "
+                f"(--config {Path(config.output_dir) / 'config.yaml'} gives all of them)."
+            )
+        if name not in ("output_dir", "resume_from_checkpoint"):
+            print(f"Resuming with {name} = {now}; it was {before}.")
+
+
+def _set_aside_newer(run: Path, step: int) -> None:
+    """After going back to an older checkpoint, `latest` must not find the abandoned future."""
+    for path in checkpoints(run):
+        if int(path.name[5:]) > step:
+            aside = path.with_name(path.name + ".replaced")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            print(f"Set aside {path}, newer than step {step}, as {aside.name}.")
+
+
+def kept_metrics(path: Path, step: int) -> list[str]:
+    """The lines of metrics.jsonl up to a step, in order; a torn last line is dropped.
+
+    Raises UserError if a step is missing: the file and the checkpoint do not belong together.
+    """
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = lines[:step]
+    try:
+        complete = [json.loads(line)["step"] for line in kept] == list(range(1, step + 1))
+    except (ValueError, KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise UserError(
+            f"{path} does not hold every step up to {step}, where the checkpoint stands; put it "
+            "back, or resume from an earlier checkpoint."
+        )
+    return kept

@@ -1,0 +1,172 @@
+"""Every setting of a distillation run, in one dataclass read from YAML and the command line.
+
+Names follow diffusers' Sana-Sprint training script where it has them. The defaults are the released
+TBCM settings for SANA 0.6B; `presets/` holds the settings for the built-in teachers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from tbcm.errors import UserError
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass
+class TrainConfig:
+    """Settings of `tbcm train`."""
+
+    output_dir: str
+    """Run folder: config, metrics, checkpoints, samples and the student are written here."""
+    teacher: str | None = None
+    """Name of a built-in teacher ("digits", the default if no other teacher is given)."""
+    pretrained_model_name_or_path: str | None = None
+    """Folder of a flow-matching teacher in the diffusers layout, in place of --teacher."""
+    prompts: str | None = None
+    """Text file with one prompt per line, the only data (built-in teachers bring their own)."""
+    fused: bool = False
+    """Run teacher and student through tbcm_kernels, with one dual pass per step instead of two."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes the GPU if there is one."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """bf16 runs the networks under autocast; weights, optimiser and loss stay in fp32."""
+    seed: int = 0
+    """Seed of every random draw of the run."""
+    resume_from_checkpoint: str | None = None
+    """"latest", or the path of a checkpoint, to continue a run in its own folder."""
+
+    train_batch_size: int = 1
+    """Prompts per step; each gives route_steps − 1 student samples."""
+    max_train_steps: int = 30000
+    """Steps of the whole run."""
+    checkpointing_steps: int = 1000
+    """Steps between two checkpoints; the last step always has one."""
+    checkpoints_total_limit: int | None = None
+    """Keep at most this many checkpoints, removing the oldest (none: keep all)."""
+    validation_steps: int = 1000
+    """Steps between two sample grids; 0 makes one at the end only."""
+    validation_samples: int = 16
+    """Images in a sample grid."""
+    sample_steps: Literal[1, 2, 4] = 1
+    """Sampling steps for the images in a grid."""
+    logging_steps: int = 50
+    """Steps between two printed lines when the output is not a terminal."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate, used as it stands: never rescaled by the batch size."""
+    lr_scheduler: Literal["constant", "linear", "cosine", "constant_then_linear"] = "constant"
+    """Shape after the warm-up; constant_then_linear decays to 0 over the second half."""
+    lr_warmup_steps: int = 5000
+    """Steps over which the learning rate rises linearly from 0."""
+    adam_beta1: float = 0.9
+    """AdamW β₁."""
+    adam_beta2: float = 0.999
+    """AdamW β₂."""
+    adam_weight_decay: float = 0.0
+    """AdamW weight decay."""
+    adam_epsilon: float = 1e-8
+    """AdamW ε."""
+    gradient_clip: float = 0.1
+    """Largest gradient norm applied in a step."""
+    ema_decay: float = 0.0
+    """Decay of the running average of the weights that is saved as the student; 0 is off."""
+    max_skipped_steps: int = 20
+    """Stop after this many non-finite steps in a row; each is skipped and counted."""
+
+    route_steps: int = 16
+    """N, the teacher steps of a trajectory."""
+    flow_shift: float = 2.5
+    """S of the flow shift that spaces the route."""
+    jitter: bool = True
+    """Redraw every time of the route between its neighbours at each step."""
+    scm_cfg_scale: list[float] = field(default_factory=lambda: [4.0, 4.5, 5.0])
+    """Guidance scales; one is drawn per prompt and kept along its trajectory."""
+    filter_latent: str | None = None
+    """File (torch.save of one [C, H, W] latent x0/σ_d): trajectories that end near it are dropped
+    with probability 1 − mse."""
+
+    tangent_warmup_steps: int = 4000
+    """Steps over which r, the weight of the tangent, rises from 0 to 1."""
+    tangent_calm_start: int = 15000
+    """Step at which r begins to fall from 1."""
+    tangent_calm_steps: int = 2000
+    """Steps over which r falls."""
+    tangent_calm_value: float = 0.75
+    """Where r ends; 1 switches the calm-down off."""
+    tangent_norm_constant: float = 0.1
+    """c of ĝ = g / (‖g‖ + c)."""
+    time_weighting: bool = True
+    """Weigh the loss with w(t) = 1/(σ_d tan t)."""
+    log_variance: bool = True
+    """Learn the log-variance of the loss over t with a linear head."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError, naming the field and its range, for the first value out of range."""
+        for says, holds, names in RANGES:
+            for name in names.split():
+                if not _within(getattr(self, name), holds):
+                    raise UserError(f"{name} must be {says}, not {getattr(self, name)}.")
+        if self.teacher and self.pretrained_model_name_or_path:
+            raise UserError("Give --teacher or --pretrained_model_name_or_path, not both.")
+        if not self.pretrained_model_name_or_path:
+            self.teacher = self.teacher or "digits"
+
+    @property
+    def teacher_source(self) -> str:
+        """What `tbcm.models.load_teacher` is asked for."""
+        return self.pretrained_model_name_or_path or self.teacher
+
+    def dump(self) -> str:
+        """The settings as YAML that --config reads."""
+        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+
+
+def _within(value: Any, holds: Callable[[Any], bool]) -> bool:
+    """True if the value, or every item of a non-empty list, is finite and holds; None is unset."""
+    items = value if isinstance(value, list) else [value]
+    return bool(items) and all(v is None or (math.isfinite(v) and holds(v)) for v in items)
+
+
+RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("at least 2", lambda v: v >= 2, "route_steps"),
+    ("at least 1", lambda v: v >= 1, "train_batch_size max_train_steps checkpointing_steps "
+     "checkpoints_total_limit validation_samples logging_steps max_skipped_steps"),
+    ("between 0 and 2**63 − 1", lambda v: 0 <= v < 2**63, "seed"),
+    ("at least 0", lambda v: v >= 0, "validation_steps lr_warmup_steps adam_weight_decay "
+     "tangent_warmup_steps tangent_calm_start tangent_calm_steps"),
+    ("above 0", lambda v: v > 0, "learning_rate adam_epsilon gradient_clip flow_shift "
+     "tangent_norm_constant"),
+    ("at least 0 and below 1", lambda v: 0 <= v < 1, "adam_beta1 adam_beta2 ema_decay"),
+    ("between 0 and 1", lambda v: 0 <= v <= 1, "tangent_calm_value"),
+    ("a list of at least one number, each 0 or more", lambda v: v >= 0, "scm_cfg_scale"),
+]  # fmt: skip
+"""What a value must be (in words and as a test) and the fields it binds."""
+
+MAY_CHANGE = (
+    "output_dir", "fused", "device", "resume_from_checkpoint", "max_train_steps",
+    "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_samples",
+    "sample_steps", "logging_steps", "max_skipped_steps",
+)  # fmt: skip
+"""Settings that a resumed run may change; any other would make it a different run."""
+
+
+def changed_fields(old: dict[str, Any], new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ, as {name: (old, new)}."""
+    pairs = {f.name: (old.get(f.name), getattr(new, f.name)) for f in fields(TrainConfig)}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def read_config(run_dir: str | Path) -> TrainConfig:
+    """The settings of an existing run. Raises UserError if the folder holds no run."""
+    path = Path(run_dir) / "config.yaml"
+    try:
+        return TrainConfig(**yaml.safe_load(path.read_text()))
+    except (OSError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{run_dir} is not a run of `tbcm train`: {path}: {error}.") from error

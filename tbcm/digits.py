@@ -1,0 +1,73 @@
+"""The built-in data: 1797 handwritten digits of 8 × 8 pixels, and prompts that ask for them.
+
+Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
+Repository (CC BY 4.0), as shipped with scikit-learn.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from tbcm.errors import UserError
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+PHRASINGS = (
+    "a handwritten {word}",
+    "the digit {numeral}",
+    "a photo of the number {word}",
+    "handwritten digit {numeral}",
+    "a scan of the digit {word}",
+    "the number {numeral} in ink",
+    "a {word} written by hand",
+    "{word}",
+)
+TEST_SIZE = 360
+SPLIT_SEED = 0
+
+
+@cache
+def load_digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """((train images, train labels), (held-out images, held-out labels)): 1437 and 360 digits.
+
+    Images are [n, 1, 8, 8] fp32 in [−1, 1], labels [n] int64. The split is stratified and fixed by
+    SPLIT_SEED alone, so that no evaluation ever meets a training digit.
+    """
+    from sklearn.datasets import load_digits as load
+    from sklearn.model_selection import train_test_split
+
+    data = load()
+    train, held_out = train_test_split(
+        range(len(data.target)), test_size=TEST_SIZE, stratify=data.target, random_state=SPLIT_SEED
+    )
+    images = torch.from_numpy(data.images).float().unsqueeze(1) / 8 - 1
+    labels = torch.from_numpy(data.target).long()
+    return (images[train], labels[train]), (images[held_out], labels[held_out])
+
+
+def prompts() -> list[tuple[str, int]]:
+    """All (prompt, digit) pairs; consecutive ones ask for the digits in turn."""
+    return [
+        (phrasing.format(word=word, numeral=digit), digit)
+        for phrasing in PHRASINGS
+        for digit, word in enumerate(WORDS)
+    ]
+
+
+def prompt_digit(prompt: str) -> int:
+    """The digit that a prompt asks for, in word or numeral.
+
+    Raises:
+        UserError: the prompt names no digit, or more than one.
+    """
+    pattern = rf"\b({'|'.join(WORDS)}|\d)\b"
+    found = {f.lower() for f in re.findall(pattern, prompt, flags=re.IGNORECASE)}
+    digits = {WORDS.index(f) if f in WORDS else int(f) for f in found}
+    if len(digits) != 1:
+        raise UserError(
+            f"The prompt {prompt!r} must name one digit, as 'a handwritten seven' does."
+        )
+    return digits.pop()

@@ -1,0 +1,50 @@
+"""`tbcm info`: versions, device, and which implementation of each op runs here and why."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import tbcm_kernels
+from tbcm import __version__
+
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate")
+
+
+def show() -> None:
+    """Print both tables."""
+    console = Console()
+    console.print(versions_table(), implementations_table())
+
+
+def versions_table() -> Table:
+    """Versions and the device."""
+    table = Table("what", "version")
+    table.add_row("tbcm", __version__)
+    table.add_row("python", platform.python_version())
+    for package in PACKAGES:
+        table.add_row(package, installed(package))
+    gpu = torch.cuda.is_available()
+    threads = f"CPU, {torch.get_num_threads()} threads"
+    table.add_row("device", torch.cuda.get_device_name() if gpu else threads)
+    return table
+
+
+def implementations_table() -> Table:
+    """One row per op of tbcm_kernels: what runs on this machine, and why."""
+    table = Table("op", "implementation", "reason")
+    for row in tbcm_kernels.implementations():
+        table.add_row(*map(str, row))
+    return table
+
+
+def installed(package: str) -> str:
+    """The version of a package, or "not installed"."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

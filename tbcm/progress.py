@@ -1,0 +1,95 @@
+"""What a run shows while it works, and the metrics it leaves: one JSON line per step."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)  # fmt: skip
+
+from tbcm.checkpoint import flush, kept_metrics, writing
+from tbcm.sampling import write_whole
+
+
+def peak_memory_mb() -> float:
+    """Peak memory of this process: of the GPU if it has been used, else resident."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+class Metrics:
+    """metrics.jsonl: every step once, in order, also after a kill and a resume."""
+
+    def __init__(self, path: Path, step: int):
+        """Keep the lines up to the step that the run continues from."""
+        self.path = path
+        write_whole(path, "".join(f"{line}\n" for line in kept_metrics(path, step)).encode())
+        self.file = path.open("a", buffering=1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a line; a number that is not finite becomes null, as JSON has no NaN."""
+        safe = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in record.items()
+        }
+        with writing(self.path):
+            self.file.write(json.dumps(safe) + "\n")
+
+    def flush(self) -> None:
+        """On disc before the checkpoint that counts on it."""
+        flush(self.path)
+
+
+class Display:
+    """A progress bar on a terminal, one plain line every `every` steps elsewhere."""
+
+    def __init__(self, start: int, total: int, every: int):
+        self.start, self.total, self.every = start, total, every
+        self.began = time.monotonic()
+        self.bar = Progress(
+            BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[says]}"),
+            TextColumn("ETA"), TimeRemainingColumn(), console=Console(),
+        )  # fmt: skip
+        self.live = self.bar.console.is_terminal
+        self.task: TaskID = self.bar.add_task("", total=total, completed=start, says="")
+
+    def __enter__(self) -> Display:
+        if self.live:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live:
+            self.bar.stop()
+
+    def show(self, record: dict[str, Any]) -> None:
+        """One step's record."""
+        says = (
+            f"loss {record['loss']:.5f}  ‖g‖ {record['g_norm']:.3f}  r {record['r']:.2f}  "
+            f"{record['images_per_s']:.1f} images/s  {peak_memory_mb():.0f} MB"
+        )
+        step = record["step"]
+        if self.live:
+            self.bar.update(self.task, completed=step, says=says)
+        elif step % self.every == 0 or step == self.total:
+            left = (time.monotonic() - self.began) / (step - self.start) * (self.total - step)
+            print(f"step {step}/{self.total}  {says}  ETA {left:.0f} s", flush=True)

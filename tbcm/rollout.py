@@ -1,0 +1,96 @@
+"""The teacher's trajectory: prompts and noise in, student samples out, no image anywhere.
+
+Source: TBCM (arXiv 2511.20410) and its released code; tbcm.trigflow has the steps.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tbcm.objective import Net
+from tbcm.trigflow import SIGMA_DATA, to_time
+
+
+class Text(NamedTuple):
+    """Encoded prompts: embeds [P, S, D] and mask [P, S]."""
+
+    embeds: Tensor
+    mask: Tensor
+
+    def repeat(self, n: int) -> Text:
+        """The P prompts n times over, [n·P, ...]."""
+        return Text(*(a.repeat(n, *[1] * (a.ndim - 1)) for a in self))
+
+    def to(self, device: torch.device) -> Text:
+        """The same prompts on a device."""
+        return Text(*(a.to(device) for a in self))
+
+
+class Trajectory(NamedTuple):
+    """Points x and velocities V [N, P, ...] at times t [N], and the end of the path x0 [P, ...]."""
+
+    x: Tensor
+    t: Tensor
+    velocity: Tensor
+    x0: Tensor
+
+
+class Samples(NamedTuple):
+    """A student batch of B = (N − 1)·P points, each with its own prompt, guidance and weight."""
+
+    x: Tensor
+    t: Tensor
+    velocity: Tensor
+    text: Text
+    guidance: Tensor
+    keep: Tensor
+
+
+def guided_velocity(
+    teacher: Net, x: Tensor, t: Tensor, text: Text, null: Text, guidance: Tensor
+) -> Tensor:
+    """V = σ_d [F_∅ + s (F_c − F_∅)], both branches in one batch, each with its own mask.
+
+    x [P, ...], t [P], text of P prompts, null of one empty prompt, guidance s [P].
+    """
+    both = Text(*(torch.cat([n.expand_as(c), c]) for n, c in zip(null, text, strict=True)))
+    out = teacher(x.repeat(2, *[1] * (x.ndim - 1)) / SIGMA_DATA, t.repeat(2), *both)
+    unconditional, conditional = out.chunk(2)
+    s = guidance.reshape(-1, *[1] * (x.ndim - 1))
+    return SIGMA_DATA * (unconditional + s * (conditional - unconditional))
+
+
+@torch.no_grad()
+def rollout(
+    teacher: Net, noise: Tensor, times: Tensor, text: Text, null: Text, guidance: Tensor
+) -> Trajectory:
+    """Follow dx/dt = V from x = noise [P, ...] ~ N(0, σ_d²) along times [N] and on to t = 0."""
+    x, points, velocities = noise, [], []
+    ends = torch.cat([times[1:], times.new_zeros(1)])
+    for t, s in zip(times, ends, strict=True):
+        velocity = guided_velocity(teacher, x, t.expand(len(x)), text, null, guidance)
+        points.append(x)
+        velocities.append(velocity)
+        x = to_time(x, velocity, t, s)
+    return Trajectory(torch.stack(points), times, torch.stack(velocities), x)
+
+
+def keep_mask(x0: Tensor, degenerate: Tensor, uniform: Tensor) -> Tensor:
+    """1 for the trajectories to keep [P]: one near the degenerate latent goes with P = 1 − mse.
+
+    x0 [P, C, H, W] in units of σ_d, degenerate [C, H, W] = x0/σ_d of a failed image, uniform [P].
+    """
+    mse = (x0 / SIGMA_DATA - degenerate).square().flatten(1).mean(1)
+    return (uniform < mse).to(x0.dtype)
+
+
+def student_samples(path: Trajectory, text: Text, guidance: Tensor, keep: Tensor) -> Samples:
+    """All points but the first, which is pure noise: there cos t = 0 and nothing can be learnt."""
+    n, prompts = path.x.shape[0] - 1, path.x.shape[1]
+    return Samples(
+        path.x[1:].flatten(0, 1), path.t[1:].repeat_interleave(prompts),
+        path.velocity[1:].flatten(0, 1), text.repeat(n), guidance.repeat(n), keep.repeat(n),
+    )  # fmt: skip

@@ -1,0 +1,208 @@
+"""Images from a student in a few steps, and from a teacher along its whole trajectory.
+
+Source of the samplers: sCM (arXiv 2410.11081) §3 and SANA-Sprint (arXiv 2503.09641).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tbcm import digits
+from tbcm.config import TrainConfig, read_config
+from tbcm.errors import UserError
+from tbcm.models import Teacher, load_teacher, load_transformer
+from tbcm.text import read_prompts
+from tbcm.trigflow import SAMPLE_TIMES, SIGMA_DATA, TrigFlow, to_time
+
+GRID_COLUMNS = 10
+GRID_ZOOM = 8
+
+
+def consistency_sample(
+    net: TrigFlow,
+    noise: Tensor,
+    text: Tensor,
+    mask: Tensor,
+    guidance: Tensor | None,
+    steps: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """x0/σ_d by x0 = cos t·x − sin t·σ_d F, with fresh noise between the steps.
+
+    Args:
+        net: student, or a teacher to be judged undistilled.
+        noise: [B, C, H, W] of std σ_d, the state at the first time.
+        text: [B, S, D].
+        mask: [B, S].
+        guidance: [B], already times the student's guidance_embeds_scale; None for a teacher.
+        steps: a key of SAMPLE_TIMES.
+        generator: draws the fresh noise, on the device of `noise`.
+
+    Raises:
+        UserError: no times are known for this number of steps.
+    """
+    if steps not in SAMPLE_TIMES:
+        raise UserError(f"There is no {steps}-step sampler; steps is one of {[*SAMPLE_TIMES]}.")
+    x = noise
+    for t, s in pairwise(SAMPLE_TIMES[steps]):
+        now, end = noise.new_full((len(noise),), t), noise.new_zeros(len(noise))
+        x0 = to_time(x, SIGMA_DATA * net(x / SIGMA_DATA, now, text, mask, guidance), now, end)
+        if s == 0:
+            return x0 / SIGMA_DATA
+        fresh = SIGMA_DATA * torch.randn(
+            x.shape, generator=generator, device=x.device, dtype=x.dtype
+        )
+        x = to_time(x0, fresh, end, now.new_full(now.shape, s))
+    raise AssertionError("the times of a sampler end at 0")
+
+
+def trajectory_sample(
+    net: TrigFlow,
+    noise: Tensor,
+    text: Tensor,
+    mask: Tensor,
+    null_text: Tensor,
+    null_mask: Tensor,
+    guidance_scale: float,
+    times: Tensor,
+) -> Tensor:
+    """x0/σ_d at the end of the PF-ODE under CFG, by first-order steps down `times` and then to 0.
+
+    Args:
+        net: teacher.
+        noise: [B, C, H, W] of std σ_d, the state at times[0].
+        text: [B, S, D]; mask: [B, S].
+        null_text: [1, S, D], the null prompt's embedding; null_mask: [1, S], its own mask.
+        guidance_scale: s in V = V_null + s (V_text − V_null); 1 skips the null branch.
+        times: [n], falling, without the final 0.
+    """
+    n = len(noise)
+    null = (null_text.expand(n, -1, -1), null_mask.expand(n, -1))
+    x = noise
+    for t, s in pairwise([*times.to(noise), noise.new_zeros(())]):
+        now = t.expand(n)
+        f = net(x / SIGMA_DATA, now, text, mask)
+        if guidance_scale != 1:
+            f_null = net(x / SIGMA_DATA, now, *null)
+            f = f_null + guidance_scale * (f - f_null)
+        x = to_time(x, SIGMA_DATA * f, now, s.expand(n))
+    return x / SIGMA_DATA
+
+
+@contextmanager
+def _part_of(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, gone afterwards; what fails becomes a UserError."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+    except OSError as e:
+        raise UserError(f"Cannot write {path}: {e.strerror}; choose another place.") from e
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Writes a file whole or not at all, through a temporary name beside it.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    with _part_of(Path(path)) as part:
+        part.write_bytes(data)
+        os.replace(part, path)
+
+
+def check_writable(path: str | Path) -> None:
+    """Learns before long work, and without touching the file, whether `path` can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if Path(path).is_dir():
+        raise UserError(f"Cannot write {path}: it is a folder; give the name of a file.")
+    with _part_of(Path(path)) as part:
+        part.touch()
+
+
+def grid(images: Tensor, path: str | Path) -> None:
+    """Saves images [n, 1 or 3, H, W] in [−1, 1] enlarged in one PNG, GRID_COLUMNS to a row."""
+    tiles = pad(images.clamp(-1, 1), (0, 1, 0, 1))  # a grey line between the images
+    n, c, h, w = tiles.shape
+    rows = -(-n // GRID_COLUMNS)
+    sheet = tiles.new_zeros(rows * GRID_COLUMNS, c, h, w)
+    sheet[:n] = tiles
+    sheet = sheet.unflatten(0, (rows, GRID_COLUMNS)).permute(0, 3, 1, 4, 2)
+    pixels = ((sheet.reshape(rows * h, GRID_COLUMNS * w, c) + 1) * 127.5).round().byte().cpu()
+    picture = Image.fromarray(pixels.squeeze(2).numpy())
+    picture = picture.resize((picture.width * GRID_ZOOM, picture.height * GRID_ZOOM), Image.NEAREST)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    write_whole(path, buffer.getvalue())
+
+
+@dataclass
+class Run:
+    """A finished training: the teacher, the student, and the run's middle guidance scale."""
+
+    teacher: Teacher
+    student: TrigFlow
+    config: TrainConfig
+    scale: float
+
+    def guidance(self, n: int) -> Tensor:
+        """The student's guidance input [n]: guidance_embeds_scale × scale."""
+        return torch.full((n,), self.student.transformer.config.guidance_embeds_scale * self.scale)
+
+
+def load_run(run_dir: str | Path) -> Run:
+    """Opens `config.yaml` and `student/` of a run, and the teacher that the config names.
+
+    Raises:
+        UserError: a part is missing or unreadable.
+    """
+    config = read_config(run_dir)
+    folder = Path(run_dir) / "student"
+    if not folder.is_dir():
+        raise UserError(f"The run {run_dir} holds no student yet; let `tbcm train` finish it.")
+    teacher = load_teacher(config.teacher_source)
+    scales = sorted(config.scm_cfg_scale)
+    student = TrigFlow(load_transformer(folder))
+    return Run(teacher, student, config, scales[len(scales) // 2])
+
+
+@torch.no_grad()
+def sample_run(
+    run_dir: str | Path, steps: int, out: str | Path, prompts_file: str | Path | None, seed: int
+) -> None:
+    """`tbcm sample`: one image per prompt in a grid; without a file, the run's prompts.
+
+    Raises:
+        UserError: an unreadable run or prompts file, or latents that need a VAE to become images.
+    """
+    run = load_run(run_dir)
+    shape = run.teacher.latent_shape
+    if shape[0] not in (1, 3):
+        raise UserError(
+            f"The student in {run_dir} makes latents of {shape[0]} channels, which need a VAE; "
+            "give its student/ folder to diffusers' SanaSprintPipeline as the transformer."
+        )
+    prompts_file = prompts_file or run.config.prompts
+    prompts = read_prompts(prompts_file) if prompts_file else [p for p, _ in digits.prompts()]
+    generator = torch.Generator().manual_seed(seed)
+    noise = SIGMA_DATA * torch.randn(len(prompts), *shape, generator=generator)
+    text, mask = run.teacher.text.encode(prompts)
+    guidance = run.guidance(len(prompts))
+    grid(consistency_sample(run.student, noise, text, mask, guidance, steps, generator), out)

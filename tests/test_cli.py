@@ -1,0 +1,126 @@
+"""The command line: bad input ends in one sentence that names the thing, and exit code 2."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tbcm import cli
+from tbcm.config import TrainConfig
+
+
+def parsed(*argv: str) -> TrainConfig:
+    """The config that a `tbcm train` line makes."""
+    args = cli.parse(["train", *argv]).train
+    return TrainConfig(**cli.settings(args, TrainConfig))
+
+
+def test_built_in_teacher_takes_its_preset_and_the_line_overrides_it():
+    config = parsed("--output_dir", "o", "--teacher", "digits", "--learning_rate", "1e-5")
+    assert (config.route_steps, config.scm_cfg_scale, config.learning_rate) == (8, [1.5], 1e-5)
+    assert config.teacher == "digits" and not config.fused
+
+
+def test_fused_is_a_plain_flag():
+    assert parsed("--output_dir", "o", "--fused").fused
+
+
+def test_other_teacher_takes_the_released_settings():
+    config = parsed("--output_dir", "o", "--pretrained_model_name_or_path", "folder")
+    assert (config.route_steps, config.scm_cfg_scale) == (16, [4.0, 4.5, 5.0])
+
+
+def test_config_file_replaces_the_preset_and_round_trips(tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_text("route_steps: 5\noutput_dir: there\nfused: true\n")
+    config = parsed("--config", str(path), "--seed", "3")
+    assert (config.route_steps, config.output_dir, config.seed) == (5, "there", 3)
+    assert config.fused and config.learning_rate == TrainConfig("x").learning_rate
+    path.write_text(config.dump())
+    assert parsed("--config", str(path)) == config
+
+
+def test_every_field_is_documented(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--help"])
+    assert stop.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for sentence in ("Weigh the loss with w(t)", "Peak learning rate", "one dual pass per step"):
+        assert sentence in said
+
+
+BAD_FILES = {
+    "key.yaml": "lerning_rate: 1\n", "type.yaml": "learning_rate: fast\n", "torn.yaml": "a: [1\n",
+    "empty.txt": "\n \n", "latin.txt": b"\xff\xfe caf\xe9", "long.txt": "seven " * 400,
+    "file": "not a folder",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("", "train,teacher,sample,eval,info"),
+        ("distil", "invalid choice: 'distil'"),
+        ("train", "output_dir"),
+        ("train --output_dir {d}/o --lerning_rate 1", "--lerning_rate"),
+        ("train --output_dir {d}/o --learning_rate fast", '"learning_rate".*fast'),
+        ("train --output_dir {d}/o --learning_rate -1", "learning_rate must be above 0"),
+        ("train --output_dir {d}/o --learning_rate .nan", "learning_rate must be above 0"),
+        ("train --output_dir {d}/o --ema_decay 1", "ema_decay must be at least 0 and below 1"),
+        ("train --output_dir {d}/o --route_steps 1", "route_steps must be at least 2"),
+        ("train --output_dir {d}/o --scm_cfg_scale []", "scm_cfg_scale must be a list"),
+        ("train --output_dir {d}/o --max_train_steps 0", "max_train_steps must be at least 1"),
+        ("train --output_dir {d}/o --seed -1", "seed must be between"),
+        ("train --output_dir {d}/o --sample_steps 3", '"sample_steps".*3'),
+        ("train --output_dir {d}/o --config {d}/none.yaml", "none.yaml"),
+        ("train --output_dir {d}/o --config {d}/key.yaml", "lerning_rate"),
+        ("train --output_dir {d}/o --config {d}/type.yaml", "learning_rate"),
+        ("train --output_dir {d}/o --config {d}/torn.yaml", "torn.yaml"),
+        ("train --output_dir {d}/o --teacher letters", "letters"),
+        ("train --output_dir {d}/o --pretrained_model_name_or_path {d}/none", "none"),
+        ("train --output_dir {d}/o --teacher digits --pretrained_model_name_or_path x", "not both"),
+        ("train --output_dir {d}/o --prompts {d}/none.txt", "none.txt"),
+        ("train --output_dir {d}/o --prompts {d}/empty.txt", "empty.txt"),
+        ("train --output_dir {d}/o --prompts {d}/latin.txt", "latin.txt"),
+        ("train --output_dir {d}/o --prompts {d}/long.txt", "tokens"),
+        ("train --output_dir {d}/o --filter_latent {d}/none.pt", "filter_latent .*none.pt"),
+        ("train --output_dir {d}/file", "output_dir .*file"),
+        ("train --output_dir {d}/file/run", "output_dir .*file/run"),
+        ("train --output_dir {d}", "is not empty"),
+        ("train --output_dir {d}/o --resume_from_checkpoint latest", "no checkpoint"),
+        ("sample {d}/none --out {d}/x.png", "none"),
+        ("eval {d}/none --json {d}/x.json", "none"),
+        ("bench loss --json {d}/x.json", "invalid choice: 'loss'"),
+    ],
+)
+def test_bad_input(line: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name, content in BAD_FILES.items():
+        data = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / name).write_bytes(data)
+    assert cli.main(line.format(d=tmp_path).split()) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("tbcm: error: ")
+    assert re.search(says, error[0]), error[0]
+    assert {p.name for p in tmp_path.iterdir() if p.name != "o"} == set(BAD_FILES)
+    assert not any((tmp_path / "o").glob("*"))
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from tbcm import cli; cli.build_parser(''); exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_preset_is_valid():
+    for path in (Path(cli.__file__).parent / "presets").glob("*.yaml"):
+        TrainConfig("o", **yaml.safe_load(path.read_text()))
+
+
+def test_info_lists_versions_and_ops(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["info"]) == 0
+    said = capsys.readouterr().out
+    assert "torch" in said and "adaln" in said

@@ -1,0 +1,115 @@
+"""The built-in data, the prompts, and the shipped teacher with its text encoder."""
+
+import shutil
+
+import pytest
+import torch
+
+from tbcm import digits
+from tbcm.errors import UserError
+from tbcm.models import Teacher, load_teacher, load_transformer
+from tbcm.teacher import TeacherConfig, save_teacher, train_teacher
+from tbcm.text import read_prompts
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    return load_teacher("digits")
+
+
+def test_split_is_stratified_disjoint_and_free_of_the_global_seed():
+    digits.load_digits.cache_clear()
+    torch.manual_seed(1)
+    (train, labels), (held_out, held_labels) = digits.load_digits()
+    digits.load_digits.cache_clear()
+    torch.manual_seed(2)
+    assert torch.equal(held_out, digits.load_digits()[1][0])
+    assert train.shape == (1437, 1, 8, 8) and held_out.shape == (360, 1, 8, 8)
+    assert train.min() == held_out.min() == -1 and train.max() == held_out.max() == 1
+    assert torch.bincount(labels).min() >= 139 and torch.bincount(held_labels).min() >= 35
+    pixels = torch.cat([train, held_out]).flatten(1).unique(dim=0)
+    assert len(pixels) == 1797  # no digit is in the data twice, so none is in both halves
+
+
+def test_prompts_name_their_digit():
+    pairs = digits.prompts()
+    assert len({prompt for prompt, _ in pairs}) == len(pairs) == 80
+    assert all(digits.prompt_digit(prompt) == digit for prompt, digit in pairs)
+    assert digits.prompt_digit("A big SEVEN") == 7
+    for bad in ("a cat", "one or two", "the number 10"):
+        with pytest.raises(UserError, match="must name one digit"):
+            digits.prompt_digit(bad)
+
+
+def test_prompts_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    with pytest.raises(UserError, match="Cannot read"):
+        read_prompts(path)
+    path.write_bytes(b"\xff\xfe7")
+    with pytest.raises(UserError, match="UTF-8"):
+        read_prompts(path)
+    path.write_text("\n  \n")
+    with pytest.raises(UserError, match="no prompt"):
+        read_prompts(path)
+    path.write_text("a seven\n\n  the digit 7 \n", encoding="utf-8")
+    assert read_prompts(path) == ["a seven", "the digit 7"]
+
+
+def test_text_encoder_pads_right_and_gives_the_null_prompt_its_own_mask(teacher):
+    embeds, mask = teacher.text.encode(["a handwritten seven", "", "Ünseen ☃"])
+    assert embeds.shape == (3, 12, 64) and embeds.dtype == mask.dtype == torch.float32
+    assert mask.sum(1).tolist()[:2] == [4, 1]
+    assert (mask[:, 1:] <= mask[:, :-1]).all()
+    alone, _ = teacher.text.encode(["a handwritten seven"])
+    assert torch.allclose(alone[0, :4], embeds[0, :4], atol=1e-5)
+    with pytest.raises(UserError, match="xylophone"):
+        teacher.text.encode(["a seven", "a xylophone quartz seven"])
+
+
+def test_teacher_folder_round_trips(teacher, tmp_path):
+    assert teacher.latent_shape == (1, 8, 8) and not teacher.transformer.training
+    again = load_transformer(teacher.path / "transformer")
+    save_teacher(tmp_path / "t", again, teacher.text)
+    saved = load_teacher(str(tmp_path / "t"))
+    assert next(saved.transformer.parameters()).dtype == torch.float32
+    for a, b in zip(teacher.transformer.parameters(), saved.transformer.parameters(), strict=True):
+        assert torch.equal(a, b) and not b.requires_grad
+    prompts = [prompt for prompt, _ in digits.prompts()]
+    assert torch.equal(teacher.text.encode(prompts)[0], saved.text.encode(prompts)[0])
+    assert sum(f.stat().st_size for f in teacher.path.rglob("*") if f.is_file()) < 4 * 2**20
+
+
+def test_damaged_and_foreign_teachers_are_refused(teacher, tmp_path):
+    with pytest.raises(UserError, match="no teacher 'nobody'"):
+        load_teacher("nobody")
+    folder = tmp_path / "t"
+    shutil.copytree(teacher.path, folder)
+    config = folder / "transformer" / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"guidance_embeds": false', '"guidance_embeds": true'))
+    with pytest.raises(UserError, match="student"):
+        load_teacher(str(folder))
+    config.write_text(text.replace("SanaTransformer2DModel", "UNet2DModel"))
+    with pytest.raises(UserError, match="UNet2DModel"):
+        load_teacher(str(folder))
+    config.write_text(text)
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UserError, match="Cannot load"):
+        load_teacher(str(folder))
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(UserError, match="lacks tokenizer"):
+        load_teacher(str(folder))
+
+
+def test_training_is_reproducible_and_never_overwrites(tmp_path):
+    def trained(name: str) -> list[torch.Tensor]:
+        torch.rand(1)  # the global state must not matter
+        cfg = TeacherConfig(str(tmp_path / name), max_train_steps=3, train_batch_size=4)
+        return list(load_transformer(train_teacher(cfg) / "transformer").parameters())
+
+    assert all(map(torch.equal, trained("a"), trained("b")))
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b"}
+    with pytest.raises(UserError, match="exists already"):
+        trained("a")
+    with pytest.raises(UserError, match="learning_rate"):
+        TeacherConfig(learning_rate=0)

@@ -1,0 +1,183 @@
+"""Kill, resume, damage: a continued run is the run that was never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tbcm import checkpoint
+from tbcm.config import TrainConfig
+from tbcm.errors import UserError
+from tbcm.train import train
+
+QUICK = {
+    "train_batch_size": 1, "route_steps": 3, "lr_warmup_steps": 3, "learning_rate": 1e-3,
+    "tangent_warmup_steps": 4, "scm_cfg_scale": [1.0, 1.5], "ema_decay": 0.9,
+    "checkpointing_steps": 3, "validation_steps": 0, "validation_samples": 2,
+}  # fmt: skip
+
+
+def settings(out: Path, steps: int = 8, resume: str | None = None, **more: object) -> TrainConfig:
+    """A quick run; the schedule does not depend on its length."""
+    return TrainConfig(
+        str(out), max_train_steps=steps, resume_from_checkpoint=resume, **{**QUICK, **more}
+    )
+
+
+def losses(run: Path) -> list[float]:
+    """All losses of metrics.jsonl, which must hold every step once and in order."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 8 steps, checkpoints at 3, 6 and 8, that nothing interrupted."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(settings(run))
+    return run
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    """A copy of that run to do harm to."""
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def test_kill_9_and_resume_gives_the_same_losses(tmp_path: Path):
+    """In the fused mode, which is the one that long runs use; the other tests run plain."""
+    run, config = tmp_path / "run", tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(QUICK))
+    command = [sys.executable, "-m", "tbcm", "train", "--config", str(config)]
+    process = subprocess.Popen(
+        [*command, "--output_dir", str(run), "--max_train_steps", "5000", "--fused"],
+        stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        while not (run / "checkpoints/step-000003").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.2)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    steps = (run / "metrics.jsonl").read_text().count("\n") + 5
+    train(settings(run, steps, "latest", fused=True))
+    train(settings(tmp_path / "straight", steps, fused=True))
+    assert losses(run) == losses(tmp_path / "straight")
+    ends = [
+        torch.load(r / f"checkpoints/step-{steps:06d}/state.pt", weights_only=True)
+        for r in (run, tmp_path / "straight")
+    ]
+    for name, weight in ends[0]["student"].items():
+        assert torch.equal(weight, ends[1]["student"][name])
+
+
+def test_half_written_checkpoints_are_skipped_with_a_sentence(
+    whole: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+):
+    states = copy / "checkpoints"
+    (states / "step-000008" / "state.pt").write_bytes(b"torn")
+    (states / "step-000009.tmp").mkdir()
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    train(settings(copy, resume="latest"))
+    said = capsys.readouterr().out
+    assert "step-000009.tmp: a checkpoint that was not finished" in said
+    assert "step-000008: it is half-written or damaged" in said
+    assert losses(copy) == losses(whole)
+
+
+def test_going_back_sets_the_newer_checkpoints_aside(whole: Path, copy: Path):
+    train(settings(copy, resume=str(copy / "checkpoints" / "step-000003")))
+    assert losses(copy) == losses(whole)
+    assert (copy / "checkpoints" / "step-000006.replaced" / "state.pt").exists()
+
+
+def test_run_stopped_before_its_first_checkpoint_starts_again(
+    whole: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.rmtree(copy / "checkpoints")
+    metrics = copy / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))
+    train(settings(copy, resume="latest"))
+    assert "stopped before its first checkpoint" in capsys.readouterr().out
+    assert losses(copy) == losses(whole)
+
+
+def test_longer_run_continues_and_says_so(copy: Path, capsys: pytest.CaptureFixture[str]):
+    before = losses(copy)
+    train(settings(copy, steps=9, resume="latest"))
+    assert "Resuming with max_train_steps = 9; it was 8." in capsys.readouterr().out
+    assert losses(copy)[:8] == before and len(losses(copy)) == 9
+
+
+def snapshot(run: Path) -> dict[str, bytes]:
+    """Every file under a folder."""
+    return {str(p): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"resume": None}, "is not empty"),
+        ({"resume": "latest", "learning_rate": 2e-3}, "learning_rate = 0.001, not 0.002"),
+        ({"resume": "step-000099"}, "step-000099: it is missing"),
+    ],
+)
+def test_wrong_start_is_refused_and_touches_nothing(copy: Path, changes: dict, says: str):
+    before = snapshot(copy)
+    with pytest.raises(UserError, match=says):
+        train(settings(copy, **changes))
+    assert snapshot(copy) == before
+
+
+def test_changed_prompts_are_refused(tmp_path: Path):
+    run, prompts = tmp_path / "run", tmp_path / "prompts.txt"
+    prompts.write_text("the digit 3\n")
+    train(settings(run, steps=1, prompts=str(prompts)))
+    prompts.write_text("the digit 4\n")
+    with pytest.raises(UserError, match="prompts are not those of the checkpoint"):
+        train(settings(run, resume="latest", prompts=str(prompts)))
+
+
+def test_latest_without_a_run_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"There is no checkpoint in .*none"):
+        train(settings(tmp_path / "none", resume="latest"))
+
+
+def test_metrics_that_lost_steps_are_refused(copy: Path):
+    (copy / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    with pytest.raises(UserError, match="does not hold every step up to 8"):
+        train(settings(copy, resume="latest"))
+
+
+def test_limit_removes_the_oldest_after_a_save(tmp_path: Path):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, {"step": step}, limit=2)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-000002", "step-000003"]
+
+
+def test_failed_save_leaves_the_older_ones_and_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    checkpoint.save(tmp_path, 1, {"step": 1}, limit=1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="step-000002: No space left on device"):
+        checkpoint.save(tmp_path, 2, {"step": 2}, limit=1)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]

@@ -1,0 +1,162 @@
+"""The training loop on the built-in teacher: what a run leaves, and that it learns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import SanaTransformer2DModel
+
+from tbcm import train as trainer
+from tbcm.config import PRESETS, TrainConfig, read_config
+from tbcm.errors import UserError
+from tbcm.models import load_teacher
+from tbcm.rollout import rollout
+from tbcm.sampling import consistency_sample
+from tbcm.trigflow import SIGMA_DATA, route
+
+
+def settings(out: Path, **changes: object) -> TrainConfig:
+    """A run of a few quick steps."""
+    quick = {
+        "train_batch_size": 2, "route_steps": 4, "max_train_steps": 4, "lr_warmup_steps": 0,
+        "learning_rate": 1e-3, "tangent_warmup_steps": 2, "scm_cfg_scale": [1.5],
+        "validation_samples": 4, "ema_decay": 0.9, "time_weighting": False, "log_variance": False,
+    }  # fmt: skip
+    return TrainConfig(**{"output_dir": str(out), **quick, **changes})
+
+
+def distiller(config: TrainConfig) -> trainer.Distiller:
+    """The parts of a run without its folder."""
+    return trainer.Distiller(config, load_teacher("digits"), trainer.load_prompts(config))
+
+
+def metrics(run: Path) -> list[dict]:
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_run_leaves_all_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = settings(tmp_path / "run", checkpointing_steps=2, validation_steps=2)
+    trainer.train(config)
+    run = tmp_path / "run"
+    made = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
+    assert made >= {
+        "config.yaml", "metrics.jsonl", "loss.png", "student/config.json",
+        "samples/step-000002.png", "samples/step-000004.png",
+        "checkpoints/step-000002/state.pt", "checkpoints/step-000004/state.pt",
+    }  # fmt: skip
+    assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4]
+    assert all(row["loss"] > 0 and row["images_per_s"] > 0 for row in metrics(run))
+    assert [row["r"] for row in metrics(run)] == [0, 0.5, 1, 1]
+    assert read_config(run) == config
+    assert "step 4/4" in capsys.readouterr().out
+
+
+def test_saved_student_has_the_averaged_weights(tmp_path: Path):
+    trainer.train(settings(tmp_path / "run", max_train_steps=3))
+    student = SanaTransformer2DModel.from_pretrained(tmp_path / "run" / "student")
+    assert student.config.guidance_embeds and student.config.guidance_embeds_scale == 0.1
+    state = torch.load(tmp_path / "run/checkpoints/step-000003/state.pt", weights_only=True)
+    shadow = state["ema"]["shadow_params"]
+    for saved, averaged in zip(student.parameters(), shadow, strict=True):
+        assert torch.equal(saved, averaged)
+    assert not torch.equal(student.proj_out.weight, state["student"]["proj_out.weight"])
+
+
+def test_everything_on_at_once(tmp_path: Path):
+    latent = tmp_path / "black.pt"
+    torch.save(torch.full((1, 8, 8), -1.0), latent)
+    config = settings(
+        tmp_path / "run", log_variance=True, time_weighting=True, filter_latent=str(latent),
+        scm_cfg_scale=[1.0, 1.5], jitter=False, lr_scheduler="cosine",
+    )  # fmt: skip
+    parts = distiller(config)
+    rows = [parts.train_step() for _ in range(3)]
+    assert not any(row["skipped"] for row in rows)
+    assert parts.log_variance.linear.weight.abs().max() > 0
+
+
+def test_log_variance_head_is_not_in_the_student(tmp_path: Path):
+    parts = distiller(settings(tmp_path, log_variance=True))
+    fresh = SanaTransformer2DModel.from_config(parts.student.config)
+    assert parts.student.state_dict().keys() == fresh.state_dict().keys()
+
+
+def test_non_finite_step_is_skipped_counted_and_not_applied(tmp_path: Path):
+    parts = distiller(settings(tmp_path, max_skipped_steps=2))
+    parts.train_step()
+    before = [p.detach().clone() for p in parts.parameters]
+    good = parts.forward
+
+    def bad(*args: object):
+        loss, norm = good(*args)
+        return loss * torch.nan, norm
+
+    parts.forward = bad
+    assert parts.train_step()["skipped"]
+    assert all(torch.equal(a, b) for a, b in zip(before, parts.parameters, strict=True))
+    parts.forward = good
+    assert not parts.train_step()["skipped"]
+    assert (parts.skipped, parts.skipped_in_row) == (1, 0)
+    parts.forward = bad
+    parts.train_step()
+    with pytest.raises(UserError, match=r"2 steps in a row.*learning_rate"):
+        parts.train_step()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_bf16_keeps_fp32_weights_and_stays_near_fp32(tmp_path: Path, fused: bool):
+    rows = {}
+    for precision in ("no", "bf16"):
+        config = settings(tmp_path, mixed_precision=precision, fused=fused, tangent_warmup_steps=0)
+        parts = distiller(config)
+        rows[precision] = parts.train_step()
+        assert {p.dtype for p in parts.parameters} == {torch.float32}
+    assert rows["bf16"]["g_norm"] == pytest.approx(rows["no"]["g_norm"], rel=0.1)
+    assert rows["bf16"]["g_norm"] != rows["no"]["g_norm"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
+        ("constant_then_linear", [0.5, 1, 1, 1, 1, 0.5]),
+    ],
+)
+def test_learning_rate(shape: str, expected: list[float]):
+    config = settings(Path(), lr_scheduler=shape, lr_warmup_steps=2, max_train_steps=6)
+    assert [trainer.lr_factor(step, config) for step in range(6)] == expected
+
+
+def test_fused_and_plain_give_the_same_curve(tmp_path: Path):
+    curves = []
+    for fused in (False, True):
+        parts = distiller(settings(tmp_path, fused=fused, tangent_warmup_steps=0))
+        curves.append([parts.train_step() for _ in range(6)])
+    for plain, fused in zip(*curves, strict=True):
+        for key in ("loss", "g_norm", "grad_norm"):
+            assert fused[key] == pytest.approx(plain[key], rel=1e-3), (key, plain["step"])
+
+
+def test_distilling_brings_the_one_step_image_to_the_end_of_the_teachers_path(tmp_path: Path):
+    preset = yaml.safe_load((PRESETS / "digits.yaml").read_text())
+    quick = {"train_batch_size": 4, "route_steps": 6, "ema_decay": 0.0, "output_dir": str(tmp_path)}
+    parts = distiller(TrainConfig(**{**preset, **quick}))
+    noise = SIGMA_DATA * torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    text, scale = parts.text(list(range(32))), torch.full((32,), 1.5)
+    path = rollout(parts.teacher_net, noise, route(30, 2.5).float(), text, parts.null, scale)
+
+    def pair_rmse() -> float:
+        with torch.no_grad():
+            image = consistency_sample(parts.student_net, noise, *text, 0.1 * scale, steps=1)
+        return (image - path.x0 / SIGMA_DATA).square().mean().sqrt().item()
+
+    before = pair_rmse()
+    for _ in range(30):
+        parts.train_step()
+    assert pair_rmse() < 0.75 * before

@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -256,6 +257,8 @@ def report_of(per_seed: list[dict[str, Scores]]) -> dict:
 def show(report: dict) -> None:
     """Prints the table: mean ± standard deviation over the seeds."""
     table = Table(
+        box=box.SIMPLE,  # 80 columns hold it whole
+        pad_edge=False,
         title=f"{report['samples']} images, mean ± spread of {len(report['seeds'])} seeds",
         caption=f"classifier on held-out digits {report['classifier_accuracy']:.3f}, "
         f"floor: fd {report['floor']['fd']:.2f}, fd_teacher {report['floor']['fd_teacher']:.2f}",

@@ -20,9 +20,9 @@ class Text(NamedTuple):
     embeds: Tensor
     mask: Tensor
 
-    def repeat(self, n: int) -> Text:
-        """The P prompts n times over, [n·P, ...]."""
-        return Text(*(a.repeat(n, *[1] * (a.ndim - 1)) for a in self))
+    def each(self, n: int) -> Text:
+        """Every prompt n times in a row, [P·n, ...]."""
+        return Text(*(a.repeat_interleave(n, 0) for a in self))
 
     def to(self, device: torch.device) -> Text:
         """The same prompts on a device."""
@@ -39,7 +39,7 @@ class Trajectory(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """A student batch of B = (N − 1)·P points, each with its own prompt, guidance and weight."""
+    """A student batch of B = P·(N − 1) points, one prompt's points in a row, and the P prompts."""
 
     x: Tensor
     t: Tensor
@@ -49,14 +49,13 @@ class Samples(NamedTuple):
     keep: Tensor
 
 
-def guided_velocity(
-    teacher: Net, x: Tensor, t: Tensor, text: Text, null: Text, guidance: Tensor
-) -> Tensor:
-    """V = σ_d [F_∅ + s (F_c − F_∅)], both branches in one batch, each with its own mask.
+def with_null(text: Text, null: Text) -> Text:
+    """Both branches of guidance in one batch [2P, ...]: the empty prompt P times, then the text."""
+    return Text(*(torch.cat([n.expand_as(c), c]) for n, c in zip(null, text, strict=True)))
 
-    x [P, ...], t [P], text of P prompts, null of one empty prompt, guidance s [P].
-    """
-    both = Text(*(torch.cat([n.expand_as(c), c]) for n, c in zip(null, text, strict=True)))
+
+def guided_velocity(teacher: Net, x: Tensor, t: Tensor, both: Text, guidance: Tensor) -> Tensor:
+    """V = σ_d [F_∅ + s (F_c − F_∅)] for x [P, ...], t [P], guidance s [P], both of `with_null`."""
     out = teacher(x.repeat(2, *[1] * (x.ndim - 1)) / SIGMA_DATA, t.repeat(2), *both)
     unconditional, conditional = out.chunk(2)
     s = guidance.reshape(-1, *[1] * (x.ndim - 1))
@@ -65,13 +64,13 @@ def guided_velocity(
 
 @torch.no_grad()
 def rollout(
-    teacher: Net, noise: Tensor, times: Tensor, text: Text, null: Text, guidance: Tensor
+    teacher: Net, noise: Tensor, times: Tensor, both: Text, guidance: Tensor
 ) -> Trajectory:
     """Follow dx/dt = V from x = noise [P, ...] ~ N(0, σ_d²) along times [N] and on to t = 0."""
     x, points, velocities = noise, [], []
     ends = torch.cat([times[1:], times.new_zeros(1)])
     for t, s in zip(times, ends, strict=True):
-        velocity = guided_velocity(teacher, x, t.expand(len(x)), text, null, guidance)
+        velocity = guided_velocity(teacher, x, t.expand(len(x)), both, guidance)
         points.append(x)
         velocities.append(velocity)
         x = to_time(x, velocity, t, s)
@@ -91,6 +90,7 @@ def student_samples(path: Trajectory, text: Text, guidance: Tensor, keep: Tensor
     """All points but the first, which is pure noise: there cos t = 0 and nothing can be learnt."""
     n, prompts = path.x.shape[0] - 1, path.x.shape[1]
     return Samples(
-        path.x[1:].flatten(0, 1), path.t[1:].repeat_interleave(prompts),
-        path.velocity[1:].flatten(0, 1), text.repeat(n), guidance.repeat(n), keep.repeat(n),
+        path.x[1:].transpose(0, 1).flatten(0, 1), path.t[1:].repeat(prompts),
+        path.velocity[1:].transpose(0, 1).flatten(0, 1), text, guidance.repeat_interleave(n),
+        keep.repeat_interleave(n),
     )  # fmt: skip

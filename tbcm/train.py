@@ -22,7 +22,7 @@ from tbcm.config import TrainConfig
 from tbcm.errors import UserError
 from tbcm.models import Teacher, load_teacher
 from tbcm.progress import Display, Metrics, peak_memory_mb
-from tbcm.rollout import Samples, Text, keep_mask, rollout, student_samples
+from tbcm.rollout import Samples, Text, keep_mask, rollout, student_samples, with_null
 from tbcm.sampling import consistency_sample, grid, write_whole
 from tbcm.student import GUIDANCE_SCALE, build_student
 from tbcm.text import read_prompts
@@ -153,10 +153,12 @@ class Distiller:
             self.parameters += self.log_variance.parameters()
         self.optimizer = make_optimizer(self.parameters, config)
         self.student_pass = objective.one_pass if config.fused else objective.two_passes
+        self.fused = None
         if config.fused:
             import tbcm_kernels
 
-            self.handles = [tbcm_kernels.fuse(net) for net in (transformer, self.student)]
+            self.fused = tbcm_kernels.fuse(transformer)
+            tbcm_kernels.fuse(self.student)
         self.teacher_net, self.student_net = TrigFlow(transformer), TrigFlow(self.student)
         self.route = route(config.route_steps, config.flow_shift)
         self.filter_latent = load_filter(config, teacher)
@@ -218,15 +220,25 @@ class Distiller:
         uniform, text = torch.rand(n, generator=gen), self.text(rows)
         noise, times = noise.to(self.device), times.float().to(self.device)
         with self.autocast():
-            path = rollout(self.teacher_net, noise, times, text, self.null, guidance)
+            path = rollout(self.teacher_net, noise, times, self.guided(text), guidance)
         keep = torch.ones_like(guidance)
         if self.filter_latent is not None:
             keep = keep_mask(path.x0.cpu(), self.filter_latent, uniform).to(self.device)
         return student_samples(path, text, GUIDANCE_SCALE * guidance, keep)
 
+    @torch.no_grad()
+    def guided(self, text: Text) -> Text:
+        """Both branches of guidance; a fused teacher reads them once for the whole route."""
+        both = with_null(text, self.null)
+        if self.fused is None:
+            return both
+        return Text(self.fused.encode_text(both.embeds), both.mask)
+
     def forward(self, samples: Samples, r: float) -> tuple[Tensor, Tensor]:
         """The loss and the mean ‖g‖ of a student batch."""
         x, t, velocity, text, guidance, keep = samples
+        # A fused student reads each prompt once; the stock model wants one text per image.
+        text = text if self.fused else text.each(len(x) // len(text.mask))
         with self.autocast():
             out, jvp = self.student_pass(self.student_net, x, t, velocity, *text, guidance)
         out, jvp = out.float(), jvp.float()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import types
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 FUSED = {
     "diffusers.models.transformers.sana_transformer.SanaTransformer2DModel": "tbcm_kernels.sana",
@@ -19,10 +20,15 @@ class Fused:
     """What `fuse` returns: the model, and the way back."""
 
     model: nn.Module
+    module: types.ModuleType
 
     def undo(self) -> None:
         """Restore the model's own forward; harmless when done already."""
         self.model.__dict__.pop("forward", None)
+
+    def encode_text(self, encoder_hidden_states: Tensor) -> Any:
+        """Text [P, S, D] made ready for all blocks, to be given in its place to many forwards."""
+        return self.module.encode_text(self.model, encoder_hidden_states)
 
     def __enter__(self) -> nn.Module:
         return self.model
@@ -60,4 +66,4 @@ def fuse(model: nn.Module) -> Fused:
     module = importlib.import_module(target)
     module.check(model)
     model.forward = types.MethodType(module.forward, model)
-    return Fused(model)
+    return Fused(model, module)

@@ -7,6 +7,7 @@ added by the `adaln` call that normalises the sum, across block borders too. Und
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,23 @@ from tbcm_kernels.linear import linear_jvp
 from tbcm_kernels.rms_norm import rms_norm_jvp
 
 Pair = tuple[Tensor, Tensor | None]
+
+
+@dataclass
+class FusedText:
+    """Text as the blocks read it: keys and values of every block, for P prompts."""
+
+    keys: list[Pair]
+    values: list[Pair]
+
+
+def encode_text(model: nn.Module, encoder_hidden_states: Tensor) -> FusedText:
+    """Keys and values of the text [P, S, D] for every block, to be reused by many forwards."""
+    projected = model.caption_projection(encoder_hidden_states)
+    text = _split(model.caption_norm(projected.view(len(projected), -1, projected.shape[-1])))
+    attentions = [block.attn2 for block in model.transformer_blocks]
+    keys = [_norm(attn.norm_k, _linear(attn.to_k, text)) for attn in attentions]
+    return FusedText(keys, [_linear(attn.to_v, text) for attn in attentions])
 
 
 def check(model: nn.Module) -> None:
@@ -39,7 +57,7 @@ def check(model: nn.Module) -> None:
 def forward(
     self: nn.Module,
     hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
+    encoder_hidden_states: Tensor | FusedText,
     timestep: Tensor,
     guidance: Tensor | None = None,
     encoder_attention_mask: Tensor | None = None,
@@ -50,8 +68,12 @@ def forward(
 ) -> Any:
     """Arguments and result of the stock forward; any tensor may be a forward-AD dual.
 
+    The text may hold P prompts where the batch holds k·P images: prompt i then serves images i·k to
+    (i+1)·k − 1, and its keys and values are computed once. `Fused.encode_text` computes them ahead.
+
     Raises:
-        ValueError: attention_kwargs, controlnet_block_samples or gradient checkpointing in use.
+        ValueError: attention_kwargs, controlnet_block_samples or gradient checkpointing in use, or
+            a batch that is no multiple of the number of prompts.
     """
     _refuse(self, attention_kwargs, controlnet_block_samples)
     _dual.guard_levels("fuse")
@@ -62,7 +84,13 @@ def forward(
         hidden_dtype=hidden_states.dtype,
         **(conditions or {"batch_size": len(hidden_states)}),
     )
-    text = _split(self.caption_norm(self.caption_projection(encoder_hidden_states)))
+    text = encoder_hidden_states
+    if not isinstance(text, FusedText):
+        text = encode_text(self, text)
+    if len(hidden_states) % len(text.keys[0][0]):
+        raise ValueError(
+            f"fuse: {len(hidden_states)} images are no multiple of {len(text.keys[0][0])} prompts."
+        )
     x = _patch_embed(self, *_split(hidden_states))
     grid = (hidden_states.shape[2] // _patch(self), hidden_states.shape[3] // _patch(self))
     y = _trunk(self, x, text, bias, _split(modulation), _split(embedded), grid)
@@ -85,17 +113,17 @@ def _refuse(model: nn.Module, attention_kwargs: object, controlnet: object) -> N
 
 
 def _trunk(
-    model: nn.Module, x: Pair, text: Pair, bias: Tensor | None, modulation: Pair, embedded: Pair,
+    model: nn.Module, x: Pair, text: FusedText, bias: Tensor | None, modulation: Pair, embedded: Pair,
     grid: tuple[int, int],
 ) -> Pair:  # fmt: skip
     """Blocks, output norm and projection. A block's last residual waits for the next norm."""
     h: Pair = (None, None)
     gate: Pair = (None, None)
-    for block in model.transformer_blocks:
+    for block, k, v in zip(model.transformer_blocks, text.keys, text.values, strict=True):
         shift1, scale1, gate1, shift2, scale2, gate2 = _chunks(block.scale_shift_table, modulation)
         x, y = _adaln(x, h, gate, scale1, shift1, block.norm1.eps)
         x = _gated_sum(x, gate1, _self_attention(block.attn1, y))
-        context = _cross_attention(block.attn2, x, text, bias)
+        context = _cross_attention(block.attn2, x, k, v, bias)
         x, y = _adaln(x, context, (None, None), scale2, shift2, block.norm2.eps)
         h, gate = _gated_conv(block.ff, y, grid), gate2
     both = (embedded[0][:, None], None if embedded[1] is None else embedded[1][:, None])
@@ -128,11 +156,17 @@ def _split(x: Tensor) -> Pair:
 
 def _chunks(table: Tensor, embedded: Pair) -> list[Pair]:
     """The modulations table + embedding, one [B, 1, C] pair for each row of the table [K, C]."""
-    e, te = (None if v is None else v.reshape(v.shape[0], -1, table.shape[1]) for v in embedded)
-    primals = (table[None] + e).chunk(len(table), dim=1)
+    e, te = (_rows_of(v, table) for v in embedded)
+    total = table + e
+    primals = total.chunk(len(table), dim=1)
     if te is None:
         return [(p, None) for p in primals]
-    return list(zip(primals, te.expand_as(table[None] + te).chunk(len(table), dim=1), strict=True))
+    tangents = te.to(total.dtype).expand_as(total).chunk(len(table), dim=1)
+    return list(zip(primals, tangents, strict=True))
+
+
+def _rows_of(embedding: Tensor | None, table: Tensor) -> Tensor | None:
+    return None if embedding is None else embedding.reshape(len(embedding), -1, table.shape[1])
 
 
 def _gated_sum(x: Pair, gate: Pair, h: Pair) -> Pair:
@@ -209,11 +243,12 @@ def _text_bias(mask: Tensor | None, like: Tensor) -> Tensor | None:
     return mask[:, None]
 
 
-def _cross_attention(attn: nn.Module, x: Pair, text: Pair, bias: Tensor | None) -> Pair:
+def _cross_attention(attn: nn.Module, x: Pair, k: Pair, v: Pair, bias: Tensor | None) -> Pair:
     q = _norm(attn.norm_q, _linear(attn.to_q, x))
-    k = _norm(attn.norm_k, _linear(attn.to_k, text))
-    v = _linear(attn.to_v, text)
-    return _linear(attn.to_out[0], softmax_attention(q, k, v, attn.heads, bias))
+    # The images of one prompt queue up as its queries: no copy of its keys and values.
+    shared = tuple(None if t is None else t.reshape(len(k[0]), -1, t.shape[-1]) for t in q)
+    o = softmax_attention(shared, k, v, attn.heads, bias)
+    return _linear(attn.to_out[0], tuple(None if t is None else t.view(q[0].shape) for t in o))
 
 
 def softmax_attention(q: Pair, k: Pair, v: Pair, heads: int, bias: Tensor | None) -> Pair:

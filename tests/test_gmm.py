@@ -47,7 +47,7 @@ def one_step_error(net: nn.Module) -> float:
     """RMSE of the one-step image against the end of the finely integrated path, same noise."""
     noise = SIGMA_DATA * torch.randn(512, 2, generator=torch.Generator().manual_seed(9))
     times = torch.linspace(HALF_PI, 0, 1001)[:-1]
-    end = rollout(exact, noise, times, TEXT.repeat(512), TEXT, torch.ones(512)).x0
+    end = rollout(exact, noise, times, TEXT.each(1024), torch.ones(512)).x0
     t = torch.full((512,), HALF_PI)
     with torch.no_grad():
         image = to_time(noise, SIGMA_DATA * net(noise / SIGMA_DATA, t), t, torch.zeros_like(t))
@@ -59,11 +59,11 @@ def distil(net: nn.Module, steps: int, prompts: int) -> None:
     gen = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.02, steps)
-    text, guidance = TEXT.repeat(prompts), torch.ones(prompts)
+    text, guidance = TEXT.each(2 * prompts), torch.ones(prompts)
     for step in range(steps):
         noise = SIGMA_DATA * torch.randn(prompts, 2, generator=gen)
         times = jittered(route(16, 2.5), gen).float()
-        path = rollout(exact, noise, times, text, TEXT, guidance)
+        path = rollout(exact, noise, times, text, guidance)
         x, t, velocity, *_, keep = student_samples(path, text, guidance, guidance)
         out, jvp = objective.two_passes(net, x, t, velocity)
         r = objective.tangent_weight(step, 50, steps, 1, 1.0)

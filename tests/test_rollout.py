@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tbcm.rollout import Text, guided_velocity, keep_mask, rollout, student_samples
+from tbcm.rollout import (
+    Text,
+    guided_velocity,
+    keep_mask,
+    rollout,
+    student_samples,
+    with_null,
+)
 from tbcm.trigflow import HALF_PI, SIGMA_DATA, like, route
 
 N, P = 6, 3
@@ -25,7 +32,7 @@ def teacher(x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
 def path(guidance: Tensor):
     noise = SIGMA_DATA * torch.randn(P, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     text, null = prompts()
-    return rollout(teacher, noise, route(N, 2.5).float(), text, null, guidance), text
+    return rollout(teacher, noise, route(N, 2.5).float(), with_null(text, null), guidance), text
 
 
 def test_null_prompt_keeps_its_own_mask():
@@ -36,7 +43,7 @@ def test_null_prompt_keeps_its_own_mask():
         return teacher(x, t, text, mask)
 
     text, null = prompts()
-    guided_velocity(spy, torch.zeros(P, 1, 2, 2), torch.ones(P), text, null, torch.ones(P))
+    guided_velocity(spy, torch.zeros(P, 1, 2, 2), torch.ones(P), with_null(text, null), torch.ones(P))
     assert torch.equal(seen[0], torch.cat([null.mask.expand(P, -1), text.mask]))
 
 
@@ -44,7 +51,7 @@ def test_guidance_is_linear_between_the_branches():
     text, null = prompts()
     x, t = torch.ones(P, 1, 2, 2), torch.full((P,), 0.7)
     s = torch.tensor([0.0, 1.0, 4.5])
-    v = guided_velocity(teacher, x, t, text, null, s)
+    v = guided_velocity(teacher, x, t, with_null(text, null), s)
     empty = [a.expand_as(b) for a, b in zip(null, text, strict=True)]
     without = SIGMA_DATA * teacher(x / SIGMA_DATA, t, *empty)
     with_text = SIGMA_DATA * teacher(x / SIGMA_DATA, t, *text)
@@ -68,11 +75,11 @@ def test_samples_drop_pure_noise_and_keep_each_prompt_with_its_point():
     assert len(samples.x) == (N - 1) * P
     assert samples.t.max() < trajectory.t[0]
     for i, p in ((1, 0), (3, 2), (5, 1)):
-        row = (i - 1) * P + p
+        row = p * (N - 1) + i - 1
         assert torch.equal(samples.x[row], trajectory.x[i, p])
         assert torch.equal(samples.velocity[row], trajectory.velocity[i, p])
-        assert torch.equal(samples.text.embeds[row], text.embeds[p])
-        assert torch.equal(samples.text.mask[row], text.mask[p])
+        for every, own in zip(samples.text.each(N - 1), text, strict=True):
+            assert torch.equal(every[row], own[p])
         assert samples.t[row] == trajectory.t[i]
         assert samples.guidance[row] == 0.1 * guidance[p]
         assert samples.keep[row] == (0 if p == 1 else 1)
@@ -97,7 +104,7 @@ def test_gaussian_data_gives_equivalent_noise_of_std_tan_half_t():
     text = Text(torch.zeros(100, 1, 1), torch.ones(100, 1))
     null = Text(torch.zeros(1, 1, 1), torch.ones(1, 1))
     times = torch.linspace(HALF_PI, 0, 1001)[:-1]
-    trajectory = rollout(gaussian, noise, times, text, null, torch.ones(100))
+    trajectory = rollout(gaussian, noise, times, with_null(text, null), torch.ones(100))
     for x, t in zip(trajectory.x[1::100], times[1::100], strict=True):
         z = (x - torch.cos(t) * trajectory.x0) / torch.sin(t)
         ratio = (z.std() / trajectory.x0.std()).item()

@@ -149,7 +149,8 @@ def test_distilling_brings_the_one_step_image_to_the_end_of_the_teachers_path(tm
     parts = distiller(TrainConfig(**{**preset, **quick}))
     noise = SIGMA_DATA * torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(3))
     text, scale = parts.text(list(range(32))), torch.full((32,), 1.5)
-    path = rollout(parts.teacher_net, noise, route(30, 2.5).float(), text, parts.null, scale)
+    both = parts.guided(text)
+    path = rollout(parts.teacher_net, noise, route(30, 2.5).float(), both, scale)
 
     def pair_rmse() -> float:
         with torch.no_grad():

@@ -53,6 +53,7 @@ class OptionalBuild(build_ext):
             ]
             extension.extra_compile_args += [
                 "-std=c++20", "-O3", "-fopenmp-simd", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-unknown-pragmas",
+                "-Wno-psabi",
             ]  # fmt: skip
 
 

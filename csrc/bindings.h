@@ -16,10 +16,21 @@ using Maybe = std::optional<Tensor>;
 
 inline bool is_bf16(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::BFloat16; }
 
+// The first element of a contiguous tensor, or null.
+template <class T>
+T* pointer(const Tensor& x) {
+  return static_cast<T*>(const_cast<void*>(static_cast<const void*>(x.data_ptr())));
+}
+
+template <class T>
+T* pointer(const Maybe& x) {
+  return x ? pointer<T>(*x) : nullptr;
+}
+
 // A [B, N, C] tensor as rows; the Python adapter has made the last stride 1.
 template <class T>
 Rows<T> rows(const Tensor& x) {
-  return {static_cast<T*>(const_cast<void*>(static_cast<const void*>(x.data_ptr()))), x.stride(0), x.stride(1)};
+  return {pointer<T>(x), x.stride(0), x.stride(1)};
 }
 
 template <class T>

@@ -12,6 +12,11 @@ void forward(Tensor x, Maybe h, Maybe gate, Maybe scale, Maybe shift, Maybe tx, 
 void backward(Maybe gout, Maybe gy, Tensor x, Maybe h, Maybe gate, Maybe scale, Tensor gx, Maybe gh, Maybe ggate,
               Maybe gscale, Maybe gshift, int64_t chunk, double eps);
 }  // namespace adaln
+namespace conv_glu {
+void forward(Tensor a, Tensor weight, Maybe bias, Maybe ta, Tensor y, Maybe ty, int64_t height, int64_t width);
+void backward(Tensor gy, Tensor a, Tensor weight, Maybe bias, Tensor ga, Maybe gweight, Maybe gbias, int64_t height,
+              int64_t width);
+}  // namespace conv_glu
 namespace rms_norm {
 void forward(Tensor x, Maybe weight, Maybe tx, Maybe tweight, Tensor y, Maybe ty, double eps);
 void backward(Tensor gy, Tensor x, Maybe weight, Tensor gx, Maybe gweight, int64_t chunk, double eps);
@@ -27,6 +32,12 @@ STABLE_TORCH_LIBRARY(tbcm_cpu, m) {
       "adaln_backward(Tensor? gout, Tensor? gy, Tensor x, Tensor? h, Tensor? gate, Tensor? scale, Tensor(a!) gx, "
       "Tensor(b!)? gh, Tensor(c!)? ggate, Tensor(d!)? gscale, Tensor(e!)? gshift, int chunk, float eps) -> ()");
   m.def(
+      "conv_glu_forward(Tensor a, Tensor weight, Tensor? bias, Tensor? ta, Tensor(a!) y, Tensor(b!)? ty, int height, "
+      "int width) -> ()");
+  m.def(
+      "conv_glu_backward(Tensor gy, Tensor a, Tensor weight, Tensor? bias, Tensor(a!) ga, Tensor(b!)? gweight, "
+      "Tensor(c!)? gbias, int height, int width) -> ()");
+  m.def(
       "rms_norm_forward(Tensor x, Tensor? weight, Tensor? tx, Tensor? tweight, Tensor(a!) y, Tensor(b!)? ty, "
       "float eps) -> ()");
   m.def(
@@ -37,6 +48,8 @@ STABLE_TORCH_LIBRARY(tbcm_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(tbcm_cpu, CPU, m) {
   m.impl("adaln_forward", TORCH_BOX(&tbcm::adaln::forward));
   m.impl("adaln_backward", TORCH_BOX(&tbcm::adaln::backward));
+  m.impl("conv_glu_forward", TORCH_BOX(&tbcm::conv_glu::forward));
+  m.impl("conv_glu_backward", TORCH_BOX(&tbcm::conv_glu::backward));
   m.impl("rms_norm_forward", TORCH_BOX(&tbcm::rms_norm::forward));
   m.impl("rms_norm_backward", TORCH_BOX(&tbcm::rms_norm::backward));
 }

@@ -120,12 +120,10 @@ TBCM_CLONES void backward_chunks_bf16(const Backward<bfloat16>& p, int64_t begin
 void run(const Backward<float>& p, int64_t begin, int64_t end) { backward_chunks_f32(p, begin, end); }
 void run(const Backward<bfloat16>& p, int64_t begin, int64_t end) { backward_chunks_bf16(p, begin, end); }
 
-const float* floats(const Maybe& x) { return x ? static_cast<const float*>(x->data_ptr()) : nullptr; }
-
 template <class T>
 void forward_as(const Tensor& x, const Maybe& weight, const Maybe& tx, const Maybe& tweight, const Tensor& y,
                 const Maybe& ty, double eps) {
-  const Forward<T> p{rows<const T>(x), rows<const T>(tx), floats(weight), floats(tweight), rows<T>(y), rows<T>(ty),
+  const Forward<T> p{rows<const T>(x), rows<const T>(tx), pointer<const float>(weight), pointer<const float>(tweight), rows<T>(y), rows<T>(ty),
                      x.size(1), x.size(2), float(eps)};
   parallel(p.count, p.width, [&](int64_t a, int64_t z) { run(p, a, z); });
 }
@@ -133,7 +131,7 @@ void forward_as(const Tensor& x, const Maybe& weight, const Maybe& tx, const May
 template <class T>
 void backward_as(const Tensor& gy, const Tensor& x, const Maybe& weight, const Tensor& gx, const Maybe& gweight,
                  int64_t chunk, double eps) {
-  const Backward<T> p{rows<const T>(gy), rows<const T>(x), floats(weight), rows<T>(gx), rows<float>(gweight),
+  const Backward<T> p{rows<const T>(gy), rows<const T>(x), pointer<const float>(weight), rows<T>(gx), rows<float>(gweight),
                       x.size(1), x.size(2), chunk, float(eps)};
   parallel((p.count + chunk - 1) / chunk, p.width * chunk, [&](int64_t a, int64_t z) { run(p, a, z); });
 }

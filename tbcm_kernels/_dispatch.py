@@ -23,6 +23,7 @@ _DEVICES = {"triton": "cuda", "cpu": "cpu"}
 OPS: dict[str, tuple[str, ...]] = {
     "adaln": ("triton", "cpu"),
     "rms_norm": ("triton", "cpu"),
+    "conv_glu": ("cpu",),
     "linear": (),
 }
 """The accelerated implementations of each op; every op also has "reference"."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tbcm_kernels import _dual
 from tbcm_kernels.adaln import adaln_jvp
+from tbcm_kernels.conv_glu import conv_glu_jvp
 from tbcm_kernels.linear import linear_jvp
 from tbcm_kernels.rms_norm import rms_norm_jvp
 
@@ -287,39 +288,11 @@ def _attention_tangent(
 
 
 def _gated_conv(ff: nn.Module, x: Pair, grid: tuple[int, int]) -> Pair:
-    """GLUMBConv on tokens: a 1×1 convolution is a linear map, and tokens are channels-last pixels."""
-    a = linear_jvp(x[0], ff.conv_inverted.weight.flatten(1), ff.conv_inverted.bias, x[1])
-    y = conv_glu(a, ff.conv_depth.weight, ff.conv_depth.bias, grid)
-    return linear_jvp(y[0], ff.conv_point.weight.flatten(1), None, y[1])
-
-
-def conv_glu(a: Pair, weight: Tensor, bias: Tensor, grid: tuple[int, int]) -> Pair:
-    """SiLU → depthwise 3×3 → GLU on tokens [B, N, 2K], to [B, N, K].
-
-    u = silu(a), c = conv(u) + b, y = c₁ silu(c₂);
-    u̇ = silu′(a) ȧ, ċ = conv(u̇), ẏ = ċ₁ silu(c₂) + c₁ silu′(c₂) ċ₂.
-    """
-    a, ta = a
-    c1, c2 = _depthwise(F.silu(a), weight, bias, grid).chunk(2, dim=-1)
-    s = F.silu(c2)
-    y, ty = c1 * s, None
-    with _dual.tangent_scope():
-        if ta is not None:
-            tc1, tc2 = _depthwise(_silu_slope(a) * ta, weight, None, grid).chunk(2, dim=-1)
-            ty = tc1 * s + c1 * _silu_slope(c2) * tc2
-    return y, ty
-
-
-def _silu_slope(x: Tensor) -> Tensor:
-    """silu′(x) = σ (1 + x (1 − σ))."""
-    sigma = torch.sigmoid(x)
-    return sigma * (1 + x * (1 - sigma))
-
-
-def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int]) -> Tensor:
-    pixels = x.unflatten(1, grid).permute(0, 3, 1, 2)
-    y = F.conv2d(pixels, weight, bias, padding=1, groups=len(weight))
-    return y.permute(0, 2, 3, 1).flatten(1, 2)
+    """GLUMBConv on tokens: a 1×1 convolution is a linear map on tokens, its weight [O, I, 1, 1]."""
+    a, ta = linear_jvp(x[0], ff.conv_inverted.weight.flatten(1), ff.conv_inverted.bias, x[1])
+    depth = ff.conv_depth
+    y, ty = conv_glu_jvp(a, depth.weight, depth.bias, ta, height=grid[0], width=grid[1])
+    return linear_jvp(y, ff.conv_point.weight.flatten(1), None, ty)
 
 
 def _patch(model: nn.Module) -> int:

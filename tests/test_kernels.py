@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -11,7 +13,13 @@ from tbcm_kernels.testing.cases import cases
 from tbcm_kernels.testing.check import check, run
 
 pytestmark = pytest.mark.kernels
-OPS = ["adaln", "rms_norm"]
+OPS = ["adaln", "conv_glu", "rms_norm"]
+LARGEST = {
+    "adaln": "shape (1, 33, 320)", "conv_glu": "shape (2, 8, 8, 33)", "rms_norm": "shape (1, 33, 320)",
+}  # fmt: skip
+SMALL = {
+    "adaln": "shape (2, 3, 4)", "conv_glu": "shape (1, 1, 1, 4)", "rms_norm": "shape (2, 3, 4)",
+}  # fmt: skip
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 # The interpreter truncates where a GPU rounds to bf16, so without a GPU Triton is tested in fp16.
@@ -30,6 +38,10 @@ def _id(value: object) -> str:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("impl", "device", "dtype"), COMBINATIONS, ids=_id)
 def test_policy(op: str, impl: str, device: str, dtype: torch.dtype) -> None:
+    if impl not in ("reference", *_dispatch.OPS[op]):
+        with pytest.raises(ValueError, match=f"no {impl} implementation"):
+            _dispatch.choose(op, impl, torch.empty(0, dtype=dtype, device=device))
+        return
     if impl != "reference" and (reason := _dispatch.missing(impl)):
         pytest.skip(reason)
     few = impl == "triton" and not GPU
@@ -40,7 +52,7 @@ def test_policy(op: str, impl: str, device: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_deterministic_whatever_the_threads(op: str) -> None:
-    case = next(c for c in cases(op, torch.float32) if "1, 33, 320" in c.name)
+    case = next(c for c in cases(op, torch.float32) if c.name == LARGEST[op])
     before = torch.get_num_threads()
     try:
         results = []
@@ -57,13 +69,13 @@ def test_deterministic_whatever_the_threads(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_tangent_is_linear(op: str, impl: str) -> None:
     """Powers of two scale the tangent to the bit, and a zero tangent gives exactly zero."""
-    case = next(c for c in cases(op, torch.float32) if c.name == "shape (2, 17, 129)")
+    case = next(c for c in cases(op, torch.float32) if c.name == LARGEST[op])
     function = getattr(tbcm_kernels, f"{op}_jvp")
     outputs = len(run(case, impl)) - len(case.primals)
 
     def tangents(factor: float) -> list[torch.Tensor]:
         moved = [None if t is None else t * factor for t in case.tangents]
-        return list(function(*case.primals, *moved, eps=case.eps, impl=impl)[outputs // 2 :])
+        return list(function(*case.primals, *moved, **case.options, impl=impl)[outputs // 2 :])
 
     for one, four, zero in zip(tangents(1.0), tangents(4.0), tangents(0.0), strict=True):
         assert torch.equal(four, 4 * one)
@@ -73,30 +85,28 @@ def test_tangent_is_linear(op: str, impl: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_inner_products_agree(op: str) -> None:
     """uᵀ(J t) = (Jᵀu)·t ties the tangent to the gradient, both from the kernels."""
-    case = next(c for c in cases(op, torch.float32) if c.name == "shape (1, 33, 320)")
+    case = next(c for c in cases(op, torch.float32) if c.name == LARGEST[op])
     function = getattr(tbcm_kernels, f"{op}_jvp")
     leaves = [p.clone().requires_grad_() for p in case.primals]
-    values = function(*leaves, *case.tangents, eps=case.eps)
+    values = function(*leaves, *case.tangents, **case.options)
     half = len(values) // 2
     torch.manual_seed(3)
     u = [torch.randn_like(v) for v in values[:half]]
     forward = sum((a.double() * t.double()).sum() for a, t in zip(u, values[half:], strict=True))
-    grads = torch.autograd.grad(function(*leaves, eps=case.eps)[:half], leaves, u)
+    grads = torch.autograd.grad(function(*leaves, **case.options)[:half], leaves, u)
     reverse = sum((g.double() * t.double()).sum() for g, t in zip(grads, case.tangents, strict=True))
     assert forward.item() == pytest.approx(reverse.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_gradcheck_with_and_through_the_tangent(op: str) -> None:
-    case = next(c for c in cases(op, torch.float64) if c.name == "shape (3, 7, 31)")
+    case = next(c for c in cases(op, torch.float64) if c.name == SMALL[op])
     function = getattr(tbcm_kernels, f"{op}_jvp")
-    inputs = [v[..., :5].clone().requires_grad_() for v in case.primals + case.tangents]
-    inputs = [v[:2, :2] if v.ndim == 3 else v for v in inputs]
-    inputs = [v.detach().clone().requires_grad_() for v in inputs]
-    torch.autograd.gradcheck(lambda *v: function(*v, eps=case.eps), inputs)
+    inputs = [v.detach().clone().requires_grad_() for v in case.primals + case.tangents]
+    torch.autograd.gradcheck(lambda *v: function(*v, **case.options), inputs)
     half = len(case.primals)
     torch.autograd.gradcheck(
-        lambda *v: [o for o in function(*v, eps=case.eps) if o is not None], inputs[:half]
+        lambda *v: [o for o in function(*v, **case.options) if o is not None], inputs[:half]
     )
 
 
@@ -126,7 +136,7 @@ def test_planted_faults_fail(
 ) -> None:
     from tbcm_kernels.testing import check as harness
 
-    case = next(c for c in cases("adaln", dtype) if c.name == "shape (1, 33, 320)")
+    case = next(c for c in cases("adaln", dtype) if c.name == LARGEST["adaln"])
     assert check(case, "auto") == []
 
     def broken(*arguments: object) -> list:
@@ -140,14 +150,12 @@ def test_planted_faults_fail(
 
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op: str) -> None:
-    from tbcm_kernels.adaln.autograd import adaln_op
-    from tbcm_kernels.rms_norm.autograd import rms_norm_op
-
-    case = next(c for c in cases(op, torch.float32) if c.name == "shape (3, 7, 31)")
+    module = importlib.import_module(f"tbcm_kernels.{op}.autograd")
+    case = next(c for c in cases(op, torch.float32) if c.name == SMALL[op])
     leaves = [v.clone().requires_grad_() for v in case.primals]
-    handle = {"adaln": adaln_op, "rms_norm": rms_norm_op}[op]
     for through, tangents in ((False, [None] * len(leaves)), (True, case.tangents)):
-        torch.library.opcheck(handle, (*leaves, *tangents, case.eps, through, "reference"))
+        arguments = (*leaves, *tangents, *case.options.values(), through, "reference")
+        torch.library.opcheck(getattr(module, f"{op}_op"), arguments)
 
 
 def test_inputs_are_never_written() -> None:

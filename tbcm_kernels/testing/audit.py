@@ -1,12 +1,18 @@
-"""Static audit of the Triton kernels: compile every shipped config without a GPU and read its cubin."""
+"""Static audit of the Triton kernels: compile every shipped config without a GPU and read its cubin.
+
+`python -m tbcm_kernels.testing.audit [PATTERN]` prints a JSON line for each config whose name matches
+and each architecture, and exits 1 where one spills or none matches.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +81,22 @@ def _cuobjdump(cubin: bytes, what: str) -> str:
         return subprocess.run(
             [tool, what, file.name], check=True, capture_output=True, text=True
         ).stdout
+
+
+def main(pattern: str = "") -> int:
+    """Audit the configs whose name matches a regular expression; 1 where one spills or none matches."""
+    reports = (
+        compile_case(case, architecture)
+        for case in cases()
+        if re.search(pattern, case.name)
+        for architecture in ARCHITECTURES
+    )
+    spilled = []
+    for report in reports:
+        print(json.dumps(asdict(report)), flush=True)
+        spilled.append(report.spilled > 0)
+    return int(any(spilled) or not spilled)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(*sys.argv[1:2]))

@@ -1,0 +1,74 @@
+// Sixteen floats at a time, through the compiler's vector types: the clones of TBCM_CLONES lower them
+// to one, two or four registers.
+#pragma once
+
+#include "vector.h"
+
+namespace tbcm {
+
+constexpr int64_t LANES = 16;
+typedef float Lanes __attribute__((vector_size(64)));
+typedef int32_t IntLanes __attribute__((vector_size(64)));
+
+TBCM_INLINE Lanes get(const float* p) {
+  Lanes v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+TBCM_INLINE void put(float* p, Lanes v) { std::memcpy(p, &v, sizeof v); }
+
+// The first n lanes of a row of T; the others are zero.
+template <class T>
+TBCM_INLINE Lanes get(const T* p, int64_t n) {
+  float buffer[LANES] = {};
+  if (n == LANES) {
+    for (int64_t i = 0; i < LANES; ++i) buffer[i] = widen(p[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) buffer[i] = widen(p[i]);
+  }
+  return get(buffer);
+}
+
+template <class T>
+TBCM_INLINE void put(T* p, Lanes v, int64_t n) {
+  float buffer[LANES];
+  put(buffer, v);
+  if (n == LANES) {
+    for (int64_t i = 0; i < LANES; ++i) narrow(buffer[i], &p[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) narrow(buffer[i], &p[i]);
+  }
+}
+
+// exp(x) within one unit in the last place for |x| < 87, clamped beyond; a NaN stays a NaN.
+// x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial of degree 7 for exp(r).
+TBCM_INLINE Lanes exponential(Lanes x) {
+  x = x > 87.f ? Lanes{} + 87.f : x;
+  x = x < -87.f ? Lanes{} - 87.f : x;
+  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Lanes n = (x * 1.44269504f + magic) - magic;
+  const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Lanes p = r * (1.f / 5040.f) + 1.f / 720.f;
+  p = p * r + 1.f / 120.f;
+  p = p * r + 1.f / 24.f;
+  p = p * r + 1.f / 6.f;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.f;
+  const IntLanes bits = (__builtin_convertvector(n, IntLanes) + 127) << 23;
+  Lanes power;
+  std::memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+// sigmoid(x) and 1 - sigmoid(x) = sigmoid(-x), the latter without cancellation.
+struct Logistic {
+  Lanes s, rest;
+};
+
+TBCM_INLINE Logistic logistic(Lanes x) {
+  const Lanes e = exponential(-x), s = 1.f / (1.f + e);
+  return {s, e * s};
+}
+
+}  // namespace tbcm

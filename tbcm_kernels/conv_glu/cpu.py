@@ -1,0 +1,50 @@
+"""The C++ CPU kernel of conv_glu (csrc/conv_glu_cpu.cpp): allocates the outputs and calls it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tbcm_kernels import _C  # noqa: F401  (loading it registers the kernels)
+from tbcm_kernels._library import fresh
+from tbcm_kernels.conv_glu import reference
+
+
+def forward(
+    a: Tensor, weight: Tensor, bias: Tensor | None, ta: Tensor | None, tweight: Tensor | None,
+    tbias: Tensor | None, height: int, width: int,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """See reference.forward, which serves the rare tangents of weight and bias."""
+    if tweight is not None or tbias is not None:
+        return reference.forward(a, weight, bias, ta, tweight, tbias, height, width)
+    y = a.new_empty((*a.shape[:2], a.shape[2] // 2))
+    ty = None if ta is None else fresh(y)
+    ta = None if ta is None else ta.contiguous()
+    torch.ops.tbcm_cpu.conv_glu_forward(
+        a.contiguous(), _taps(weight), _floats(bias), ta, y, ty, height, width
+    )
+    return y, ty
+
+
+def backward(
+    gy: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs_weight: bool, needs_bias: bool,
+    height: int, width: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """See reference.backward."""
+    batch, _, channels = a.shape
+    ga = fresh(a)
+    gw = torch.empty(batch, 9, channels, dtype=torch.float32) if needs_weight else None
+    gb = torch.empty(batch, channels, dtype=torch.float32) if needs_bias else None
+    torch.ops.tbcm_cpu.conv_glu_backward(
+        gy.contiguous(), a.contiguous(), _taps(weight), _floats(bias), ga, gw, gb, height, width
+    )
+    return ga, gw, gb
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """[2K, 1, 3, 3] as fp32 rows of taps [9, 2K]."""
+    return weight.flatten(1).to(torch.float32).t().contiguous()
+
+
+def _floats(b: Tensor | None) -> Tensor | None:
+    return None if b is None else b.to(torch.float32).contiguous()

@@ -1,0 +1,110 @@
+"""Public functions of the gated convolution: the middle of GLUMBConv."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tbcm_kernels import _dispatch, _dual
+from tbcm_kernels._library import or_none
+from tbcm_kernels.conv_glu import reference
+from tbcm_kernels.conv_glu.autograd import conv_glu_op
+
+
+def conv_glu(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    height: int,
+    width: int,
+    impl: str = "auto",
+) -> Tensor:
+    """SiLU, depthwise 3×3 convolution, gated linear unit, on tokens.
+
+        u = silu(a),  [c₁; c₂] = conv(u) + bias,  y = c₁ · silu(c₂)
+
+    Args:
+        a: tokens [B, height · width, 2K] in row order, fp32, bf16, fp16 or fp64.
+        weight: [2K, 1, 3, 3], as `torch.nn.Conv2d(2K, 2K, 3, padding=1, groups=2K)` holds it, of
+            any floating dtype.
+        bias: [2K] or None.
+        height, width: the grid of the tokens; beyond its border are zeros.
+        impl: "auto", "cpu" or "reference" (plain PyTorch, differentiable to any order).
+
+    Returns:
+        y [B, height · width, K] of a's dtype.
+
+    Raises:
+        ValueError: a shape or device that does not fit, or an `impl` that cannot run here.
+        RuntimeError: nested forward mode, torch.func.grad, or a double backward.
+
+    Precision: arithmetic in fp32 (fp64 for fp64), rounded once at the end.
+    Cost: reads a and writes y once. Saves a for backward.
+    Source: GLUMBConv of SANA, arXiv 2410.10629.
+    """
+    _check(a, weight, bias, height, width)
+    if impl == "reference":
+        return reference.forward(a, weight, bias, None, None, None, height, width)[0]
+    _dual.guard_levels("conv_glu")
+    primals, tangents = _dual.unpack(a, weight, bias)
+    pair = conv_glu_jvp(*primals, *tangents, height=height, width=width, impl=impl)
+    return _dual.pack(*pair)
+
+
+def conv_glu_jvp(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    ta: Tensor | None = None,
+    tweight: Tensor | None = None,
+    tbias: Tensor | None = None,
+    *,
+    height: int,
+    width: int,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """`conv_glu` with explicit tangents, value and tangent in one pass.
+
+        tc = conv(silu′(a) ta) + conv(u; tweight) + tbias
+        ty = tc₁ · silu(c₂) + c₁ · silu′(c₂) · tc₂
+
+    Args: those of `conv_glu`, then the tangent of each; None is a zero tangent. Tangents of weight
+        and bias run the reference.
+
+    Returns:
+        (y, ty); ty is None where all tangents are, and does not require grad under
+        `stop_tangent_gradient()`.
+
+    Raises: as `conv_glu`; ValueError also for a tangent that does not match its primal.
+
+    Cost: reads a, ta and writes y, ty once. Backward through ty is exact, by differentiating the
+    reference, and then saves all inputs.
+    """
+    _check(a, weight, bias, height, width)
+    tangents = (ta, tweight, tbias)
+    _dual.check_tangents("conv_glu_jvp", a=(a, ta), weight=(weight, tweight), bias=(bias, tbias))
+    if stopped := _dual.tangent_gradient_stopped():
+        tangents = _dual.detached(*tangents)
+    chosen = _dispatch.choose("conv_glu", impl, a)
+    y, ty = conv_glu_op(a, weight, bias, *tangents, height, width, not stopped, chosen)
+    if stopped:
+        ty = ty.detach()
+    return y, or_none(ty, _dual.present(tangents))
+
+
+def _check(a: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -> None:
+    if a.ndim != 3 or a.shape[2] % 2 or a.shape[2] == 0 or not a.dtype.is_floating_point:
+        raise ValueError(f"conv_glu: a must be [B, N, 2K] and floating, got {_dual.describe(a)}.")
+    if height < 1 or width < 1 or a.shape[1] != height * width:
+        raise ValueError(
+            f"conv_glu: height · width must be a's {a.shape[1]} tokens, got {height} · {width}."
+        )
+    if weight.shape != (a.shape[2], 1, 3, 3) or weight.device != a.device:
+        raise ValueError(
+            f"conv_glu: weight must be [{a.shape[2]}, 1, 3, 3] on {a.device}, got "
+            f"{_dual.describe(weight)}."
+        )
+    if bias is not None and (bias.shape != a.shape[2:] or bias.device != a.device):
+        raise ValueError(
+            f"conv_glu: bias must be [{a.shape[2]}] on {a.device}, got {_dual.describe(bias)}."
+        )

@@ -1,0 +1,81 @@
+"""SiLU → depthwise 3×3 → GLU on tokens in plain PyTorch: the definition of correct.
+
+    u = silu(a)         c = conv(u; w) + b             y = c₁ silu(c₂)
+    u̇ = silu′(a) ȧ      ċ = conv(u̇; w) + conv(u; ẇ) + ḃ    ẏ = ċ₁ silu(c₂) + c₁ silu′(c₂) ċ₂
+
+with c = [c₁; c₂] along the channels. `store` marks the one rounding point: y and ẏ at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tbcm_kernels._library import Store, wide
+
+
+def forward(
+    a: Tensor, weight: Tensor, bias: Tensor | None, ta: Tensor | None, tweight: Tensor | None,
+    tbias: Tensor | None, height: int, width: int, store: Store | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """y and ẏ; ẏ is None where no input has a tangent."""
+    store = store or (lambda v: v.to(a.dtype))
+    grid = (height, width)
+    a_, w_, b_, ta_, tw_, tb_ = (wide(v) for v in (a, weight, bias, ta, tweight, tbias))
+    u = F.silu(a_)
+    c1, c2 = depthwise(u, w_, b_, grid).chunk(2, -1)
+    y = c1 * F.silu(c2)
+    terms = []
+    if ta_ is not None:
+        terms.append(depthwise(slope(a_) * ta_, w_, None, grid))
+    if tw_ is not None:
+        terms.append(depthwise(u, tw_, None, grid))
+    if tb_ is not None:
+        terms.append(tb_.expand(*a.shape))
+    if not terms:
+        return store(y), None
+    tc1, tc2 = sum(terms[1:], terms[0]).chunk(2, -1)
+    return store(y), store(tc1 * F.silu(c2) + c1 * slope(c2) * tc2)
+
+
+def backward(
+    gy: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs_weight: bool, needs_bias: bool,
+    height: int, width: int, store: Store | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of a, of weight [B, 9, 2K] and of bias [B, 2K], the last two for each image.
+
+    gc = [gy silu(c₂); gy c₁ silu′(c₂)],  ga = silu′(a) convᵀ(gc),
+    gw[tap] = Σ gc[pixel] u[pixel + tap],  gb = Σ gc.
+    """
+    store = store or (lambda v: v.to(a.dtype))
+    grid = (height, width)
+    a_, w_, b_, gy_ = (wide(v) for v in (a, weight, bias, gy))
+    u = F.silu(a_)
+    c1, c2 = depthwise(u, w_, b_, grid).chunk(2, -1)
+    gc = torch.cat([gy_ * F.silu(c2), gy_ * c1 * slope(c2)], -1)
+    ga = slope(a_) * depthwise(gc, w_.flip(-1, -2), None, grid)
+    gw = None
+    if needs_weight:
+        padded = F.pad(u.unflatten(1, grid), (0, 0, 1, 1, 1, 1))
+        pixels = gc.unflatten(1, grid)
+        taps = [
+            (padded[:, i : i + height, j : j + width] * pixels).sum((1, 2))
+            for i in range(3)
+            for j in range(3)
+        ]
+        gw = torch.stack(taps, 1)
+    return store(ga), gw, gc.sum(1) if needs_bias else None
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int]) -> Tensor:
+    """Depthwise 3×3 convolution with a border of zeros on tokens [B, H·W, C]."""
+    pixels = x.unflatten(1, grid).permute(0, 3, 1, 2)
+    y = F.conv2d(pixels, weight, bias, padding=1, groups=len(weight))
+    return y.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def slope(x: Tensor) -> Tensor:
+    """silu′(x) = σ (1 + x (1 − σ))."""
+    sigma = torch.sigmoid(x)
+    return sigma * (1 + x * (1 - sigma))

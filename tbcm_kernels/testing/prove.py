@@ -1,0 +1,81 @@
+"""Prove the implementations that this machine can run, on all shipped cases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from tbcm_kernels import _dispatch
+from tbcm_kernels.testing.cases import Case, cases
+from tbcm_kernels.testing.check import check, run
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the shipped cases found in one implementation of one op, on one device, in one dtype."""
+
+    op: str
+    impl: str
+    device: str
+    dtype: torch.dtype
+    cases: int
+    faults: list[str]
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        result = f"{len(self.faults)} faults" if self.faults else "passed"
+        return (
+            f"{self.op:<10} {self.impl:<10} {self.device:<5} {dtype:<9} {self.cases:>3} cases  "
+            f"{result}"
+        )
+
+
+def proofs() -> Iterator[Proof]:
+    """Proofs of every op that has a kernel, in each implementation, device and dtype found here."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for op, kernels in _dispatch.OPS.items():
+        for impl in (*kernels, "reference") if kernels else ():
+            for device in devices:
+                for dtype in DTYPES:
+                    if _runs(op, impl, device, dtype):
+                        yield prove(op, impl, device, dtype)
+
+
+def prove(op: str, impl: str, device: str, dtype: torch.dtype) -> Proof:
+    """Run all shipped cases: the error policy of `compare.py`, and the same bits twice.
+
+    Args:
+        op: name of an op that has a kernel, such as "adaln".
+        impl: "cpu", "triton" or "reference".
+        device: "cpu" or "cuda".
+        dtype: of the op's main inputs.
+
+    Returns:
+        The proof; its `faults` is empty where all cases pass.
+    """
+    tried = list(cases(op, dtype, device))
+    found = [fault for case in tried for fault in _faults(case, impl)]
+    return Proof(op, impl, device, dtype, len(tried), found)
+
+
+def _runs(op: str, impl: str, device: str, dtype: torch.dtype) -> bool:
+    return impl == "reference" or _dispatch.refusal(op, impl, device, dtype) is None
+
+
+def _faults(case: Case, impl: str) -> list[str]:
+    try:
+        return check(case, impl) + _unsteady(case, impl)
+    except Exception as error:  # a kernel that does not compile or launch is a fault like others
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return [f"{case.op}[{case.name}] {impl}: {reason}"]
+
+
+def _unsteady(case: Case, impl: str) -> list[str]:
+    """The faults of an implementation whose second run differs from its first."""
+    pairs = zip(run(case, impl), run(case, impl), strict=True)
+    steady = all(a is b or torch.equal(a, b) for a, b in pairs)
+    return [] if steady else [f"{case.op}[{case.name}] {impl}: two runs differ"]

@@ -1,7 +1,7 @@
 """Builds the optional compiled extension; everything else about the package is in pyproject.toml.
 
-TBCM_BUILD_CPU=auto|0|1: auto builds where PyTorch and a C++ compiler are at hand and otherwise installs
-without the extension; 1 fails with the reason.
+TBCM_BUILD_CPU=auto|0|1: auto builds where PyTorch and a C++ compiler are at hand, and otherwise
+installs without the extension; 1 fails with the reason.
 """
 
 import os
@@ -52,8 +52,8 @@ class OptionalBuild(build_ext):
                 ("Py_LIMITED_API", "0x030a0000"),
             ]
             extension.extra_compile_args += [
-                "-std=c++20", "-O3", "-fopenmp-simd", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-unknown-pragmas",
-                "-Wno-psabi",
+                "-std=c++20", "-O3", "-fopenmp-simd", "-fvisibility=hidden", "-g0", "-Wall",
+                "-Wno-unknown-pragmas", "-Wno-psabi",
             ]  # fmt: skip
 
 

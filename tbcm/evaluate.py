@@ -258,7 +258,7 @@ def show(report: dict) -> None:
     """Prints the table: mean ± standard deviation over the seeds."""
     table = Table(
         box=box.SIMPLE,  # 80 columns hold it whole
-        pad_edge=False,
+        padding=0,
         title=f"{report['samples']} images, mean ± spread of {len(report['seeds'])} seeds",
         caption=f"classifier on held-out digits {report['classifier_accuracy']:.3f}, "
         f"floor: fd {report['floor']['fd']:.2f}, fd_teacher {report['floor']['fd_teacher']:.2f}",

@@ -63,9 +63,7 @@ def guided_velocity(teacher: Net, x: Tensor, t: Tensor, both: Text, guidance: Te
 
 
 @torch.no_grad()
-def rollout(
-    teacher: Net, noise: Tensor, times: Tensor, both: Text, guidance: Tensor
-) -> Trajectory:
+def rollout(teacher: Net, noise: Tensor, times: Tensor, both: Text, guidance: Tensor) -> Trajectory:
     """Follow dx/dt = V from x = noise [P, ...] ~ N(0, σ_d²) along times [N] and on to t = 0."""
     x, points, velocities = noise, [], []
     ends = torch.cat([times[1:], times.new_zeros(1)])

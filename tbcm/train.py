@@ -41,6 +41,8 @@ def train(config: TrainConfig) -> None:
     if state:
         distiller.load_state(state)
     run = Path(config.output_dir)
+    if not drawable(teacher):
+        print("These latents need a VAE to become images, so no sample grids are drawn.")
     write_whole(run / "config.yaml", config.dump().encode())
     metrics = Metrics(run / "metrics.jsonl", distiller.step)
     with Display(distiller.step, config.max_train_steps, config.logging_steps) as display:
@@ -73,9 +75,14 @@ def finish(distiller: Distiller, run: Path) -> None:
     )
 
 
+def drawable(teacher: Teacher) -> bool:
+    """True if latents are grey or colour images themselves."""
+    return teacher.latent_shape[0] in (1, 3)
+
+
 def save_grid(distiller: Distiller, run: Path) -> None:
-    """Images of the first prompts from fixed noise; latents that need a VAE are not drawn."""
-    if distiller.teacher.latent_shape[0] not in (1, 3):
+    """Images of the first prompts from fixed noise, where latents are images."""
+    if not drawable(distiller.teacher):
         return
     images = distiller.sample(distiller.config.validation_samples, distiller.config.sample_steps)
     grid(images, run / "samples" / f"step-{distiller.step:06d}.png")
@@ -144,6 +151,7 @@ class Distiller:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.step = self.skipped = self.skipped_in_row = 0
         transformer = teacher.transformer.to(self.device).eval().requires_grad_(False)
+        self.teacher_digest = digest(transformer)
         self.student = build_student(transformer).train().requires_grad_(True)
         self.log_variance = objective.LogVariance().to(self.device) if config.log_variance else None
         self.parameters = list(self.student.parameters())
@@ -303,6 +311,7 @@ class Distiller:
         return {
             "step": self.step, "skipped": self.skipped, "skipped_in_row": self.skipped_in_row,
             "config": vars(self.config), "prompts": self.prompts_digest(),
+            "teacher": self.teacher_digest,
             "student": self.student.state_dict(),
             "log_variance": self.log_variance.state_dict() if self.log_variance else None,
             "optimizer": self.optimizer.state_dict(),
@@ -312,9 +321,11 @@ class Distiller:
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint. Raises UserError if the prompts are not the same."""
+        """Continue from a checkpoint. Raises UserError if prompts or teacher are not the same."""
         if state["prompts"] != self.prompts_digest():
             raise UserError("The prompts are not those of the checkpoint; restore their file.")
+        if state["teacher"] != self.teacher_digest:
+            raise UserError("The teacher's weights are not those of the checkpoint; restore them.")
         self.step, self.skipped = state["step"], state["skipped"]
         self.skipped_in_row = state["skipped_in_row"]
         try:
@@ -335,6 +346,14 @@ class Distiller:
     def prompts_digest(self) -> str:
         """Fingerprint of the prompts, the only data."""
         return hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
+
+
+def digest(net: torch.nn.Module) -> str:
+    """Fingerprint of a network's weights."""
+    found = hashlib.sha256()
+    for weight in net.parameters():
+        found.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], c: TrainConfig) -> torch.optim.AdamW:

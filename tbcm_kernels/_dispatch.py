@@ -1,7 +1,7 @@
 """Which implementation of an op runs, and why.
 
-`impl="auto"` takes the best one that can run the given tensors; where it must fall back to the plain
-PyTorch reference it says so once. An explicit `impl` runs that implementation or raises.
+`impl="auto"` takes the best one that can run the given tensors; where it must fall back to the
+plain PyTorch reference it says so once. An explicit `impl` runs that implementation or raises.
 """
 
 from __future__ import annotations
@@ -114,9 +114,9 @@ def _interpreted() -> bool:
 def _notice_unproved(impl: str) -> None:
     if impl == "triton":
         warnings.warn(
-            "tbcm_kernels: these Triton kernels passed the interpreter and the static audit but are "
-            "not yet proved on a GPU of this kind; `python -m tbcm_kernels.testing` proves them on "
-            "yours in a minute.",
+            "tbcm_kernels: these Triton kernels passed the interpreter and the static audit but "
+            "are not yet proved on a GPU of this kind; `python -m tbcm_kernels.testing` proves them "
+            "on yours in a minute.",
             stacklevel=2,
         )
 

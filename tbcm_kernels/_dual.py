@@ -1,8 +1,8 @@
 """Dual numbers at the door of an op: unpack, guard, re-make, and the semi-gradient switch.
 
-A `torch.library` op that receives a forward-AD dual returns a zero tangent without a word. So no op of
-this package ever sees one: the public function unpacks every input here, calls the op on explicit
-primals and tangents, and makes the dual again.
+A `torch.library` op that receives a forward-AD dual returns a zero tangent without a word. So no op
+of this package ever sees one: the public function unpacks every input here, calls the op on
+explicit primals and tangents, and makes the dual again.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def stop_tangent_gradient() -> Iterator[None]:
     """Treat every tangent as a constant in backward, and save nothing for it.
 
     This is the semi-gradient of sCM, TBCM and MeanFlow, whose losses use the tangent without
-    differentiating it. Inside, tangents that the ops return do not require grad. Applies to the whole
-    process, so enter it on one thread at a time.
+    differentiating it. Inside, tangents that the ops return do not require grad. Applies to the
+    whole process, so enter it on one thread at a time.
     """
     global _stopped
     before, _stopped = _stopped, True
@@ -62,8 +62,8 @@ def guard_levels(op: str) -> None:
     forward, reverse = _functorch_levels()
     if torch.compiler.is_compiling() and forward == 0 and fwAD._current_level >= 0:
         raise RuntimeError(
-            f"tbcm_kernels.{op}: a compiled function loses its tangents inside dual_level(); compile "
-            f"a function that calls torch.func.jvp instead."
+            f"tbcm_kernels.{op}: a compiled function loses its tangents inside dual_level(); "
+            f"compile a function that calls torch.func.jvp instead."
         )
     if forward > 1:
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Registration shared by all ops: kernels, fakes, autograd, vmap, and the refusal of double backward."""
+"""Registration shared by all ops: kernels, fakes, autograd, vmap, refusal of double backward."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def register(
 def _refuse(name: str) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(
-            f"tbcm_kernels: {name} has no second derivative; for a double backward call the op with "
-            f'impl="reference", which plain PyTorch differentiates to any order.'
+            f"tbcm_kernels: {name} has no second derivative; for a double backward call the op "
+            f'with impl="reference", which plain PyTorch differentiates to any order.'
         )
 
     return backward
@@ -99,7 +99,7 @@ def differentiate(
     inputs: Sequence[Tensor | None],
     cotangents: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Vector-Jacobian product of a plain PyTorch function, with respect to every tensor in `inputs`.
+    """Vector-Jacobian product of a plain PyTorch function, for every tensor in `inputs`.
 
     This is how an op differentiates through its tangent exactly before it has a kernel for it. In a
     backward with create_graph=True the result can be differentiated again.

@@ -20,7 +20,8 @@ def row_config(width: int) -> tuple[int, int]:
     """
     if width > MAX_WIDTH:
         raise ValueError(
-            f'the Triton row kernels take widths up to {MAX_WIDTH}, got {width}; pass impl="reference".'
+            f"the Triton row kernels take widths up to {MAX_WIDTH}, got {width}; "
+            f'pass impl="reference".'
         )
     block = triton.next_power_of_2(width)
     return block, min(max(block // 256, 1), 16)

@@ -40,8 +40,8 @@ class Fused:
 def fuse(model: nn.Module) -> Fused:
     """Replace the forward of `model`, on this instance alone, by the fused one.
 
-    Parameters keep their names and identity, so optimizers, state dicts and `save_pretrained` see no
-    difference. The fused forward takes ordinary tensors or forward-AD duals, so
+    Parameters keep their names and identity, so optimizers, state dicts and `save_pretrained` see
+    no difference. The fused forward takes ordinary tensors or forward-AD duals, so
     `torch.func.jvp(model, ...)` stays what one writes.
 
     Args:

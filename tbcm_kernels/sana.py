@@ -41,7 +41,7 @@ def encode_text(model: nn.Module, encoder_hidden_states: Tensor) -> FusedText:
 
 
 def check(model: nn.Module) -> None:
-    """Raise ValueError, naming the setting, where the fused forward would not equal the stock one."""
+    """Raise ValueError, naming the setting, where the fused forward would differ from the stock."""
     config = model.config
     refused = {
         "dropout": config.dropout > 0,
@@ -114,8 +114,8 @@ def _refuse(model: nn.Module, attention_kwargs: object, controlnet: object) -> N
 
 
 def _trunk(
-    model: nn.Module, x: Pair, text: FusedText, bias: Tensor | None, modulation: Pair, embedded: Pair,
-    grid: tuple[int, int],
+    model: nn.Module, x: Pair, text: FusedText, bias: Tensor | None, modulation: Pair,
+    embedded: Pair, grid: tuple[int, int],
 ) -> Pair:  # fmt: skip
     """Blocks, output norm and projection. A block's last residual waits for the next norm."""
     h: Pair = (None, None)
@@ -236,7 +236,7 @@ def _merge(x: Tensor) -> Tensor:
 
 
 def _text_bias(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """The stock additive bias −10000 (1 − mask), as [B, 1, 1, S]; 3-dimensional masks are biases."""
+    """The stock bias −10000 (1 − mask) as [B, 1, 1, S]; a mask of 3 dimensions is a bias."""
     if mask is None:
         return None
     if mask.ndim == 2:

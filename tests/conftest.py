@@ -1,4 +1,4 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter, which has to be chosen before import."""
+"""Without a GPU, Triton kernels run in Triton's interpreter, chosen before its import."""
 
 import os
 from collections.abc import Callable

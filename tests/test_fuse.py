@@ -186,7 +186,8 @@ def test_fused_save_and_load(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "named"), [({"dropout": 0.1}, "dropout"), ({"norm_elementwise_affine": True}, "affine")]
+    ("change", "named"),
+    [({"dropout": 0.1}, "dropout"), ({"norm_elementwise_affine": True}, "affine")],
 )
 def test_refuses_what_it_does_not_cover(change: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):

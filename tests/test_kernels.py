@@ -15,7 +15,8 @@ from tbcm_kernels.testing.check import check, run
 pytestmark = pytest.mark.kernels
 OPS = ["adaln", "conv_glu", "rms_norm"]
 LARGEST = {
-    "adaln": "shape (1, 33, 320)", "conv_glu": "shape (2, 8, 8, 33)", "rms_norm": "shape (1, 33, 320)",
+    "adaln": "shape (1, 33, 320)", "conv_glu": "shape (2, 8, 8, 33)",
+    "rms_norm": "shape (1, 33, 320)",
 }  # fmt: skip
 SMALL = {
     "adaln": "shape (2, 3, 4)", "conv_glu": "shape (1, 1, 1, 4)", "rms_norm": "shape (2, 3, 4)",
@@ -25,7 +26,10 @@ DEVICE = "cuda" if GPU else "cpu"
 # The interpreter truncates where a GPU rounds to bf16, so without a GPU Triton is tested in fp16.
 TRITON_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 COMBINATIONS = [
-    *(("reference", "cpu", d) for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)),
+    *(
+        ("reference", "cpu", d)
+        for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    ),
     *(("cpu", "cpu", d) for d in (torch.float32, torch.bfloat16)),
     *(("triton", DEVICE, d) for d in TRITON_DTYPES),
 ]
@@ -94,7 +98,9 @@ def test_inner_products_agree(op: str) -> None:
     u = [torch.randn_like(v) for v in values[:half]]
     forward = sum((a.double() * t.double()).sum() for a, t in zip(u, values[half:], strict=True))
     grads = torch.autograd.grad(function(*leaves, **case.options)[:half], leaves, u)
-    reverse = sum((g.double() * t.double()).sum() for g, t in zip(grads, case.tangents, strict=True))
+    reverse = sum(
+        (g.double() * t.double()).sum() for g, t in zip(grads, case.tangents, strict=True)
+    )
     assert forward.item() == pytest.approx(reverse.item(), rel=1e-4)
 
 

@@ -152,6 +152,16 @@ def test_changed_prompts_are_refused(tmp_path: Path):
         train(settings(run, resume="latest", prompts=str(prompts)))
 
 
+def test_a_changed_teacher_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    from tbcm import train as trainer
+
+    teacher = trainer.load_teacher("digits")
+    next(teacher.transformer.parameters()).data[0] += 1e-3
+    monkeypatch.setattr(trainer, "load_teacher", lambda name: teacher)
+    with pytest.raises(UserError, match="teacher's weights are not those of the checkpoint"):
+        train(settings(copy, steps=9, resume="latest"))
+
+
 def test_latest_without_a_run_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"There is no checkpoint in .*none"):
         train(settings(tmp_path / "none", resume="latest"))

@@ -43,7 +43,9 @@ def test_null_prompt_keeps_its_own_mask():
         return teacher(x, t, text, mask)
 
     text, null = prompts()
-    guided_velocity(spy, torch.zeros(P, 1, 2, 2), torch.ones(P), with_null(text, null), torch.ones(P))
+    guided_velocity(
+        spy, torch.zeros(P, 1, 2, 2), torch.ones(P), with_null(text, null), torch.ones(P)
+    )
     assert torch.equal(seen[0], torch.cat([null.mask.expand(P, -1), text.mask]))
 
 

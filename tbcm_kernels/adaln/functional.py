@@ -41,9 +41,9 @@ def adaln(
         ValueError: a shape, dtype or device that does not fit, or an `impl` that cannot run here.
         RuntimeError: nested forward mode, torch.func.grad, or a double backward.
 
-    Precision: arithmetic in fp32 (fp64 for fp64). x' is rounded to x's dtype before it is normalised,
-    y at the end. Modulations keep their own precision.
-    Cost: reads x, h and writes x', y once. Saves x' for backward, and h where gate needs a gradient.
+    Precision: arithmetic in fp32 (fp64 for fp64). x' is rounded to x's dtype before it is
+    normalised, y at the end. Modulations keep their own precision.
+    Cost: reads x, h and writes x', y once. Saves x' for backward, h where gate needs a gradient.
     Source: adaLN-Zero of DiT, arXiv 2212.09748.
     """
     inputs = (x, h, gate, scale, shift)

@@ -20,7 +20,7 @@ def forward(
     tx: Tensor | None, th: Tensor | None, tgate: Tensor | None, tscale: Tensor | None,
     tshift: Tensor | None, eps: float, store: Store | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """x', y and their tangents; x' and ẋ' are None without h, tangents None where all inputs' are."""
+    """x', y, ẋ', ẏ; x' and ẋ' are None without h, and tangents where all that they need are."""
     store = store or (lambda v: v.to(x.dtype))
     x_, h_, gate_, scale_, shift_, tx_, th_, tgate_, tscale_, tshift_ = (
         wide(v) for v in (x, h, gate, scale, shift, tx, th, tgate, tscale, tshift)

@@ -1,4 +1,4 @@
-"""Triton kernels of adaln: one program holds one row (forward) or walks a chunk of rows (backward)."""
+"""Triton kernels of adaln: a program holds one row (forward) or walks a chunk (backward)."""
 
 from __future__ import annotations
 

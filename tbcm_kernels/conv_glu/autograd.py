@@ -1,4 +1,4 @@
-"""The ops tbcm::conv_glu and tbcm::conv_glu_backward: schemas, fakes, what is saved for backward."""
+"""The ops tbcm::conv_glu and tbcm::conv_glu_backward: schemas, fakes, what backward saves."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def _backward(ctx: Any, gy: Tensor | None, gty: Tensor | None) -> tuple[Tensor |
 
 
 def _backward_kernel(
-    gy: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs_weight: bool, needs_bias: bool,
-    height: int, width: int, impl: str,
+    gy: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs_weight: bool,
+    needs_bias: bool, height: int, width: int, impl: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     kernel = _dispatch.implementation("conv_glu", impl).backward
     found = kernel(gy, a, weight, bias, needs_weight, needs_bias, height, width)
@@ -63,8 +63,8 @@ def _backward_kernel(
 
 
 def _backward_fake(
-    gy: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs_weight: bool, needs_bias: bool,
-    height: int, width: int, impl: str,
+    gy: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs_weight: bool,
+    needs_bias: bool, height: int, width: int, impl: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     accumulate = torch.promote_types(a.dtype, torch.float32)
     batch, _, channels = a.shape

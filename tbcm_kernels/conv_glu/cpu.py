@@ -27,8 +27,8 @@ def forward(
 
 
 def backward(
-    gy: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs_weight: bool, needs_bias: bool,
-    height: int, width: int,
+    gy: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs_weight: bool,
+    needs_bias: bool, height: int, width: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See reference.backward."""
     batch, _, channels = a.shape

@@ -40,8 +40,8 @@ def forward(
 
 
 def backward(
-    gy: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs_weight: bool, needs_bias: bool,
-    height: int, width: int, store: Store | None = None,
+    gy: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs_weight: bool,
+    needs_bias: bool, height: int, width: int, store: Store | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of a, of weight [B, 9, 2K] and of bias [B, 2K], the last two for each image.
 

@@ -1,4 +1,4 @@
-"""The ops tbcm::rms_norm and tbcm::rms_norm_backward: schemas, fakes, what is saved for backward."""
+"""The ops tbcm::rms_norm and tbcm::rms_norm_backward: schemas, fakes, what backward saves."""
 
 from __future__ import annotations
 

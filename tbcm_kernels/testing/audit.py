@@ -1,7 +1,7 @@
-"""Static audit of the Triton kernels: compile every shipped config without a GPU and read its cubin.
+"""Static audit of the Triton kernels: compile every shipped config without a GPU, read its cubin.
 
-`python -m tbcm_kernels.testing.audit [PATTERN]` prints a JSON line for each config whose name matches
-and each architecture, and exits 1 where one spills or none matches.
+`python -m tbcm_kernels.testing.audit [PATTERN]` prints a JSON line for each config whose name
+matches and each architecture, and exits 1 where one spills or none matches.
 """
 
 from __future__ import annotations
@@ -84,7 +84,11 @@ def _cuobjdump(cubin: bytes, what: str) -> str:
 
 
 def main(pattern: str = "") -> int:
-    """Audit the configs whose name matches a regular expression; 1 where one spills or none matches."""
+    """Audit the configs whose name matches a pattern; 1 where one spills or none matches."""
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        raise SystemExit("The interpreter compiles nothing: set TRITON_INTERPRET=0.")
     reports = (
         compile_case(case, architecture)
         for case in cases()

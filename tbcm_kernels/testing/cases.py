@@ -121,9 +121,9 @@ OPS: dict[str, tuple[list[tuple[int, ...]], Callable, Callable]] = {
 
 
 def _draw(
-    op: str, name: str, layout: Layout, options: dict, device: str, *, present: list[str] | None = None,
-    moving: list[str] | None = None, sliced: bool = False, tangent_scale: float = 1.0,
-    value_scale: float = 1.0,
+    op: str, name: str, layout: Layout, options: dict, device: str, *,
+    present: list[str] | None = None, moving: list[str] | None = None, sliced: bool = False,
+    tangent_scale: float = 1.0, value_scale: float = 1.0,
 ) -> Case:  # fmt: skip
     present = list(layout) if present is None else present
     moving = present if moving is None else moving

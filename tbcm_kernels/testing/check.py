@@ -49,7 +49,9 @@ def _names(case: Case) -> list[str]:
 def _truth(case: Case) -> Values:
     reference = _reference(case.op)
     primals, tangents = _doubles(case.primals), _doubles(case.tangents)
-    exact = _complete(case, reference.forward(*primals, *tangents, **case.options), primals, tangents)
+    exact = _complete(
+        case, reference.forward(*primals, *tangents, **case.options), primals, tangents
+    )
     leaves = [None if p is None else p.requires_grad_() for p in primals]
     outputs = reference.forward(*leaves, *[None] * len(leaves), **case.options)
     outputs = _complete(case, outputs, leaves, [None] * len(leaves))
@@ -60,13 +62,13 @@ def _baseline(case: Case) -> Values:
     """The reference on the inputs as they are: fp32 arithmetic, rounding at the stores."""
     reference = _reference(case.op)
     primals, tangents = ([_cpu(v) for v in vs] for vs in (case.primals, case.tangents))
-    exact = _complete(case, reference.forward(*primals, *tangents, **case.options), primals, tangents)
+    exact = _complete(
+        case, reference.forward(*primals, *tangents, **case.options), primals, tangents
+    )
     plain = reference.forward(*primals, *[None] * len(primals), **case.options)
     plain = _complete(case, plain, primals, [None] * len(primals))
     grads = _backward(case, primals, plain, _cotangents(case, plain), reference)
-    grads = [
-        None if p is None else g.to(p.dtype) for g, p in zip(grads, case.primals, strict=True)
-    ]
+    grads = [None if p is None else g.to(p.dtype) for g, p in zip(grads, case.primals, strict=True)]
     return [None if o is None else o.double() for o in (*exact, *grads)]
 
 
@@ -101,7 +103,9 @@ def _backward(
     return [gx, None if h is None else gx if gate is None else gh, *modulations]
 
 
-def _complete(case: Case, outputs: Sequence[Tensor | None], primals: Values, tangents: Values) -> Values:
+def _complete(
+    case: Case, outputs: Sequence[Tensor | None], primals: Values, tangents: Values
+) -> Values:
     """adaln without h returns x and its tangent in place of a sum."""
     if case.op == "adaln" and primals[1] is None:
         return [primals[0], outputs[1], tangents[0], outputs[3]]

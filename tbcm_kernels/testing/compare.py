@@ -1,12 +1,13 @@
-"""When is a result right? The error of the reference in the documented precision sets the tolerance.
+"""When is a result right? The error of the reference in the documented precision sets the bar.
 
 Truth is the reference in fp64 on the same rounded inputs. The baseline is the reference in the
 precision that the op documents: fp32 arithmetic, and rounding at its stores for bf16 and fp16. A
 result passes when its error is that of the baseline up to small factors; there are no absolute
 tolerances. A baseline of n numbers is itself a random draw whose RMS scatters by about 1/√(2n), so
-the factors grow by 2/√n: nothing at real sizes, and enough for tensors of eight elements. Where all
-arithmetic rounds (fp32, fp64), a row's statistics are one draw that its elements share: n counts rows
-then, and a row is granted one unit in the last place of its RMS; where only stores round, a quarter.
+the factors grow by 2/√n: nothing at real sizes, and enough for tensors of eight elements. Where
+all arithmetic rounds (fp32, fp64), a row's statistics are one draw that its elements share: n
+counts rows then, and a row is granted one unit in the last place of its RMS; where only stores
+round, a quarter.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch import Tensor
 RMS, LARGEST, ROW = 1.25, 2.0, 2.0
 
 
-def faults(name: str, actual: Tensor, truth: Tensor, baseline: Tensor, dtype: torch.dtype) -> list[str]:
+def faults(
+    name: str, actual: Tensor, truth: Tensor, baseline: Tensor, dtype: torch.dtype
+) -> list[str]:
     """The sentences that say how `actual` fails the policy; empty where it passes.
 
     Args:

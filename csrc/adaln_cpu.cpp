@@ -86,14 +86,7 @@ TBCM_INLINE void forward_rows(const Forward<T>& p, int64_t begin, int64_t end) {
     forward_row(p, row / p.tokens, row % p.tokens, v, v + p.width, zero);
 }
 
-TBCM_CLONES void forward_rows_f32(const Forward<float>& p, int64_t begin, int64_t end) {
-  forward_rows(p, begin, end);
-}
-TBCM_CLONES void forward_rows_bf16(const Forward<bfloat16>& p, int64_t begin, int64_t end) {
-  forward_rows(p, begin, end);
-}
-void run(const Forward<float>& p, int64_t begin, int64_t end) { forward_rows_f32(p, begin, end); }
-void run(const Forward<bfloat16>& p, int64_t begin, int64_t end) { forward_rows_bf16(p, begin, end); }
+TBCM_RUN(Forward, forward_rows)
 
 template <class T>
 struct Backward {
@@ -155,14 +148,7 @@ TBCM_INLINE void backward_chunks(const Backward<T>& p, int64_t begin, int64_t en
   }
 }
 
-TBCM_CLONES void backward_chunks_f32(const Backward<float>& p, int64_t begin, int64_t end) {
-  backward_chunks(p, begin, end);
-}
-TBCM_CLONES void backward_chunks_bf16(const Backward<bfloat16>& p, int64_t begin, int64_t end) {
-  backward_chunks(p, begin, end);
-}
-void run(const Backward<float>& p, int64_t begin, int64_t end) { backward_chunks_f32(p, begin, end); }
-void run(const Backward<bfloat16>& p, int64_t begin, int64_t end) { backward_chunks_bf16(p, begin, end); }
+TBCM_RUN(Backward, backward_chunks)
 
 template <class T>
 void forward_as(const Tensor& x, const Maybe& h, const Maybe& gate, const Maybe& scale, const Maybe& shift,

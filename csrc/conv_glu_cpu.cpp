@@ -96,10 +96,7 @@ TBCM_INLINE void forward_tasks(const Forward<T>& p, int64_t begin, int64_t end) 
   for (int64_t task = begin; task < end; ++task) forward_task(p, task, planes, planes + 2);
 }
 
-TBCM_CLONES void forward_f32(const Forward<float>& p, int64_t begin, int64_t end) { forward_tasks(p, begin, end); }
-TBCM_CLONES void forward_bf16(const Forward<bfloat16>& p, int64_t begin, int64_t end) { forward_tasks(p, begin, end); }
-void run(const Forward<float>& p, int64_t begin, int64_t end) { forward_f32(p, begin, end); }
-void run(const Forward<bfloat16>& p, int64_t begin, int64_t end) { forward_bf16(p, begin, end); }
+TBCM_RUN(Forward, forward_tasks)
 
 template <class T>
 struct Backward : Shape<T> {
@@ -172,10 +169,7 @@ TBCM_INLINE void backward_tasks(const Backward<T>& p, int64_t begin, int64_t end
   for (int64_t task = begin; task < end; ++task) backward_task(p, task, planes, planes + 2);
 }
 
-TBCM_CLONES void backward_f32(const Backward<float>& p, int64_t begin, int64_t end) { backward_tasks(p, begin, end); }
-TBCM_CLONES void backward_bf16(const Backward<bfloat16>& p, int64_t begin, int64_t end) { backward_tasks(p, begin, end); }
-void run(const Backward<float>& p, int64_t begin, int64_t end) { backward_f32(p, begin, end); }
-void run(const Backward<bfloat16>& p, int64_t begin, int64_t end) { backward_bf16(p, begin, end); }
+TBCM_RUN(Backward, backward_tasks)
 
 template <class P>
 void over_tasks(const P& p) {

@@ -62,14 +62,7 @@ TBCM_INLINE void forward_rows(const Forward<T>& p, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) forward_row(p, n, x, x + p.width, x + 2 * p.width);
 }
 
-TBCM_CLONES void forward_rows_f32(const Forward<float>& p, int64_t begin, int64_t end) {
-  forward_rows(p, begin, end);
-}
-TBCM_CLONES void forward_rows_bf16(const Forward<bfloat16>& p, int64_t begin, int64_t end) {
-  forward_rows(p, begin, end);
-}
-void run(const Forward<float>& p, int64_t begin, int64_t end) { forward_rows_f32(p, begin, end); }
-void run(const Forward<bfloat16>& p, int64_t begin, int64_t end) { forward_rows_bf16(p, begin, end); }
+TBCM_RUN(Forward, forward_rows)
 
 template <class T>
 struct Backward {
@@ -111,14 +104,7 @@ TBCM_INLINE void backward_chunks(const Backward<T>& p, int64_t begin, int64_t en
   }
 }
 
-TBCM_CLONES void backward_chunks_f32(const Backward<float>& p, int64_t begin, int64_t end) {
-  backward_chunks(p, begin, end);
-}
-TBCM_CLONES void backward_chunks_bf16(const Backward<bfloat16>& p, int64_t begin, int64_t end) {
-  backward_chunks(p, begin, end);
-}
-void run(const Backward<float>& p, int64_t begin, int64_t end) { backward_chunks_f32(p, begin, end); }
-void run(const Backward<bfloat16>& p, int64_t begin, int64_t end) { backward_chunks_bf16(p, begin, end); }
+TBCM_RUN(Backward, backward_chunks)
 
 template <class T>
 void forward_as(const Tensor& x, const Maybe& weight, const Maybe& tx, const Maybe& tweight, const Tensor& y,

@@ -11,6 +11,14 @@
 #else
 #define TBCM_CLONES
 #endif
+// run(p, begin, end) for both element types, each compiled for all instruction sets.
+#define TBCM_RUN(Params, function)                                                   \
+  TBCM_CLONES void run(const Params<float>& p, int64_t begin, int64_t end) {         \
+    function(p, begin, end);                                                         \
+  }                                                                                  \
+  TBCM_CLONES void run(const Params<bfloat16>& p, int64_t begin, int64_t end) {      \
+    function(p, begin, end);                                                         \
+  }
 #define TBCM_INLINE inline __attribute__((always_inline))
 
 #if defined(__CUDACC__)

@@ -25,12 +25,8 @@ class TextEncoder:
     model: PreTrainedModel
     max_length: int
 
-    @torch.no_grad()
-    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings and mask of each prompt; "" is the null prompt, and has a mask of its own.
-
-        Returns:
-            Embeddings [P, S, D] fp32 and mask [P, S] fp32 (1 = token, 0 = padding), S = max_length.
+    def check(self, prompts: list[str]) -> None:
+        """Learn before long work whether all prompts fit.
 
         Raises:
             UserError: a prompt has more than max_length tokens; it is named.
@@ -41,6 +37,18 @@ class TextEncoder:
                     f"The prompt {prompt!r} has {len(ids)} tokens, but this teacher's text encoder "
                     f"takes {self.max_length}; shorten it."
                 )
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings and mask of each prompt; "" is the null prompt, and has a mask of its own.
+
+        Returns:
+            Embeddings [P, S, D] fp32 and mask [P, S] fp32 (1 = token, 0 = padding), S = max_length.
+
+        Raises:
+            UserError: a prompt has more than max_length tokens; it is named.
+        """
+        self.check(prompts)
         batch = self.tokenizer(
             prompts, padding="max_length", max_length=self.max_length, padding_side="right",
             return_tensors="pt",

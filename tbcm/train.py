@@ -171,6 +171,7 @@ class Distiller:
         self.route = route(config.route_steps, config.flow_shift)
         self.filter_latent = load_filter(config, teacher)
         self.null = self.encode([""])
+        teacher.text.check(prompts)
         self.cache = self.encode(prompts) if len(prompts) <= CACHED_PROMPTS else None
 
     def encode(self, prompts: list[str]) -> Text:

@@ -115,8 +115,8 @@ def _notice_unproved(impl: str) -> None:
     if impl == "triton":
         warnings.warn(
             "tbcm_kernels: these Triton kernels passed the interpreter and the static audit but "
-            "are not yet proved on a GPU of this kind; `python -m tbcm_kernels.testing` proves them "
-            "on yours in a minute.",
+            "are not yet proved on a GPU of this kind; `python -m tbcm_kernels.testing` proves "
+            "them on yours in a minute.",
             stacklevel=2,
         )
 

@@ -74,7 +74,7 @@ def forward(
 
     Raises:
         ValueError: attention_kwargs, controlnet_block_samples or gradient checkpointing in use, or
-            a batch that is no multiple of the number of prompts.
+            a batch or mask that does not fit the number of prompts.
     """
     _refuse(self, attention_kwargs, controlnet_block_samples)
     _dual.guard_levels("fuse")
@@ -88,10 +88,7 @@ def forward(
     text = encoder_hidden_states
     if not isinstance(text, FusedText):
         text = encode_text(self, text)
-    if len(hidden_states) % len(text.keys[0][0]):
-        raise ValueError(
-            f"fuse: {len(hidden_states)} images are no multiple of {len(text.keys[0][0])} prompts."
-        )
+    _check_prompts(len(text.keys[0][0]), hidden_states, encoder_attention_mask)
     x = _patch_embed(self, *_split(hidden_states))
     grid = (hidden_states.shape[2] // _patch(self), hidden_states.shape[3] // _patch(self))
     y = _trunk(self, x, text, bias, _split(modulation), _split(embedded), grid)
@@ -101,6 +98,15 @@ def forward(
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     return Transformer2DModelOutput(sample=sample)
+
+
+def _check_prompts(prompts: int, images: Tensor, mask: Tensor | None) -> None:
+    if len(images) % prompts:
+        raise ValueError(f"fuse: {len(images)} images are no multiple of {prompts} prompts.")
+    if mask is not None and len(mask) != prompts:
+        raise ValueError(
+            f"fuse: encoder_attention_mask has {len(mask)} rows for {prompts} prompts; one each."
+        )
 
 
 def _refuse(model: nn.Module, attention_kwargs: object, controlnet: object) -> None:

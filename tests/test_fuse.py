@@ -162,6 +162,25 @@ def test_explicit_dual_and_autocast() -> None:
     assert tangent is not None and tangent.isfinite().all() and value.isfinite().all()
 
 
+def test_prompts_shared_by_several_images() -> None:
+    model = _model(TINY)
+    inputs = _inputs(model)
+    many = {n: inputs[n].repeat_interleave(3, 0) for n in ("hidden_states", "timestep")}
+    text = {n: inputs[n] for n in ("encoder_hidden_states", "encoder_attention_mask")}
+    with torch.no_grad():
+        want = model(**many, **{n: v.repeat_interleave(3, 0) for n, v in text.items()}).sample
+        handle = tk.fuse(model)
+        assert _worst(model(**many, **text).sample, want) < 1e-5
+        ready = text | {
+            "encoder_hidden_states": handle.encode_text(inputs["encoder_hidden_states"])
+        }
+        assert _worst(model(**many, **ready).sample, want) < 1e-5
+    with pytest.raises(ValueError, match="no multiple of 2 prompts"):
+        model(**{n: v[:5] for n, v in many.items()}, **text)
+    with pytest.raises(ValueError, match="1 rows for 2 prompts"):
+        model(**many, **(text | {"encoder_attention_mask": torch.ones(1, 7)}))
+
+
 def test_names_instance_and_undo() -> None:
     model, other = _model(TINY), _model(TINY)
     names = list(model.state_dict())

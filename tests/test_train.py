@@ -133,6 +133,14 @@ def test_learning_rate(shape: str, expected: list[float]):
     assert [trainer.lr_factor(step, config) for step in range(6)] == expected
 
 
+def test_a_long_prompt_is_refused_before_the_first_step(tmp_path: Path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the digit 3\n" * trainer.CACHED_PROMPTS + "seven " * 40)
+    with pytest.raises(UserError, match="41 tokens"):
+        trainer.train(settings(tmp_path / "run", prompts=str(prompts)))
+    assert not (tmp_path / "run").exists()
+
+
 def test_fused_and_plain_give_the_same_curve(tmp_path: Path):
     curves = []
     for fused in (False, True):

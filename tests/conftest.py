@@ -1,13 +1,22 @@
 """Without a GPU, Triton kernels run in Triton's interpreter, chosen before its import."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+if device := os.environ.get("TBCM_TEST_DEVICE"):
+    torch.set_default_device(device)
+
+
+@pytest.fixture(autouse=True)
+def default_device() -> Iterator[None]:
+    """TBCM_TEST_DEVICE=cuda runs the tests that name no device on the GPU."""
+    with torch.device(os.environ.get("TBCM_TEST_DEVICE", "cpu")):
+        yield
 
 
 @pytest.fixture(autouse=True)

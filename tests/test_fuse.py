@@ -156,7 +156,8 @@ def test_without_tangents_under_no_grad() -> None:
 def test_explicit_dual_and_autocast() -> None:
     model = _model(TINY)
     inputs = _inputs(model)
-    with tk.fuse(model), fwAD.dual_level(), torch.autocast("cpu", torch.bfloat16):
+    device = inputs["timestep"].device.type
+    with tk.fuse(model), fwAD.dual_level(), torch.autocast(device, torch.bfloat16):
         x = fwAD.make_dual(inputs["hidden_states"], torch.ones_like(inputs["hidden_states"]))
         value, tangent = fwAD.unpack_dual(model(**(inputs | {"hidden_states": x})).sample)
     assert tangent is not None and tangent.isfinite().all() and value.isfinite().all()

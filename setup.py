@@ -12,6 +12,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = sorted(str(p) for p in Path("csrc").glob("*.cpp"))
+HEADERS = sorted(str(p) for p in Path("csrc").glob("*.h"))
 STABLE_ABI = 0x020A000000000000  # PyTorch 2.10, the oldest supported
 CHOICE = os.environ.get("TBCM_BUILD_CPU", "auto")
 
@@ -60,7 +61,9 @@ class OptionalBuild(build_ext):
 setup(
     ext_modules=[]
     if CHOICE == "0"
-    else [Extension("tbcm_kernels._C", SOURCES, py_limited_api=True, language="c++")],
+    else [
+        Extension("tbcm_kernels._C", SOURCES, depends=HEADERS, py_limited_api=True, language="c++")
+    ],
     cmdclass={"build_ext": OptionalBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

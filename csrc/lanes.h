@@ -41,11 +41,12 @@ TBCM_INLINE void put(T* p, Lanes v, int64_t n) {
   }
 }
 
-// exp(x) within one unit in the last place for |x| < 87, clamped beyond; a NaN stays a NaN.
-// x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial of degree 7 for exp(r).
+// exp(x) within one unit in the last place where it is a normal number; 0 below, infinity above, and
+// a NaN stays a NaN. x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial of degree 7 for exp(r).
 TBCM_INLINE Lanes exponential(Lanes x) {
-  x = x > 87.f ? Lanes{} + 87.f : x;
-  x = x < -87.f ? Lanes{} - 87.f : x;
+  const IntLanes tiny = x < -87.3f;
+  x = x > 89.f ? Lanes{} + 89.f : x;
+  x = tiny ? Lanes{} - 87.3f : x;
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
   const Lanes n = (x * 1.44269504f + magic) - magic;
   const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -58,7 +59,7 @@ TBCM_INLINE Lanes exponential(Lanes x) {
   const IntLanes bits = (__builtin_convertvector(n, IntLanes) + 127) << 23;
   Lanes power;
   std::memcpy(&power, &bits, sizeof power);
-  return p * power;
+  return tiny ? Lanes{} : p * power;
 }
 
 // sigmoid(x) and 1 - sigmoid(x) = sigmoid(-x), the latter without cancellation.
@@ -68,7 +69,7 @@ struct Logistic {
 
 TBCM_INLINE Logistic logistic(Lanes x) {
   const Lanes e = exponential(-x), s = 1.f / (1.f + e);
-  return {s, e * s};
+  return {s, e > 1.f ? 1.f - s : e * s};
 }
 
 }  // namespace tbcm

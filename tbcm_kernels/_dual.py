@@ -8,6 +8,7 @@ explicit primals and tangents, and makes the dual again.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -15,6 +16,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 _stopped = False
+_owners: list[int] = []
 
 
 @contextlib.contextmanager
@@ -22,15 +24,33 @@ def stop_tangent_gradient() -> Iterator[None]:
     """Treat every tangent as a constant in backward, and save nothing for it.
 
     This is the semi-gradient of sCM, TBCM and MeanFlow, whose losses use the tangent without
-    differentiating it. Inside, tangents that the ops return do not require grad. Applies to the
-    whole process, so enter it on one thread at a time.
+    differentiating it. Inside, tangents that the ops return do not require grad. It applies to the
+    whole process. A checkpointed function runs again in backward, when the scope has been left:
+    enter it inside that function.
+
+    Raises:
+        RuntimeError: another thread is inside already.
     """
     global _stopped
+    if not torch.compiler.is_compiling():
+        _claim()
     before, _stopped = _stopped, True
     try:
         yield
     finally:
         _stopped = before
+        if not torch.compiler.is_compiling():
+            _owners.pop()
+
+
+def _claim() -> None:
+    thread = threading.get_ident()
+    if _owners and _owners[-1] != thread:
+        raise RuntimeError(
+            "stop_tangent_gradient() applies to the whole process and another thread is inside; "
+            "enter it in one thread, or in one process each."
+        )
+    _owners.append(thread)
 
 
 def tangent_gradient_stopped() -> bool:
@@ -52,7 +72,7 @@ def _functorch_levels() -> tuple[int, int]:
     return keys.count(kinds.Jvp), keys.count(kinds.Grad)
 
 
-def guard_levels(op: str) -> None:
+def guard_levels(op: str, mend: str = "") -> None:
     """Raise where PyTorch would drop or garble the tangents of `op`.
 
     Raises:
@@ -60,6 +80,7 @@ def guard_levels(op: str) -> None:
             compiled function that is called inside `dual_level()`.
     """
     forward, reverse = _functorch_levels()
+    mend = mend or f'tbcm_kernels.{op}(..., impl="reference")'
     if torch.compiler.is_compiling() and forward == 0 and fwAD._current_level >= 0:
         raise RuntimeError(
             f"tbcm_kernels.{op}: a compiled function loses its tangents inside dual_level(); "
@@ -68,12 +89,33 @@ def guard_levels(op: str) -> None:
     if forward > 1:
         raise RuntimeError(
             f"tbcm_kernels.{op} supports one level of forward mode, and {forward} are nested here: "
-            f'call it with impl="reference", which plain PyTorch differentiates to any order.'
+            f"use {mend}, which plain PyTorch differentiates to any order."
         )
     if reverse:
         raise RuntimeError(
             f"tbcm_kernels.{op} does not run under torch.func.grad, vjp or jacrev: use "
-            f'torch.autograd.grad or .backward(), or call it with impl="reference".'
+            f"torch.autograd.grad or .backward(), or {mend}."
+        )
+
+
+def in_dual_level() -> bool:
+    """Whether a tensor can be a forward-AD dual here, so that looking for one is worth it."""
+    return fwAD._current_level >= 0
+
+
+def refuse_duals(op: str, *tensors: Tensor | None) -> None:
+    """Raise for a forward-AD dual where tangents are explicit: its own would be lost.
+
+    Raises:
+        RuntimeError: one of the tensors carries a tangent.
+    """
+    if not in_dual_level():
+        return
+    if any(x is not None and fwAD.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(
+            f"tbcm_kernels.{op} takes tangents as arguments of their own, and one of its tensors "
+            f"is a forward-AD dual, whose tangent would be lost: unpack it, or use the op without "
+            f"_jvp (fuse() covers tangents of inputs, not of parameters)."
         )
 
 

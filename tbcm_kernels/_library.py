@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tbcm_kernels._dual import in_dual_level, refuse_duals
+
 Store = Callable[[Tensor], Tensor]
 """A rounding point: what a value becomes when a kernel stores it."""
 
@@ -30,19 +32,31 @@ def register(
     _library.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
-    torch.library.register_autograd(
-        qualified, backward or _refuse(name), setup_context=setup_context, lib=_library
-    )
+    gradient = _guarded(name, backward) if backward else _refuse(name)
+    torch.library.register_autograd(qualified, gradient, setup_context=setup_context, lib=_library)
     op = getattr(torch.ops.tbcm, name).default
     torch.library.register_vmap(qualified, _lanes(op), lib=_library)
     return op
 
 
+def _guarded(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Forward mode over backward would lose the tangents of cotangents and saved tensors."""
+
+    def guarded(ctx: Any, *grads: Tensor | None) -> Any:
+        if in_dual_level():
+            refuse_duals(f"{name} in backward", *grads, *ctx.saved_tensors)
+        return backward(ctx, *grads)
+
+    return guarded
+
+
 def _refuse(name: str) -> Callable[..., Any]:
+    op = name.removesuffix("_backward")
+
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(
-            f"tbcm_kernels: {name} has no second derivative; for a double backward call the op "
-            f'with impl="reference", which plain PyTorch differentiates to any order.'
+            f"tbcm_kernels: {name} has no second derivative; for a double backward use "
+            f'tbcm_kernels.{op}(..., impl="reference"), which PyTorch differentiates to any order.'
         )
 
     return backward

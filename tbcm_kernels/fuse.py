@@ -21,10 +21,23 @@ class Fused:
 
     model: nn.Module
     module: types.ModuleType
+    forward: Any
+    undone: bool = False
 
     def undo(self) -> None:
-        """Restore the model's own forward; harmless when done already."""
-        self.model.__dict__.pop("forward", None)
+        """Restore the model's own forward; harmless when done already.
+
+        Raises:
+            ValueError: something else has replaced the forward since.
+        """
+        if self.undone:
+            return
+        if self.model.__dict__.get("forward") is not self.forward:
+            raise ValueError(
+                "undo: the model's forward was replaced after fuse(); restore that first."
+            )
+        del self.model.forward
+        self.undone = True
 
     def encode_text(self, encoder_hidden_states: Tensor) -> Any:
         """Text [P, S, D] made ready for all blocks, to be given in its place to many forwards."""
@@ -66,4 +79,4 @@ def fuse(model: nn.Module) -> Fused:
     module = importlib.import_module(target)
     module.check(model)
     model.forward = types.MethodType(module.forward, model)
-    return Fused(model, module)
+    return Fused(model, module, model.forward)

@@ -53,6 +53,20 @@ def check(model: nn.Module) -> None:
             raise ValueError(
                 f"fuse: {name}={getattr(config, name)!r} has no fused forward; use the stock model."
             )
+    for name, module in model.named_modules():
+        if name and (reason := _passed_by(module)):
+            raise ValueError(
+                f"fuse: {name} {reason}, which the fused forward would pass by; use the stock "
+                f"model."
+            )
+
+
+def _passed_by(module: nn.Module) -> str | None:
+    """Why a submodule does more than its weights say."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        return "has hooks or a replaced forward"
+    package = type(module).forward.__module__.partition(".")[0]
+    return None if package in ("torch", "diffusers") else f"is a {type(module).__name__}"
 
 
 def forward(
@@ -77,7 +91,7 @@ def forward(
             a batch or mask that does not fit the number of prompts.
     """
     _refuse(self, attention_kwargs, controlnet_block_samples)
-    _dual.guard_levels("fuse")
+    _dual.guard_levels("fuse", "the stock model")
     bias = _text_bias(encoder_attention_mask, hidden_states)
     conditions = {} if guidance is None else {"guidance": guidance}
     modulation, embedded = self.time_embed(

@@ -196,6 +196,37 @@ def test_names_instance_and_undo() -> None:
     assert model.forward.__func__ is type(model).forward
 
 
+def test_undo_leaves_a_later_wrapper_alone() -> None:
+    model = _model(TINY)
+    handle = tk.fuse(model)
+    own = model.forward
+    model.forward = lambda *a, **k: own(*a, **k)
+    with pytest.raises(ValueError, match="replaced after"):
+        handle.undo()
+    model.forward = own
+    handle.undo()
+    again = tk.fuse(model)
+    handle.undo()
+    assert model.forward is again.forward
+
+
+@pytest.mark.parametrize("name", ["scale_shift_table", "patch_embed.proj.weight",
+    "transformer_blocks.0.attn1.to_q.weight", "transformer_blocks.0.attn2.norm_q.weight",
+    "transformer_blocks.0.ff.conv_depth.weight", "transformer_blocks.0.scale_shift_table",
+    "proj_out.weight"])  # fmt: skip
+def test_tangents_of_parameters_raise(name: str) -> None:
+    model = _model(TINY)
+    inputs = _inputs(model)
+    weight = dict(model.named_parameters())[name]
+
+    def function(weight: Tensor) -> Tensor:
+        changed = torch.func.functional_call(model, {name: weight}, (), inputs)
+        return changed.sample
+
+    with tk.fuse(model), pytest.raises(RuntimeError, match="not of parameters"):
+        torch.func.jvp(function, (weight,), (torch.ones_like(weight),))
+
+
 def test_fused_save_and_load(tmp_path) -> None:
     model = _model(TINY)
     with tk.fuse(model):
@@ -212,6 +243,21 @@ def test_fused_save_and_load(tmp_path) -> None:
 def test_refuses_what_it_does_not_cover(change: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         tk.fuse(_model(TINY | change))
+
+
+def test_refuses_layers_that_do_more_than_their_weights_say() -> None:
+    class Adapter(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    model = _model(TINY)
+    model.transformer_blocks[0].attn1.to_q = Adapter(32, 32, bias=False)
+    with pytest.raises(ValueError, match=r"0\.attn1\.to_q is a Adapter"):
+        tk.fuse(model)
+    model = _model(TINY)
+    model.transformer_blocks[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"transformer_blocks\.1 has hooks"):
+        tk.fuse(model)
 
 
 def test_refuses_unknown_models_and_arguments() -> None:

@@ -15,8 +15,8 @@ from tbcm_kernels.testing.check import check, run
 pytestmark = pytest.mark.kernels
 OPS = ["adaln", "conv_glu", "rms_norm"]
 LARGEST = {
-    "adaln": "shape (1, 33, 320)", "conv_glu": "shape (2, 8, 8, 33)",
-    "rms_norm": "shape (1, 33, 320)",
+    "adaln": "shape (2, 150, 320)", "conv_glu": "shape (2, 16, 16, 40)",
+    "rms_norm": "shape (2, 150, 320)",
 }  # fmt: skip
 SMALL = {
     "adaln": "shape (2, 3, 4)", "conv_glu": "shape (1, 1, 1, 4)", "rms_norm": "shape (2, 3, 4)",
@@ -116,6 +116,58 @@ def test_gradcheck_with_and_through_the_tangent(op: str) -> None:
     )
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_of_every_subset_and_cotangent(op: str) -> None:
+    """Frozen inputs and unused outputs take other paths through the kernels."""
+    case = next(c for c in cases(op, torch.float32) if c.name == SMALL[op])
+    function, count = getattr(tbcm_kernels, op), len(case.primals)
+    for chosen in range(1, 2**count):
+        wanted = [i for i in range(count) if chosen >> i & 1]
+        got = _single_gradients(function, case.primals, wanted, case.options)
+        doubles = [p.double() for p in case.primals]
+        want = _single_gradients(function, doubles, wanted, {**case.options, "impl": "reference"})
+        for a, b in zip(got, want, strict=True):
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max() + 1e-7, wanted
+
+
+def _single_gradients(
+    function: object, primals: list[torch.Tensor], wanted: list[int], options: dict
+) -> list[torch.Tensor]:
+    """Gradients of each output alone with respect to the wanted inputs, the others frozen."""
+    leaves = [p.detach().clone().requires_grad_(i in wanted) for i, p in enumerate(primals)]
+    outputs = function(*leaves, **options)
+    found = []
+    for output in outputs if isinstance(outputs, tuple) else [outputs]:
+        torch.manual_seed(5)
+        cotangent = torch.randn(output.shape).to(output.dtype)
+        inputs = [leaves[i] for i in wanted]
+        if not output.requires_grad:
+            found += [torch.zeros_like(i) for i in inputs]
+            continue
+        grads = torch.autograd.grad(output, inputs, cotangent, retain_graph=True, allow_unused=True)
+        # Not used and used with a zero gradient are the same to a user.
+        found += [
+            torch.zeros_like(i) if g is None else g for g, i in zip(grads, inputs, strict=True)
+        ]
+    return found
+
+
+def test_extreme_inputs_of_the_gate() -> None:
+    """silu and its slope vanish far left, also where exp overflows; NaN and infinity spread."""
+    a = torch.tensor([-1e30, -200.0, -90.0, 1e30, 60.0, float("nan")])
+    tokens = a.repeat_interleave(2)[None, :, None].expand(1, 12, 2).reshape(1, 12, 2).contiguous()
+    taps = torch.zeros(2, 1, 3, 3)
+    taps[0, 0, 1, 1] = 1
+    for impl in ("cpu", "reference"):
+        y, ty = tbcm_kernels.conv_glu_jvp(
+            tokens, taps, torch.tensor([0.0, 2.0]), torch.ones_like(tokens), height=12, width=1,
+            impl=impl,
+        )  # fmt: skip
+        assert (y[0, :6] == 0).all() and (ty[0, :6].abs() < 1e-30).all(), impl
+        # The stencil multiplies its neighbours by zero, so the NaN reaches one pixel to each side.
+        assert torch.isfinite(ty[0, :9]).all() and y[0, 9:].isnan().all(), impl
+
+
 def _mutants() -> dict[str, object]:
     def scaled(values: list) -> None:
         values[-1].mul_(1.01)
@@ -159,7 +211,11 @@ def test_opcheck(op: str) -> None:
     module = importlib.import_module(f"tbcm_kernels.{op}.autograd")
     case = next(c for c in cases(op, torch.float32) if c.name == SMALL[op])
     leaves = [v.clone().requires_grad_() for v in case.primals]
-    for through, tangents in ((False, [None] * len(leaves)), (True, case.tangents)):
+    alone = [
+        [t if i == j else None for j, t in enumerate(case.tangents)] for i in range(len(leaves))
+    ]
+    for tangents in ([None] * len(leaves), case.tangents, *alone):
+        through = any(t is not None for t in tangents)
         arguments = (*leaves, *tangents, *case.options.values(), through, "reference")
         torch.library.opcheck(getattr(module, f"{op}_op"), arguments)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 
 import pytest
@@ -226,6 +227,56 @@ def test_functional_reverse_mode_raises_with_the_mend(transform: object) -> None
     primals, _ = _inputs()
     with pytest.raises(RuntimeError, match=r"torch\.autograd\.grad"):
         transform(lambda x: stack(x, *primals[1:]).sum())(primals[0])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, p: tk.rms_norm_jvp(x, p[5]),
+        lambda x, p: tk.adaln_jvp(p[0], p[1], tx=x),
+        lambda x, p: tk.conv_glu_jvp(x, p[7][:C], height=2, width=3),
+        lambda x, p: tk.linear_jvp(p[0], p[6], None, x),
+    ],
+)
+def test_a_dual_given_to_an_explicit_function_raises(call: object) -> None:
+    primals, tangents = _inputs()
+    with pytest.raises(RuntimeError, match="is a forward-AD dual"):
+        torch.func.jvp(lambda x: call(x, primals), (primals[0],), (tangents[0],))
+
+
+def test_forward_mode_over_backward_raises() -> None:
+    primals, tangents = _inputs()
+    with fwAD.dual_level():
+        y = tk.rms_norm(fwAD.make_dual(primals[0], tangents[0]), primals[5])
+        with pytest.raises(RuntimeError, match="in backward"):
+            torch.autograd.grad(y.pow(3).sum(), primals[0])
+
+
+def test_two_threads_inside_the_semi_gradient_raise() -> None:
+    raised: list[str] = []
+
+    def enter() -> None:
+        try:
+            with tk.stop_tangent_gradient():
+                pass
+        except RuntimeError as error:
+            raised.append(str(error))
+
+    with tk.stop_tangent_gradient():
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+    assert "another thread is inside" in raised[0]
+    with tk.stop_tangent_gradient(), tk.stop_tangent_gradient():
+        pass
+
+
+def test_outputs_never_alias_inputs() -> None:
+    x, h = torch.randn(2, 2, 3, 4).double()
+    tangent = torch.ones_like(x)
+    tk.adaln_jvp(x, h, tx=tangent)[2].mul_(2)
+    tk.adaln_jvp(x, shift=h, tshift=tangent)[3].mul_(2)
+    assert torch.equal(tangent, torch.ones_like(x))
 
 
 def test_double_backward_raises() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,8 +55,8 @@ def adaln(
         return (x if out is None else out), y
     _dual.guard_levels("adaln")
     primals, tangents = _dual.unpack(*inputs)
-    out, y, tout, ty = adaln_jvp(*primals, *tangents, eps=eps, impl=impl)
-    return (x if h is None else _dual.pack(out, tout)), _dual.pack(y, ty)
+    out, y, tout, ty = _pair(primals, tangents, eps, impl)
+    return _dual.pack(out, tout), _dual.pack(y, ty)
 
 
 def adaln_jvp(
@@ -83,7 +85,8 @@ def adaln_jvp(
         (x', y, tx', ty). A tangent is None where every input it depends on has none. Under
         `stop_tangent_gradient()` the tangents do not require grad.
 
-    Raises: as `adaln`; ValueError also for a tangent that does not match its primal.
+    Raises: as `adaln`; ValueError for a tangent that does not match its primal, RuntimeError
+        for a forward-AD dual among the arguments.
 
     Cost: reads x, h, tx, th and writes x', y, tx', ty once. Backward through a tangent is exact, by
     differentiating the reference, and then saves all inputs.
@@ -91,11 +94,20 @@ def adaln_jvp(
     primals = (x, h, gate, scale, shift)
     tangents = (tx, th, tgate, tscale, tshift)
     _check(*primals)
+    _dual.guard_levels("adaln")
+    _dual.refuse_duals("adaln_jvp", *primals, *tangents)
     if _dual.present(tangents):
         _dual.check_tangents(
             "adaln_jvp", x=(x, tx), h=(h, th), gate=(gate, tgate), scale=(scale, tscale),
             shift=(shift, tshift),
         )  # fmt: skip
+    return _pair(primals, tangents, eps, impl)
+
+
+def _pair(
+    primals: Sequence[Tensor | None], tangents: Sequence[Tensor | None], eps: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    x, h = primals[:2]
     if stopped := _dual.tangent_gradient_stopped():
         tangents = _dual.detached(*tangents)
     chosen = _dispatch.choose("adaln", impl, x)
@@ -106,7 +118,7 @@ def adaln_jvp(
     return (
         x if h is None else out,
         y,
-        tx if h is None else or_none(tout, residual_tangent),
+        tangents[0] if h is None else or_none(tout, residual_tangent),
         or_none(ty, _dual.present(tangents)),
     )
 
@@ -123,10 +135,12 @@ def _check(
     if gate is not None and h is None:
         raise ValueError("adaln: gate was given without h; pass the branch output that it gates.")
     for name, m in (("gate", gate), ("scale", scale), ("shift", shift)):
-        if m is not None and (m.device != x.device or not _broadcasts(m.shape, x.shape)):
+        if m is None:
+            continue
+        if m.device != x.device or not (m.is_floating_point() and _broadcasts(m.shape, x.shape)):
             raise ValueError(
-                f"adaln: {name} must broadcast to x on its device, such as [B, 1, C]; got "
-                f"{_dual.describe(m)} for {_dual.describe(x)}."
+                f"adaln: {name} must be floating, on x's device, and [..., C] that broadcasts to "
+                f"x, such as [B, 1, C]; got {_dual.describe(m)} for {_dual.describe(x)}."
             )
 
 

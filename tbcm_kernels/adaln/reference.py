@@ -32,7 +32,7 @@ def forward(
     if any(t is not None for t in (th_, tgate_)):
         tx_ = _residual_tangent(x_, h_, gate_, tx_, th_, tgate_)
     if h is not None and tx_ is not None:
-        tout = store(tx_.expand_as(x_))
+        tout = store(tx_.clone() if tx_ is tx else tx_)  # an op may not return its input
         tx_ = wide(tout)
     center = x_ - x_.mean(-1, keepdim=True)
     r = torch.rsqrt(center.square().mean(-1, keepdim=True) + eps)
@@ -47,7 +47,8 @@ def forward(
         terms.append(xhat * tscale_)
     if tshift_ is not None:
         terms.append(tshift_)
-    ty = store(sum(terms[1:], terms[0]).expand_as(y)) if terms else None
+    # The sum starts at zeros: a lone ḃ must neither alias its input nor stay narrow.
+    ty = store(sum(terms, torch.zeros_like(y))) if terms else None
     return out, store(y), tout, ty
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from tbcm_kernels import _dispatch, _dual
@@ -47,8 +49,7 @@ def conv_glu(
         return reference.forward(a, weight, bias, None, None, None, height, width)[0]
     _dual.guard_levels("conv_glu")
     primals, tangents = _dual.unpack(a, weight, bias)
-    pair = conv_glu_jvp(*primals, *tangents, height=height, width=width, impl=impl)
-    return _dual.pack(*pair)
+    return _dual.pack(*_pair(primals, tangents, height, width, impl))
 
 
 def conv_glu_jvp(
@@ -75,18 +76,28 @@ def conv_glu_jvp(
         (y, ty); ty is None where all tangents are, and does not require grad under
         `stop_tangent_gradient()`.
 
-    Raises: as `conv_glu`; ValueError also for a tangent that does not match its primal.
+    Raises: as `conv_glu`; ValueError for a tangent that does not match its primal, RuntimeError
+        for a forward-AD dual among the arguments.
 
     Cost: reads a, ta and writes y, ty once. Backward through ty is exact, by differentiating the
     reference, and then saves all inputs.
     """
     _check(a, weight, bias, height, width)
-    tangents = (ta, tweight, tbias)
+    primals, tangents = (a, weight, bias), (ta, tweight, tbias)
+    _dual.guard_levels("conv_glu")
+    _dual.refuse_duals("conv_glu_jvp", *primals, *tangents)
     _dual.check_tangents("conv_glu_jvp", a=(a, ta), weight=(weight, tweight), bias=(bias, tbias))
+    return _pair(primals, tangents, height, width, impl)
+
+
+def _pair(
+    primals: Sequence[Tensor | None], tangents: Sequence[Tensor | None], height: int, width: int,
+    impl: str,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     if stopped := _dual.tangent_gradient_stopped():
         tangents = _dual.detached(*tangents)
-    chosen = _dispatch.choose("conv_glu", impl, a)
-    y, ty = conv_glu_op(a, weight, bias, *tangents, height, width, not stopped, chosen)
+    chosen = _dispatch.choose("conv_glu", impl, primals[0])
+    y, ty = conv_glu_op(*primals, *tangents, height, width, not stopped, chosen)
     if stopped:
         ty = ty.detach()
     return y, or_none(ty, _dual.present(tangents))
@@ -104,6 +115,8 @@ def _check(a: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: i
             f"conv_glu: weight must be [{a.shape[2]}, 1, 3, 3] on {a.device}, got "
             f"{_dual.describe(weight)}."
         )
+    if not all(p is None or p.is_floating_point() for p in (weight, bias)):
+        raise ValueError("conv_glu: weight and bias must be floating.")
     if bias is not None and (bias.shape != a.shape[2:] or bias.device != a.device):
         raise ValueError(
             f"conv_glu: bias must be [{a.shape[2]}] on {a.device}, got {_dual.describe(bias)}."

@@ -22,7 +22,8 @@ def forward(
     """y and ẏ; ẏ is None where no input has a tangent."""
     store = store or (lambda v: v.to(a.dtype))
     grid = (height, width)
-    a_, w_, b_, ta_, tw_, tb_ = (wide(v) for v in (a, weight, bias, ta, tweight, tbias))
+    a_, ta_ = wide(a), wide(ta)
+    w_, b_, tw_, tb_ = (_like(v, a_) for v in (weight, bias, tweight, tbias))
     u = F.silu(a_)
     c1, c2 = depthwise(u, w_, b_, grid).chunk(2, -1)
     y = c1 * F.silu(c2)
@@ -50,7 +51,8 @@ def backward(
     """
     store = store or (lambda v: v.to(a.dtype))
     grid = (height, width)
-    a_, w_, b_, gy_ = (wide(v) for v in (a, weight, bias, gy))
+    a_, gy_ = wide(a), wide(gy)
+    w_, b_ = _like(weight, a_), _like(bias, a_)
     u = F.silu(a_)
     c1, c2 = depthwise(u, w_, b_, grid).chunk(2, -1)
     gc = torch.cat([gy_ * F.silu(c2), gy_ * c1 * slope(c2)], -1)
@@ -66,6 +68,10 @@ def backward(
         ]
         gw = torch.stack(taps, 1)
     return store(ga), gw, gc.sum(1) if needs_bias else None
+
+
+def _like(parameter: Tensor | None, a: Tensor) -> Tensor | None:
+    return None if parameter is None else parameter.to(a.dtype)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int]) -> Tensor:

@@ -25,9 +25,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Cost: one GEMM, two under forward mode; `torch.func.jvp` over `F.linear` runs three, because it
     multiplies by a materialised zero tangent of the weight.
     """
-    _dual.guard_levels("linear")
+    _dual.guard_levels("linear", "F.linear")
     primals, tangents = _dual.unpack(x, weight, bias)
-    return _dual.pack(*linear_jvp(*primals, *tangents))
+    return _dual.pack(*_pair(*primals, *tangents))
 
 
 def linear_jvp(
@@ -48,10 +48,19 @@ def linear_jvp(
         (y, ty); ty is None where all tangents are, and does not require grad under
         `stop_tangent_gradient()`, whose backward then reads the primals alone.
 
-    Raises: as `linear`; ValueError also for a tangent that does not match its primal.
+    Raises: as `linear`; ValueError for a tangent that does not match its primal, RuntimeError
+        for a forward-AD dual among the arguments.
 
     Precision: that of PyTorch's GEMM; autocast applies to the tangents too.
     """
+    _dual.refuse_duals("linear_jvp", x, weight, bias, tx, tweight, tbias)
+    return _pair(x, weight, bias, tx, tweight, tbias)
+
+
+def _pair(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tx: Tensor | None, tweight: Tensor | None,
+    tbias: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     _check(x, weight, bias)
     _dual.check_tangents("linear_jvp", x=(x, tx), weight=(weight, tweight), bias=(bias, tbias))
     y = F.linear(x, weight, bias)

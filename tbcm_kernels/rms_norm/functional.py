@@ -40,7 +40,7 @@ def rms_norm(
         return reference.forward(x, weight, None, None, eps)[0]
     _dual.guard_levels("rms_norm")
     primals, tangents = _dual.unpack(x, weight)
-    return _dual.pack(*rms_norm_jvp(*primals, *tangents, eps=eps, impl=impl))
+    return _dual.pack(*_pair(*primals, *tangents, eps, impl))
 
 
 def rms_norm_jvp(
@@ -62,13 +62,23 @@ def rms_norm_jvp(
         (y, ty); ty is None where both tangents are, and does not require grad under
         `stop_tangent_gradient()`.
 
-    Raises: as `rms_norm`; ValueError also for a tangent that does not match its primal.
+    Raises: as `rms_norm`; ValueError for a tangent that does not match its primal, RuntimeError
+        for a forward-AD dual among the arguments.
 
     Cost: reads x, tx and writes y, ty once. Backward through ty is exact, by differentiating the
     reference, and then saves all inputs.
     """
     _check(x, weight)
+    _dual.guard_levels("rms_norm")
+    _dual.refuse_duals("rms_norm_jvp", x, weight, tx, tweight)
     _dual.check_tangents("rms_norm_jvp", x=(x, tx), weight=(weight, tweight))
+    return _pair(x, weight, tx, tweight, eps, impl)
+
+
+def _pair(
+    x: Tensor, weight: Tensor | None, tx: Tensor | None, tweight: Tensor | None, eps: float,
+    impl: str,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     if stopped := _dual.tangent_gradient_stopped():
         tx, tweight = _dual.detached(tx, tweight)
     chosen = _dispatch.choose("rms_norm", impl, x)
@@ -83,8 +93,11 @@ def _check(x: Tensor, weight: Tensor | None) -> None:
         raise ValueError(
             f"rms_norm: x must be [..., C] with C > 0 and floating, got {_dual.describe(x)}."
         )
-    if weight is not None and (weight.shape != x.shape[-1:] or weight.device != x.device):
+    if weight is None:
+        return
+    fits = weight.shape == x.shape[-1:] and weight.device == x.device
+    if not (fits and weight.is_floating_point()):
         raise ValueError(
-            f"rms_norm: weight must be [C] = [{x.shape[-1]}] on {x.device}, got "
+            f"rms_norm: weight must be floating [C] = [{x.shape[-1]}] on {x.device}, got "
             f"{_dual.describe(weight)}."
         )

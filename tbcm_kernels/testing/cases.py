@@ -69,6 +69,8 @@ def _adaln_subsets(
     for name, small in variants.items():
         changed = layout | dict.fromkeys(("gate", "scale", "shift"), small)
         yield f"{name} modulation", changed, options, {}
+    mixed = {"gate": (shape, _wide(dtype)), "shift": (shape[-1:], _wide(dtype))}
+    yield "mixed modulation", layout | mixed, options, {}
     for names in ("x", "x h", "x h gate", "x scale shift", "x h scale shift", "x scale", "x shift"):
         change = {"present": names.split(), "moving": names.split()}
         yield f"inputs {names}", layout, options, change
@@ -105,14 +107,14 @@ def _conv_glu_subsets(
 
 ROWS = [
     (2, 3, 4), (2, 5, 48), (2, 15, 127), (1, 16, 128), (2, 17, 129), (1, 33, 320), (1, 2, 1152),
-    (1, 2, 2240), (3, 7, 31), (1, 1, 8), (2, 0, 16), (0, 4, 16),
+    (1, 2, 2240), (2, 150, 320), (3, 7, 31), (1, 1, 8), (2, 0, 16), (0, 4, 16),
 ]  # fmt: skip
-"""One tile, one less, one more, primes, SANA's widths, nothing."""
+"""One tile, one less, one more, SANA's widths, enough for several threads, primes, nothing."""
 GRIDS = [
     (1, 1, 1, 4), (2, 3, 5, 24), (1, 4, 4, 16), (2, 5, 3, 15), (1, 2, 7, 17), (1, 4, 4, 320),
-    (2, 8, 8, 33), (1, 1, 6, 8), (0, 2, 2, 4),
+    (2, 8, 8, 33), (2, 16, 16, 40), (1, 1, 6, 8), (0, 2, 2, 4),
 ]  # fmt: skip
-"""Square and not, narrower than the stencil, one channel less and more than a block, nothing."""
+"""Square and not, narrower than the stencil, around a block, for several threads, nothing."""
 OPS: dict[str, tuple[list[tuple[int, ...]], Callable, Callable]] = {
     "adaln": (ROWS, _adaln_layout, _adaln_subsets),
     "rms_norm": (ROWS, _rms_norm_layout, _rms_norm_subsets),

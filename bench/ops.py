@@ -1,0 +1,181 @@
+"""What is timed: each op at the shapes of real models, and the same maths in eager PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tbcm_kernels
+from tbcm_kernels import _dispatch
+from tbcm_kernels.testing.cases import Case
+from tbcm_kernels.testing.check import check
+from tbcm_kernels.testing.compare import faults
+
+Function = Callable[..., Any]
+PASSES = ("forward", "jvp", "backward")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the residual stream [B, N, C] of a model in training."""
+
+    batch: int
+    tokens: int
+    width: int
+
+
+SHAPES = {
+    "digits": Shape(56, 16, 128),
+    "sana-0.6b-512": Shape(16, 256, 1152),
+    "sana-0.6b-1024": Shape(16, 1024, 1152),
+    "sana-1.6b-1024": Shape(16, 1024, 2240),
+}
+
+
+def plain_adaln(x: Tensor, h: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> Any:
+    """As diffusers writes it, with the modulations in x's dtype."""
+    gate, scale, shift = (m.to(x.dtype) for m in (gate, scale, shift))
+    out = x + gate * h
+    return out, F.layer_norm(out, out.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """PyTorch's own."""
+    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), 1e-5)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op: its arguments, those that move, those that backward reads, and the eager form."""
+
+    arguments: str
+    moving: str
+    saved: str
+    options: dict[str, float]
+    plain: Function
+
+
+OPS = {
+    "adaln": Op(
+        "x h gate scale shift", "x h gate scale shift", "x h gate scale", {"eps": 1e-6}, plain_adaln
+    ),
+    "rms_norm": Op("x weight", "x", "x weight", {"eps": 1e-5}, plain_rms_norm),
+    "linear": Op("x weight bias", "x", "x weight", {}, F.linear),
+}
+
+
+def draw(op: str, shape: Shape, dtype: torch.dtype, device: str) -> Case:
+    """Normal inputs and tangents: activations in `dtype`, modulations and norm weights in fp32."""
+    b, n, c = shape.batch, shape.tokens, shape.width
+    sizes = {"x": (b, n, c), "h": (b, n, c), "bias": (c,)}
+    sizes["weight"] = (c, c) if op == "linear" else (c,)
+    names = OPS[op].arguments.split()
+
+    def random(name: str) -> Tensor:
+        narrow = name in ("x", "h") or op == "linear"
+        size = sizes.get(name, (b, 1, c))
+        return torch.randn(size, device=device, dtype=dtype if narrow else torch.float32)
+
+    moving = OPS[op].moving.split()
+    return Case(
+        op, str(shape), names, [random(a) for a in names],
+        [random(a) if a in moving else None for a in names], OPS[op].options,
+    )  # fmt: skip
+
+
+def implementations(op: str, device: str, dtype: torch.dtype) -> list[str]:
+    """The kernels that can run; the public function itself where the op has none."""
+    kernels = _dispatch.OPS[op]
+    if not kernels:
+        return ["pair"]
+    return [impl for impl in kernels if _dispatch.refusal(op, impl, device, dtype) is None]
+
+
+def wrong(case: Case, impl: str) -> list[str]:
+    """The gate: the faults of an implementation on such inputs; what has any is not timed."""
+    if case.op != "linear":
+        return check(case, impl)
+    values = tbcm_kernels.linear_jvp(*case.primals, *case.tangents)
+    x, weight, bias = (p.double() for p in case.primals)
+    exact = (F.linear(x, weight, bias), F.linear(case.tangents[0].double(), weight))
+    plain = (F.linear(*case.primals), F.linear(case.tangents[0], case.primals[1]))
+    return [
+        fault
+        for name, v, e, p in zip(("y", "ty"), values, exact, plain, strict=True)
+        for fault in faults(name, v, e.cpu(), p.double().cpu(), v.dtype)
+    ]
+
+
+def ours(case: Case, impl: str) -> tuple[Function, Function]:
+    """The op and its `_jvp` form in one implementation."""
+    options = case.options if impl == "pair" else {**case.options, "impl": impl}
+    op, jvp = (getattr(tbcm_kernels, name) for name in (case.op, f"{case.op}_jvp"))
+    return lambda *p: op(*p, **options), lambda *p: jvp(*p, **options)
+
+
+def eager(case: Case) -> tuple[Function, Function]:
+    """The same maths in PyTorch, and `torch.func.jvp` of it along the inputs that move."""
+    plain = OPS[case.op].plain
+    moving = [i for i, t in enumerate(case.tangents) if t is not None]
+
+    def jvp(*both: Tensor | None) -> Any:
+        primals, tangents = both[: len(both) // 2], both[len(both) // 2 :]
+
+        def of_moving(*values: Tensor) -> Any:
+            inputs = list(primals)
+            for i, v in zip(moving, values, strict=True):
+                inputs[i] = v
+            return plain(*inputs)
+
+        return torch.func.jvp(
+            of_moving, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving)
+        )
+
+    return plain, jvp
+
+
+def call(functions: tuple[Function, Function], what: str, case: Case) -> Callable[[], Any]:
+    """One pass as a function of nothing: "forward", "jvp", or "backward" through a kept graph."""
+    function, jvp = functions
+    if what != "backward":
+        inputs = case.primals if what == "forward" else case.primals + case.tangents
+        return torch.no_grad()(lambda: (function if what == "forward" else jvp)(*inputs))
+    leaves = [p.detach().requires_grad_() for p in case.primals]
+    outputs = tensors(function(*leaves))
+    cotangents = [torch.randn_like(o) for o in outputs]
+    return lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors of a nested result."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for v in value or () for t in tensors(v)]
+
+
+def traffic(case: Case, what: str) -> int:
+    """Bytes by count: every input read once, every output written once."""
+    named = dict(zip(case.arguments, case.primals, strict=True))
+    outputs = [named["x"], named["x"]] if case.op == "adaln" else [named["x"]]
+    if what == "backward":
+        saved = [named[a] for a in OPS[case.op].saved.split()]
+        return _size([*outputs, *saved, *case.primals])
+    moved = [t for t in case.tangents if t is not None]
+    return _size([*case.primals, *outputs]) + (_size([*moved, *outputs]) if what == "jvp" else 0)
+
+
+def operations(case: Case, what: str) -> int:
+    """FLOPs by count of the GEMMs; 0 for an op without."""
+    if case.op != "linear":
+        return 0
+    x, weight, _ = case.primals
+    return 2 * x.numel() * weight.shape[0] * (1 if what == "forward" else 2)
+
+
+def _size(values: Sequence[Tensor]) -> int:
+    return sum(v.nbytes for v in values)

@@ -1,0 +1,103 @@
+"""How it is timed: variants take turns, each on several input sets, and medians are reported."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+MIN_ROUNDS, MAX_ROUNDS, WARM_UP = 7, 400, 3
+
+
+def beyond_cache(device: str) -> int:
+    """Bytes of input sets that no cache of the device keeps until their next turn."""
+    if device == "cuda":
+        return 3 * torch.cuda.get_device_properties(0).L2_cache_size
+    return 2**27
+
+
+def stopwatch(calls: list[Call], device: str) -> tuple[Callable[[], float], bool]:
+    """A function that gives seconds per call over one sweep, and whether a CUDA graph replays it.
+
+    On CUDA a graph leaves the launches out, for every variant whose calls can be captured.
+    """
+
+    def sweep() -> None:
+        for call in calls:
+            call()
+
+    for _ in range(WARM_UP):
+        sweep()
+    if device != "cuda":
+        return lambda: _clock(sweep) / len(calls), False
+    replay = _captured(sweep)
+    return lambda: _events(replay or sweep) / len(calls), replay is not None
+
+
+def _clock(sweep: Call) -> float:
+    start = time.perf_counter()
+    sweep()
+    return time.perf_counter() - start
+
+
+def _events(sweep: Call) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    sweep()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def _captured(sweep: Call) -> Call | None:
+    """The sweep as a graph on the current stream, on which backward's kept graphs were made too."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            sweep()
+    except RuntimeError:  # something in it synchronises; the row then says graph: false
+        return None
+    return graph.replay
+
+
+def interleave(measures: dict[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
+    """Samples of every variant; the order turns round each time, so drift falls on all alike."""
+    samples: dict[str, list[float]] = {name: [] for name in measures}
+    order, end = list(measures), time.perf_counter() + seconds
+    rounds = 0
+    while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.perf_counter() < end):
+        for name in order:
+            samples[name].append(measures[name]())
+        order.reverse()
+        rounds += 1
+    return samples
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    """Median, p20 and p80 in microseconds."""
+    low, *_, high = statistics.quantiles(samples, n=5)
+    median = statistics.median(samples)
+    return {"us": 1e6 * median, "p20_us": 1e6 * low, "p80_us": 1e6 * high}
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second, read and written, of a large copy: the roof of a memory-bound op."""
+    source = torch.ones(2**28 if device == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    measure, _ = stopwatch([lambda: target.copy_(source)], device)
+    return 2 * source.nbytes / statistics.median(measure() for _ in range(MIN_ROUNDS))
+
+
+def peak_memory(call: Call, device: str) -> float | None:
+    """MiB that one call allocates at its peak; None on the CPU, where PyTorch keeps no count."""
+    if device != "cuda":
+        return None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20

@@ -1,0 +1,130 @@
+"""The package as its users meet it: names, docstrings, imports, what is said without a kernel."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import tbcm_kernels
+from tbcm_kernels import _dispatch
+
+ROOT = Path(__file__).parents[1]
+WITHOUT_EXTENSION = "import sys; sys.modules['tbcm_kernels._C'] = None\n"
+
+
+def python(program: str) -> str:
+    """What a fresh interpreter prints."""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize("name", tbcm_kernels.__all__)
+def test_public_names_are_documented(name: str) -> None:
+    public = getattr(tbcm_kernels, name)
+    assert public.__doc__ and public.__doc__.split("\n")[0].endswith((".", ":"))
+    if inspect.isfunction(public) and inspect.signature(public).parameters:
+        assert "Args:" in public.__doc__ and "Raises:" in public.__doc__
+        assert all(
+            p.annotation is not p.empty for p in inspect.signature(public).parameters.values()
+        )
+        assert inspect.signature(public).return_annotation is not inspect.Signature.empty
+
+
+def test_every_op_has_both_forms_and_a_readme() -> None:
+    for op in _dispatch.OPS:
+        assert {op, f"{op}_jvp"} <= set(tbcm_kernels.__all__)
+        assert (ROOT / "tbcm_kernels" / op / "README.md").read_text().startswith(f"# {op}")
+
+
+def test_import_is_light() -> None:
+    """No CUDA context, no model library, no kernel: the first call that needs one loads it."""
+    loaded = python(
+        "import sys, torch, tbcm_kernels\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "print(*sys.modules)"
+    ).split()
+    assert not {"diffusers", "transformers", "tbcm", "tbcm_kernels.sana"} & set(loaded)
+    kernels = [m for m in loaded if re.fullmatch(r"tbcm_kernels.*\._?(C|triton|cpu)", m)]
+    assert kernels == []
+
+
+def test_trainer_stays_out_of_the_library() -> None:
+    for path in (ROOT / "tbcm_kernels").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) tbcm\b", path.read_text(), re.MULTILINE), path
+
+
+@pytest.mark.skipif(
+    not (ROOT / ".git").exists() or shutil.which("git") is None, reason="not a git checkout"
+)
+def test_no_machine_paths() -> None:
+    """A path of the machine that a file was written on means nothing elsewhere."""
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    files = [ROOT / name for name in listed.stdout.splitlines()]
+    pattern = re.compile(rb"(?<![\w.])/(work|root|home|opt|mnt|workspace)/\w")
+    assert [f for f in files if f.is_file() and pattern.search(f.read_bytes())] == []
+
+
+def test_module_prints_a_row_for_each_op() -> None:
+    printed = python("import runpy; runpy.run_module('tbcm_kernels', run_name='__main__')")
+    assert printed.startswith(f"tbcm_kernels {tbcm_kernels.__version__}")
+    assert {line.split()[0] for line in printed.splitlines()} >= set(_dispatch.OPS)
+
+
+def test_absent_extension_is_said_and_falls_back() -> None:
+    printed = python(
+        WITHOUT_EXTENSION + "import runpy; runpy.run_module('tbcm_kernels', run_name='__main__')"
+    )
+    assert "the compiled extension is not there" in printed.splitlines()[-1]
+    printed = python(
+        WITHOUT_EXTENSION + "import warnings, torch, tbcm_kernels as tk\n"
+        "x = torch.randn(2, 3, 8)\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    warnings.simplefilter('always')\n"
+        "    values = tk.adaln_jvp(x, tx=x), tk.adaln_jvp(x, tx=x)\n"
+        "expected = tk.adaln_jvp(x, tx=x, impl='reference')\n"
+        "assert all(torch.equal(a, b) for v in values for a, b in zip(v, expected))\n"
+        "assert len(said) == 1 and 'plain PyTorch reference' in str(said[0].message)\n"
+        "try:\n"
+        "    tk.adaln(x, impl='cpu')\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    assert "install a C++ compiler" in printed
+
+
+@pytest.mark.parametrize("impl", ["cuda", "fastest", ""])
+def test_unknown_implementation_is_refused(impl: str) -> None:
+    with pytest.raises(ValueError, match=r"^adaln: .*impl.* (cuda|one of)"):
+        tbcm_kernels.adaln(torch.ones(1, 1, 8), impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+def test_explicit_implementation_that_cannot_run_says_why(impl: str) -> None:
+    if reason := _dispatch.missing(impl):
+        pytest.skip(reason)
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    x = torch.ones(2, 8, dtype=torch.float64, device=device)
+    with pytest.raises(ValueError, match=f"impl='{impl}' cannot run: it takes .*are float64"):
+        tbcm_kernels.rms_norm(x, impl=impl)
+
+
+def test_fallback_is_said_once() -> None:
+    _dispatch._notice_fallback.cache_clear()
+    x = torch.ones(2, 8, dtype=torch.float64)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            tbcm_kernels.rms_norm(x)
+    assert len(said) == 1
+    assert "rms_norm runs its plain PyTorch reference for float64 on cpu" in str(said[0].message)

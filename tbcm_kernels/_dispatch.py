@@ -14,6 +14,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from tbcm_kernels._dual import constant_under_compile
+
 IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
 _FAST_DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
@@ -72,7 +74,7 @@ def choose(op: str, impl: str, x: Tensor) -> str:
     return chosen
 
 
-@torch._dynamo.assume_constant_result
+@constant_under_compile
 def _choice(op: str, impl: str, device: str, dtype: torch.dtype) -> tuple[str | None, str]:
     """The chosen implementation, or None and why; evaluated once where torch.compile traces."""
     if impl == "reference":
@@ -105,6 +107,8 @@ def _module(op: str, impl: str) -> ModuleType:
 @functools.cache
 def _interpreted() -> bool:
     """Whether Triton runs its interpreter, so that kernels accept CPU tensors."""
+    if missing("triton"):
+        return False
     import triton
 
     return bool(triton.knobs.runtime.interpret)

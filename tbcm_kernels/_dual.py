@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
+T = TypeVar("T")
 _stopped = False
 _owners: list[int] = []
 
@@ -63,7 +65,13 @@ def tangent_scope() -> contextlib.AbstractContextManager[object]:
     return torch.no_grad() if _stopped else contextlib.nullcontext()
 
 
-@torch._dynamo.assume_constant_result
+def constant_under_compile(function: Callable[..., T]) -> Callable[..., T]:
+    """What `torch.compiler.assume_constant_result` does, without importing the compiler for it."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_under_compile
 def _functorch_levels() -> tuple[int, int]:
     """How many forward-mode and how many reverse-mode functorch levels surround this call."""
     stack = torch._C._functorch.get_interpreter_stack() or ()

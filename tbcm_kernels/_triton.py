@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 MAX_WIDTH = 8192
+
+
+@dataclass(frozen=True)
+class AuditCase:
+    """One kernel to compile: the type of each argument, None for one that is absent."""
+
+    name: str
+    kernel: Any
+    arguments: dict[str, str | None]
+    constants: dict[str, int]
+    warps: int
 
 
 def row_config(width: int) -> tuple[int, int]:

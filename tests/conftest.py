@@ -8,8 +8,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-if device := os.environ.get("TBCM_TEST_DEVICE"):
-    torch.set_default_device(device)
 
 
 @pytest.fixture(autouse=True)

@@ -52,9 +52,23 @@ def test_import_is_light() -> None:
         "assert not torch.cuda.is_initialized()\n"
         "print(*sys.modules)"
     ).split()
-    assert not {"diffusers", "transformers", "tbcm", "tbcm_kernels.sana"} & set(loaded)
+    heavy = {"diffusers", "transformers", "triton", "torch._dynamo", "tbcm", "tbcm_kernels.sana"}
+    assert not heavy & set(loaded)
     kernels = [m for m in loaded if re.fullmatch(r"tbcm_kernels.*\._?(C|triton|cpu)", m)]
     assert kernels == []
+
+
+def test_without_triton_the_rest_works() -> None:
+    """fp64 asks every implementation why it cannot run, and a missing one must have an answer."""
+    python(
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, tbcm_kernels as tk, warnings\n"
+        "warnings.simplefilter('ignore')\n"
+        "tk.rms_norm(torch.ones(2, 4).double())\n"
+        "try: tk.rms_norm(torch.ones(2, 4), impl='triton')\n"
+        "except ValueError as e: assert 'triton' in str(e)\n"
+        "else: raise SystemExit('no error')"
+    )
 
 
 def test_trainer_stays_out_of_the_library() -> None:

@@ -11,8 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tbcm_kernels._library import fresh
-from tbcm_kernels._triton import device_of, row_config, strides, unit_rows
-from tbcm_kernels.testing.audit import Case
+from tbcm_kernels._triton import AuditCase, device_of, row_config, strides, unit_rows
 
 
 @triton.jit
@@ -183,7 +182,7 @@ def backward(
     return gx, gh, ggate, gscale, gshift
 
 
-def audit_cases() -> Iterator[Case]:
+def audit_cases() -> Iterator[AuditCase]:
     """The shipped configs: full and norm-only, at the widths of the built-in case and of SANA."""
     for width in (128, 1152, 2240):
         block, warps = row_config(width)
@@ -191,7 +190,7 @@ def audit_cases() -> Iterator[Case]:
             for full in (True, False):
                 name = f"adaln {dtype} C={width} {'full' if full else 'norm only'}"
                 for kernel, part in ((forward_kernel, "forward"), (backward_kernel, "backward")):
-                    yield Case(
+                    yield AuditCase(
                         f"{name} {part}",
                         kernel,
                         _types(kernel, dtype, full),

@@ -10,8 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tbcm_kernels._library import fresh
-from tbcm_kernels._triton import device_of, row_config
-from tbcm_kernels.testing.audit import Case
+from tbcm_kernels._triton import AuditCase, device_of, row_config
 
 
 @triton.jit
@@ -109,7 +108,7 @@ def _flat(w: Tensor | None) -> Tensor | None:
     return None if w is None else w.contiguous()
 
 
-def audit_cases() -> Iterator[Case]:
+def audit_cases() -> Iterator[AuditCase]:
     """The shipped configs, at the widths of the built-in case and of SANA."""
     for width in (128, 1152, 2240):
         block, warps = row_config(width)
@@ -119,4 +118,4 @@ def audit_cases() -> Iterator[Case]:
             for kernel, part in ((forward_kernel, "forward"), (backward_kernel, "backward")):
                 types = {n: pointers.get(n, "i64") for n in kernel.arg_names[:-1]}
                 name = f"rms_norm {dtype} C={width} {part}"
-                yield Case(name, kernel, types, {"BLOCK": block}, warps)
+                yield AuditCase(name, kernel, types, {"BLOCK": block}, warps)

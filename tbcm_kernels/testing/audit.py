@@ -14,20 +14,12 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tbcm_kernels._triton import AuditCase
 
 ARCHITECTURES = (80, 90, 100)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel to compile: the type of each argument, None for one that is absent."""
-
-    name: str
-    kernel: Any
-    arguments: dict[str, str | None]
-    constants: dict[str, int]
-    warps: int
 
 
 @dataclass(frozen=True)
@@ -42,7 +34,7 @@ class Report:
     shared: int
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[AuditCase]:
     """Every kernel of every op at the widths of SANA and of the built-in case."""
     from tbcm_kernels.adaln import triton as adaln
     from tbcm_kernels.rms_norm import triton as rms_norm
@@ -51,7 +43,7 @@ def cases() -> Iterator[Case]:
         yield from module.audit_cases()
 
 
-def compile_case(case: Case, architecture: int) -> Report:
+def compile_case(case: AuditCase, architecture: int) -> Report:
     """Compile for one GPU generation and count registers, spills and shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget

@@ -1,6 +1,6 @@
 # make train   distil the built-in teacher to one step and print the table
 # make test    run the tests
-# make lint | bench | clean
+# make lint | bench | figures | clean
 # PYTHON chooses the interpreter that makes .venv.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 RUN := runs/digits
 INSTALLED := $(VENV)/installed
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint bench figures clean
 
 # A run that is there already is continued; one that is finished is only evaluated again.
 train: $(INSTALLED)
@@ -29,6 +29,9 @@ bench: $(INSTALLED)
 	mkdir -p runs
 	$(PY) -m bench --shape digits --json runs/bench_ops.jsonl
 	$(PY) -m tbcm bench step --json runs/bench_step.json
+
+figures: $(INSTALLED)
+	$(PY) -m bench.figures
 
 # torch comes first and alone: the extension is built against it, so build isolation is off.
 $(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*)

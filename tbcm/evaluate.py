@@ -97,7 +97,8 @@ def draw(
 ) -> Tensor:
     """sampler(noise, text, mask) over all prompts, CHUNK images at a time."""
     chunks = list(zip(noise.split(CHUNK), prompts.rows.split(CHUNK), strict=True))
-    progress = track(chunks, f"{name:>24}", transient=True)
+    silent = not Console().is_terminal  # rich would print an empty line for each bar
+    progress = track(chunks, f"{name:>24}", transient=True, disable=silent)
     return torch.cat([sampler(z, prompts.text[r], prompts.mask[r]) for z, r in progress])
 
 

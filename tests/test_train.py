@@ -151,10 +151,13 @@ def test_fused_and_plain_give_the_same_curve(tmp_path: Path):
             assert fused[key] == pytest.approx(plain[key], rel=1e-3), (key, plain["step"])
 
 
-def test_distilling_brings_the_one_step_image_to_the_end_of_the_teachers_path(tmp_path: Path):
+@pytest.mark.parametrize("fused", [False, True])
+def test_distilling_brings_the_one_step_image_to_the_end_of_the_teachers_path(
+    fused: bool, tmp_path: Path
+):
     preset = yaml.safe_load((PRESETS / "digits.yaml").read_text())
     quick = {"train_batch_size": 4, "route_steps": 6, "ema_decay": 0.0, "output_dir": str(tmp_path)}
-    parts = distiller(TrainConfig(**{**preset, **quick}))
+    parts = distiller(TrainConfig(**{**preset, **quick, "fused": fused}))
     noise = SIGMA_DATA * torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(3))
     text, scale = parts.text(list(range(32))), torch.full((32,), 1.5)
     both = parts.guided(text)

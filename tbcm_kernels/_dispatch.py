@@ -94,13 +94,9 @@ def _choice(op: str, impl: str, device: str, dtype: torch.dtype) -> tuple[str | 
     return "reference", reasons or "PyTorch's own GEMM is the implementation"
 
 
+@functools.cache
 def implementation(op: str, impl: str) -> ModuleType:
     """The module that holds `forward` and `backward` of one implementation of one op."""
-    return _module(op, impl)
-
-
-@functools.cache
-def _module(op: str, impl: str) -> ModuleType:
     return importlib.import_module(f"tbcm_kernels.{op}.{impl}")
 
 

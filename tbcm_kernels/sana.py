@@ -225,7 +225,7 @@ def linear_attention(q: Pair, k: Pair, v: Pair, heads: int, eps: float) -> Pair:
     With q, k after ReLU: S = kᵀv, z = Σ k, o = (q S) / (q z + ε), and
     ȯ = (q̇S + qṠ − o (q̇z + qż)) / (q z + ε),  Ṡ = k̇ᵀv + kᵀv̇,  ż = Σ k̇.
     """
-    (q, tq), (k, tk), (v, tv) = (tuple(_heads(t, heads) for t in p) for p in (q, k, v))
+    (q, tq), (k, tk), (v, tv) = (tuple(_heads(_float(t), heads) for t in p) for p in (q, k, v))
     tq, tk = (None if t is None else t * (p > 0) for p, t in ((q, tq), (k, tk)))
     q, k = F.relu(q), F.relu(k)
     state, total = k.mT @ v, k.sum(-2).unsqueeze(-1)
@@ -247,8 +247,12 @@ def linear_attention(q: Pair, k: Pair, v: Pair, heads: int, eps: float) -> Pair:
     return _merge(o), to
 
 
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float()
+
+
 def _heads(x: Tensor | None, heads: int) -> Tensor | None:
-    return None if x is None else x.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+    return None if x is None else x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _merge(x: Tensor) -> Tensor:
@@ -277,7 +281,7 @@ def softmax_attention(q: Pair, k: Pair, v: Pair, heads: int, bias: Tensor | None
 
     Ȯ = (P∘Ṡ)V − μO + PV̇,  μ = rowsum(P∘Ṡ),  Ṡ = s(Q̇Kᵀ + QK̇ᵀ). The tangent materialises P.
     """
-    (q, tq), (k, tk), (v, tv) = (tuple(_split_heads(t, heads) for t in p) for p in (q, k, v))
+    (q, tq), (k, tk), (v, tv) = (tuple(_heads(t, heads) for t in p) for p in (q, k, v))
     bias = None if bias is None else bias.to(q.dtype)
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     to = None
@@ -285,10 +289,6 @@ def softmax_attention(q: Pair, k: Pair, v: Pair, heads: int, bias: Tensor | None
         if any(t is not None for t in (tq, tk, tv)):
             to = _merge(_attention_tangent(q, k, v, tq, tk, tv, o, bias))
     return _merge(o), to
-
-
-def _split_heads(x: Tensor | None, heads: int) -> Tensor | None:
-    return None if x is None else x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _attention_tangent(

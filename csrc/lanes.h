@@ -1,5 +1,5 @@
 // Sixteen floats at a time, through the compiler's vector types: the clones of TBCM_CLONES lower them
-// to one, two or four registers.
+// to one, two or four registers. Loops where that is too slow take the vector type as a parameter.
 #pragma once
 
 #include "vector.h"
@@ -8,15 +8,18 @@ namespace tbcm {
 
 constexpr int64_t LANES = 16;
 typedef float Lanes __attribute__((vector_size(64)));
-typedef int32_t IntLanes __attribute__((vector_size(64)));
 
-TBCM_INLINE Lanes get(const float* p) {
-  Lanes v;
+template <class Vector = Lanes>
+TBCM_INLINE Vector get(const float* p) {
+  Vector v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
-TBCM_INLINE void put(float* p, Lanes v) { std::memcpy(p, &v, sizeof v); }
+template <class Vector>
+TBCM_INLINE void put(float* p, Vector v) {
+  std::memcpy(p, &v, sizeof v);
+}
 
 // The first n lanes of a row of T; the others are zero.
 template <class T>
@@ -43,23 +46,25 @@ TBCM_INLINE void put(T* p, Lanes v, int64_t n) {
 
 // exp(x) within one unit in the last place where it is a normal number; 0 below, infinity above, and
 // a NaN stays a NaN. x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial of degree 7 for exp(r).
-TBCM_INLINE Lanes exponential(Lanes x) {
-  const IntLanes tiny = x < -87.3f;
-  x = x > 89.f ? Lanes{} + 89.f : x;
-  x = tiny ? Lanes{} - 87.3f : x;
+template <class Vector>
+TBCM_INLINE Vector exponential(Vector x) {
+  using Integers = decltype(x < x);
+  const Integers tiny = x < -87.3f;
+  x = x > 89.f ? Vector{} + 89.f : x;
+  x = tiny ? Vector{} - 87.3f : x;
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
-  const Lanes n = (x * 1.44269504f + magic) - magic;
-  const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Lanes p = r * (1.f / 5040.f) + 1.f / 720.f;
+  const Vector n = (x * 1.44269504f + magic) - magic;
+  const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vector p = r * (1.f / 5040.f) + 1.f / 720.f;
   p = p * r + 1.f / 120.f;
   p = p * r + 1.f / 24.f;
   p = p * r + 1.f / 6.f;
   p = p * r + 0.5f;
   p = p * r * r + r + 1.f;
-  const IntLanes bits = (__builtin_convertvector(n, IntLanes) + 127) << 23;
-  Lanes power;
+  const Integers bits = (__builtin_convertvector(n, Integers) + 127) << 23;
+  Vector power;
   std::memcpy(&power, &bits, sizeof power);
-  return tiny ? Lanes{} : p * power;
+  return tiny ? Vector{} : p * power;
 }
 
 // sigmoid(x) and 1 - sigmoid(x) = sigmoid(-x), the latter without cancellation.

@@ -12,6 +12,15 @@ void forward(Tensor x, Maybe h, Maybe gate, Maybe scale, Maybe shift, Maybe tx, 
 void backward(Maybe gout, Maybe gy, Tensor x, Maybe h, Maybe gate, Maybe scale, Tensor gx, Maybe gh, Maybe ggate,
               Maybe gscale, Maybe gshift, int64_t chunk, double eps);
 }  // namespace adaln
+namespace attention {
+void forward(Tensor q, Tensor k, Tensor v, Maybe q_weight, Maybe k_weight, Maybe tq, Maybe tk, Maybe tv, Maybe mask,
+             Maybe key_mask, Tensor o, Tensor lse, Maybe to, Maybe mu, double scale, int64_t causal, double q_eps,
+             double k_eps);
+void backward(Maybe go, Maybe glse, Maybe gto, Maybe gmu, Tensor q, Tensor k, Tensor v, Maybe q_weight, Maybe k_weight,
+              Maybe tq, Maybe tk, Maybe tv, Tensor o, Tensor lse, Maybe to, Maybe mu, Maybe mask, Maybe key_mask,
+              Tensor gq, Tensor gk, Tensor gv, Maybe gtq, Maybe gtk, Maybe gtv, double scale, int64_t causal,
+              double q_eps, double k_eps);
+}  // namespace attention
 namespace conv_glu {
 void forward(Tensor a, Tensor weight, Maybe bias, Maybe ta, Tensor y, Maybe ty, int64_t height, int64_t width);
 void backward(Tensor gy, Tensor a, Tensor weight, Maybe bias, Tensor ga, Maybe gweight, Maybe gbias, int64_t height,
@@ -32,6 +41,15 @@ STABLE_TORCH_LIBRARY(tbcm_cpu, m) {
       "adaln_backward(Tensor? gout, Tensor? gy, Tensor x, Tensor? h, Tensor? gate, Tensor? scale, Tensor(a!) gx, "
       "Tensor(b!)? gh, Tensor(c!)? ggate, Tensor(d!)? gscale, Tensor(e!)? gshift, int chunk, float eps) -> ()");
   m.def(
+      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? tq, Tensor? tk, "
+      "Tensor? tv, Tensor? mask, Tensor? key_mask, Tensor(a!) o, Tensor(b!) lse, Tensor(c!)? to, Tensor(d!)? mu, "
+      "float scale, int causal, float q_eps, float k_eps) -> ()");
+  m.def(
+      "attention_backward(Tensor? go, Tensor? glse, Tensor? gto, Tensor? gmu, Tensor q, Tensor k, Tensor v, "
+      "Tensor? q_weight, Tensor? k_weight, Tensor? tq, Tensor? tk, Tensor? tv, Tensor o, Tensor lse, Tensor? to, "
+      "Tensor? mu, Tensor? mask, Tensor? key_mask, Tensor(a!) gq, Tensor(b!) gk, Tensor(c!) gv, Tensor(d!)? gtq, "
+      "Tensor(e!)? gtk, Tensor(f!)? gtv, float scale, int causal, float q_eps, float k_eps) -> ()");
+  m.def(
       "conv_glu_forward(Tensor a, Tensor weight, Tensor? bias, Tensor? ta, Tensor(a!) y, Tensor(b!)? ty, int height, "
       "int width) -> ()");
   m.def(
@@ -48,6 +66,8 @@ STABLE_TORCH_LIBRARY(tbcm_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(tbcm_cpu, CPU, m) {
   m.impl("adaln_forward", TORCH_BOX(&tbcm::adaln::forward));
   m.impl("adaln_backward", TORCH_BOX(&tbcm::adaln::backward));
+  m.impl("attention_forward", TORCH_BOX(&tbcm::attention::forward));
+  m.impl("attention_backward", TORCH_BOX(&tbcm::attention::backward));
   m.impl("conv_glu_forward", TORCH_BOX(&tbcm::conv_glu::forward));
   m.impl("conv_glu_backward", TORCH_BOX(&tbcm::conv_glu::backward));
   m.impl("rms_norm_forward", TORCH_BOX(&tbcm::rms_norm::forward));

@@ -52,6 +52,40 @@ TBCM_INLINE void narrow(float x, bfloat16* out) {
   out->bits = uint16_t(x != x ? 0x7fc0u : rounded);
 }
 
+struct float16 {
+  uint16_t bits;
+};
+
+// The exponent is shifted by a product, which also makes subnormal numbers normal.
+TBCM_INLINE float widen(float16 x) {
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
+  const uint32_t special = (x.bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
+  float f;
+  std::memcpy(&f, &magnitude, sizeof f);
+  f *= 5.192296858534828e33f;  // 2^112
+  uint32_t u;
+  std::memcpy(&u, &f, sizeof u);
+  u |= special | uint32_t(x.bits & 0x8000u) << 16;
+  std::memcpy(&f, &u, sizeof f);
+  return f;
+}
+
+// Round to nearest even; too large becomes infinite, and a NaN stays a NaN.
+TBCM_INLINE void narrow(float x, float16* out) {
+  uint32_t u, small;
+  std::memcpy(&u, &x, sizeof u);
+  const uint32_t sign = u >> 16 & 0x8000u;
+  u &= 0x7fffffffu;
+  float f;
+  std::memcpy(&f, &u, sizeof f);
+  f += 0.5f;  // subnormal halves are the last bits of a sum with one half
+  std::memcpy(&small, &f, sizeof small);
+  const uint32_t normal = (u + 0xc8000fffu + (u >> 13 & 1u)) >> 13;
+  uint32_t bits = u < 0x38800000u ? small - 0x3f000000u : normal;
+  bits = u >= 0x477ff000u ? 0x7c00u : bits;
+  out->bits = uint16_t(sign | (u > 0x7f800000u ? 0x7e00u : bits));
+}
+
 template <class T>
 TBCM_INLINE void load(float* dst, const T* src, int64_t n) {
 #pragma omp simd

@@ -20,11 +20,17 @@ IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
 _FAST_DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cpu": (torch.float32, torch.bfloat16),
+    "attention cpu": (torch.float32, torch.bfloat16, torch.float16),
 }
 _DEVICES = {"triton": "cuda", "cpu": "cpu"}
+_ONLY_ASKED_FOR = {
+    ("attention", "triton", torch.float32): "exact fp32 products spill registers; ask by impl",
+}
+"""What "auto" leaves out, and why."""
 OPS: dict[str, tuple[str, ...]] = {
     "adaln": ("triton", "cpu"),
     "rms_norm": ("triton", "cpu"),
+    "attention": ("triton", "cpu"),
     "conv_glu": ("cpu",),
     "linear": (),
 }
@@ -56,8 +62,9 @@ def refusal(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None:
         return f"{op} has no {impl} implementation"
     if device != _DEVICES[impl] and not (impl == "triton" and _interpreted()):
         return f"it runs on {_DEVICES[impl]} tensors and these are on {device}"
-    if dtype not in _FAST_DTYPES[impl]:
-        names = ", ".join(str(d).removeprefix("torch.") for d in _FAST_DTYPES[impl])
+    dtypes = _FAST_DTYPES.get(f"{op} {impl}", _FAST_DTYPES[impl])
+    if dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         return f"it takes {names} and these are {str(dtype).removeprefix('torch.')}"
     return missing(impl)
 
@@ -84,14 +91,25 @@ def _choice(op: str, impl: str, device: str, dtype: torch.dtype) -> tuple[str | 
     if impl != "auto":
         reason = refusal(op, impl, device, dtype)
         return (None, f"impl={impl!r} cannot run: {reason}") if reason else (impl, "asked for")
+    why_not = {}
     for candidate in OPS[op]:
-        if device == _DEVICES[candidate] and refusal(op, candidate, device, dtype) is None:
+        reason = refusal(op, candidate, device, dtype)
+        reason = reason or _ONLY_ASKED_FOR.get((op, candidate, dtype))
+        if device == _DEVICES[candidate] and reason is None:
             _notice_unproved(candidate)
             return candidate, "available"
-    reasons = "; ".join(f"{i}: {refusal(op, i, device, dtype)}" for i in OPS[op])
+        why_not[candidate] = reason
+    reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in why_not.items())
     if reasons:
         _notice_fallback(op, device, dtype, reasons)
     return "reference", reasons or "PyTorch's own GEMM is the implementation"
+
+
+@constant_under_compile
+def fall_back(op: str, device: str, dtype: torch.dtype, reason: str) -> str:
+    """The reference's name, after the notice that the op falls back to it for this reason."""
+    _notice_fallback(op, device, dtype, reason)
+    return "reference"
 
 
 @functools.cache

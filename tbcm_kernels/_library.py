@@ -26,8 +26,12 @@ def register(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    vmap: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Define the op `tbcm::name` and return it; without `backward` it refuses differentiation."""
+    """Define the op `tbcm::name` and return it; without `backward` it refuses differentiation.
+
+    `vmap` is its batching rule; without one it runs lane by lane.
+    """
     qualified = f"tbcm::{name}"
     _library.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
@@ -35,7 +39,7 @@ def register(
     gradient = _guarded(name, backward) if backward else _refuse(name)
     torch.library.register_autograd(qualified, gradient, setup_context=setup_context, lib=_library)
     op = getattr(torch.ops.tbcm, name).default
-    torch.library.register_vmap(qualified, _lanes(op), lib=_library)
+    torch.library.register_vmap(qualified, vmap or lane_by_lane(op), lib=_library)
     return op
 
 
@@ -62,7 +66,7 @@ def _refuse(name: str) -> Callable[..., Any]:
     return backward
 
 
-def _lanes(op: Callable[..., Any]) -> Callable[..., Any]:
+def lane_by_lane(op: Callable[..., Any]) -> Callable[..., Any]:
     """vmap by one call per lane: correct for every op; a kernel that shares work replaces it."""
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
@@ -90,6 +94,17 @@ def present_or_absent(like: Tensor, outputs: Sequence[Tensor | None]) -> tuple[T
 def fresh(x: Tensor) -> Tensor:
     """An uninitialised contiguous tensor like x."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def fresh_heads(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """An uninitialised [..., B, H, N, D] in the memory order of heads and tokens that `like` has.
+
+    Attention of [B, N, H, D] buffers seen as [B, H, N, D] then returns such buffers.
+    """
+    *lead, heads, tokens, width = shape
+    if like.stride(-2) > like.stride(-3):
+        return like.new_empty((*lead, tokens, heads, width)).transpose(-3, -2)
+    return like.new_empty((*lead, heads, tokens, width))
 
 
 def wide(x: Tensor | None) -> Tensor | None:

@@ -20,9 +20,14 @@ class AuditCase:
 
     name: str
     kernel: Any
-    arguments: dict[str, str | None]
-    constants: dict[str, int]
+    arguments: dict[str, str | tuple[str, ...] | None]
+    constants: dict[str, Any]
     warps: int
+    stages: int = 3
+    architectures: tuple[int, ...] = ()
+    """The GPU generations that it ships for; none named: all."""
+    hgmma: bool = False
+    """Whether its products are large enough for Hopper's asynchronous tensor cores."""
 
 
 def row_config(width: int) -> tuple[int, int]:

@@ -25,6 +25,7 @@ def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     for name in ("empty", "empty_like"):
         allocate = getattr(torch, name)
         monkeypatch.setattr(torch, name, _poisoned(allocate))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

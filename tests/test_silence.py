@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 
@@ -27,6 +28,10 @@ def _inputs(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tens
 def stack(x, h, gate, scale, shift, weight, matrix, taps, impl="auto"):
     """All ops in a row; one output."""
     out, y = tk.adaln(x, h, gate, scale, shift, impl=impl)
+    q, k, v = (t.reshape(B, N, 2, 8).transpose(1, 2) for t in (y, h, x))
+    norm = (torch.full((8,), 1.5), 1e-6)
+    o = tk.attention(q, k, v, is_causal=True, k_norm=norm, impl=impl)
+    y = o.transpose(1, 2).flatten(-2)
     y = tk.conv_glu(tk.linear(y, matrix), taps, height=2, width=3, impl=impl)
     return out + tk.rms_norm(y, weight, impl=impl)
 
@@ -37,6 +42,11 @@ def _plain(*inputs: Tensor) -> Tensor:
     out = x + gate * h
     center = out - out.mean(-1, keepdim=True)
     y = center * torch.rsqrt(center.square().mean(-1, keepdim=True) + 1e-6) * (1 + scale) + shift
+    q, k, v = (t.reshape(B, N, 2, 8).transpose(1, 2) for t in (y, h, x))
+    k = 1.5 * k * torch.rsqrt(k.square().mean(-1, keepdim=True) + 1e-6)
+    later = torch.ones(N, N, dtype=torch.bool).triu(1)
+    p = torch.softmax((q @ k.mT / 8**0.5).masked_fill(later, -torch.inf), -1)
+    y = (p @ v).transpose(1, 2).flatten(-2)
     pixels = F.silu(y @ matrix.mT).unflatten(1, (2, 3)).permute(0, 3, 1, 2)
     mixed = F.conv2d(pixels, taps, padding=1, groups=2 * C).flatten(2).mT
     y = mixed[..., :C] * F.silu(mixed[..., C:])
@@ -98,6 +108,38 @@ def test_compile_fullgraph_forward_and_backward(backend: str, stop: bool) -> Non
         got, want = run(compiled), run(both)
     for a, b in zip(got, want, strict=True):
         assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
+@pytest.mark.parametrize("lengths", [(5, 7), (7, 5)])
+def test_compile_of_attention_with_every_option(lengths: tuple[int, int]) -> None:
+    """Masks, norms, shared keys and [B, N, H, D] buffers; the fakes promise the right strides."""
+    torch._dynamo.reset()
+    queries, keys = lengths
+    inputs = [torch.randn(2, n, h, 8).requires_grad_() for n, h in ((queries, 4), *[(keys, 2)] * 2)]
+    tangents = [torch.randn_like(x) for x in inputs]
+    weight = torch.ones(32).requires_grad_()
+    bias, seen = torch.randn(4, 1, keys), torch.rand(2, keys) > 0.3
+
+    def function(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = (x.transpose(1, 2) for x in inputs)
+        return tk.attention(
+            q, k, v, attn_mask=bias, key_mask=seen, q_norm=(weight, 1e-6), enable_gqa=True,
+            is_causal=True, causal_alignment="lower_right", return_lse=True,
+        )  # fmt: skip
+
+    def run(jvp: object) -> list[Tensor]:
+        (o, lse), (to, tlse) = jvp(*inputs, *tangents)
+        assert o.transpose(1, 2).is_contiguous() and to.transpose(1, 2).is_contiguous()
+        some = lse > -torch.inf
+        loss = o.square().sum() + (to * o).sum() + (lse[some] * tlse[some]).sum()
+        return [o, lse, to, tlse, *torch.autograd.grad(loss, [*inputs, weight])]
+
+    def both(*values: Tensor) -> tuple:
+        return torch.func.jvp(function, values[:3], values[3:])
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(compiled), run(both), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_compiled_function_inside_dual_level_keeps_the_tangent_or_raises() -> None:
@@ -202,6 +244,25 @@ def test_checkpoint_of_explicit_pairs() -> None:
         assert torch.equal(a, b)
 
 
+def test_checkpoint_of_attention_pairs() -> None:
+    """The gradient passes through value and tangent, in a scope entered again or in none."""
+    inputs = [torch.randn(2, 2, n, 8).requires_grad_() for n in (5, 6, 6)]
+    tangents = [torch.randn_like(x) for x in inputs]
+
+    def pair(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return tk.attention_jvp(*inputs, *tangents)
+
+    for stop in (False, True):
+        with tk.stop_tangent_gradient() if stop else contextlib.nullcontext():
+            kept = torch.utils.checkpoint.checkpoint(pair, *inputs, use_reentrant=False)
+            grads = [
+                torch.autograd.grad(o.sum() + to.detach().sum() if stop else (o + to).sum(), inputs)
+                for o, to in (kept, pair(*inputs))
+            ]
+        for a, b in zip(*grads, strict=True):
+            assert torch.equal(a, b)
+
+
 def _nested(primals: list[Tensor], tangents: list[Tensor], impl: str) -> Tensor:
     def first(*p: Tensor) -> Tensor:
         return torch.func.jvp(lambda *q: stack(*q, impl=impl), p, tuple(tangents))[1]
@@ -236,6 +297,8 @@ def test_functional_reverse_mode_raises_with_the_mend(transform: object) -> None
         lambda x, p: tk.adaln_jvp(p[0], p[1], tx=x),
         lambda x, p: tk.conv_glu_jvp(x, p[7][:C], height=2, width=3),
         lambda x, p: tk.linear_jvp(p[0], p[6], None, x),
+        lambda x, p: tk.attention_jvp(p[0], x, p[0]),
+        lambda x, p: tk.attention_jvp(p[0], p[0], p[0], None, x),
     ],
 )
 def test_a_dual_given_to_an_explicit_function_raises(call: object) -> None:
@@ -250,6 +313,31 @@ def test_forward_mode_over_backward_raises() -> None:
         y = tk.rms_norm(fwAD.make_dual(primals[0], tangents[0]), primals[5])
         with pytest.raises(RuntimeError, match="in backward"):
             torch.autograd.grad(y.pow(3).sum(), primals[0])
+
+
+def test_levels_that_attention_refuses() -> None:
+    """Alone, for in `stack` another op refuses first."""
+    x = torch.randn(1, 4, 8)
+    along = lambda f: lambda x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]  # noqa: E731
+    function = lambda x: tk.attention(x, x, x)  # noqa: E731
+    with pytest.raises(RuntimeError, match="one level of forward mode"):
+        along(along(function))(x)
+    with pytest.raises(RuntimeError, match=r"torch\.autograd\.grad"):
+        torch.func.grad(lambda x: function(x).sum())(x)
+    leaf = x.clone().requires_grad_()
+    with fwAD.dual_level():
+        o = tk.attention(fwAD.make_dual(leaf, torch.ones_like(x)), x, x)
+        with pytest.raises(RuntimeError, match="in backward"):
+            torch.autograd.grad(o.pow(3).sum(), leaf)
+
+
+def test_nested_levels_of_the_reference_are_right() -> None:
+    """What the refusals advise: plain PyTorch to any order."""
+    x, t = torch.randn(2, 1, 4, 8, dtype=torch.float64)
+    along = lambda f: lambda x: torch.func.jvp(f, (x,), (t,))[1]  # noqa: E731
+    got = along(along(lambda x: tk.attention(x, x, x, impl="reference")))(x)
+    want = along(along(lambda x: torch.softmax(x @ x.mT / 8**0.5, -1) @ x))(x)
+    torch.testing.assert_close(got, want)
 
 
 def test_two_threads_inside_the_semi_gradient_raise() -> None:
@@ -282,7 +370,8 @@ def test_outputs_never_alias_inputs() -> None:
 def test_double_backward_raises() -> None:
     primals, _ = _inputs()
     gated = tk.conv_glu(primals[0], primals[7][:C], height=2, width=3)
-    for y in (tk.adaln(*primals[:5])[1], tk.rms_norm(primals[0], primals[5]), gated):
+    attended = tk.attention(primals[0], primals[1], primals[1])
+    for y in (tk.adaln(*primals[:5])[1], tk.rms_norm(primals[0], primals[5]), gated, attended):
         (first,) = torch.autograd.grad(y.sum(), primals[0], create_graph=True)
         with pytest.raises(RuntimeError, match="second derivative"):
             first.sum().backward()

@@ -1,17 +1,21 @@
 """Static audit of the Triton kernels: compile every shipped config without a GPU, read its cubin.
 
 `python -m tbcm_kernels.testing.audit [PATTERN]` prints a JSON line for each config whose name
-matches and each architecture, and exits 1 where one spills or none matches.
+matches and each architecture that it ships for, and exits 1 where one spills, asks for more shared
+memory than there is or misses the tensor cores that it is made for, or where none matches.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
     from tbcm_kernels._triton import AuditCase
 
 ARCHITECTURES = (80, 90, 100)
+_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes of shared memory that one block can have."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +38,26 @@ class Report:
     spilled: int
     """Bytes of stack plus local-memory loads and stores."""
     shared: int
+    hgmma: int
+    """Instructions of Hopper's asynchronous tensor cores."""
+
+    def failure(self, case: AuditCase) -> str | None:
+        if self.spilled:
+            return "spills"
+        if self.shared > _SHARED[self.architecture]:
+            return "needs more shared memory than there is"
+        if case.hgmma and self.architecture == 90 and not self.hgmma:
+            return "does not use wgmma"
+        return None
 
 
 def cases() -> Iterator[AuditCase]:
     """Every kernel of every op at the widths of SANA and of the built-in case."""
     from tbcm_kernels.adaln import triton as adaln
+    from tbcm_kernels.attention import triton as attention
     from tbcm_kernels.rms_norm import triton as rms_norm
 
-    for module in (adaln, rms_norm):
+    for module in (adaln, rms_norm, attention):
         yield from module.audit_cases()
 
 
@@ -52,15 +70,21 @@ def compile_case(case: AuditCase, architecture: int) -> Report:
     constants = {k: None for k, v in case.arguments.items() if v is None} | case.constants
     signature = {k: v or "constexpr" for k, v in case.arguments.items()}
     signature |= dict.fromkeys(case.constants, "constexpr")
-    source = ASTSource(case.kernel, signature, constexprs=constants)
+    # The pointer of an operand with strides is aligned, as PyTorch allocates it.
+    aligned = [["tt.divisibility", 16]]
+    attributes = {(i, 0): aligned for i, v in enumerate(signature.values()) if type(v) is not str}
+    source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": case.warps})
+    options = {"num_warps": case.warps, "num_stages": case.stages}
+    compiled = triton.compile(source, target=target, options=options)
     usage = _cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
     sass = _cuobjdump(compiled.asm["cubin"], "--dump-sass")
     numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
     local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     spilled = int(numbers["STACK"]) + int(numbers.get("LOCAL", 0)) + local
-    return Report(case.name, architecture, int(numbers["REG"]), spilled, compiled.metadata.shared)
+    hgmma = len(re.findall(r"\bHGMMA\b", sass))
+    shared = compiled.metadata.shared
+    return Report(case.name, architecture, int(numbers["REG"]), spilled, shared, hgmma)
 
 
 def _cuobjdump(cubin: bytes, what: str) -> str:
@@ -76,22 +100,35 @@ def _cuobjdump(cubin: bytes, what: str) -> str:
 
 
 def main(pattern: str = "") -> int:
-    """Audit the configs whose name matches a pattern; 1 where one spills or none matches."""
+    """Audit the configs whose name matches a pattern; 1 where one fails or none matches."""
     import triton
 
     if triton.knobs.runtime.interpret:
         raise SystemExit("The interpreter compiles nothing: set TRITON_INTERPRET=0.")
-    reports = (
-        compile_case(case, architecture)
+    work = [
+        (case.name, architecture)
         for case in cases()
         if re.search(pattern, case.name)
-        for architecture in ARCHITECTURES
+        for architecture in case.architectures or ARCHITECTURES
+    ]
+    failed = not work
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for report, failure in pool.map(_audit, work):
+            print(json.dumps(asdict(report)), flush=True)
+            if failure:
+                failed = True
+                print(f"{report.name} on sm_{report.architecture}: {failure}", file=sys.stderr)
+    return int(failed)
+
+
+def _audit(work: tuple[str, int]) -> tuple[Report, str | None]:
+    """A kernel does not travel between processes; its name does."""
+    name, architecture = work
+    case = next(
+        c for c in cases() if c.name == name and architecture in (c.architectures or ARCHITECTURES)
     )
-    spilled = []
-    for report in reports:
-        print(json.dumps(asdict(report)), flush=True)
-        spilled.append(report.spilled > 0)
-    return int(any(spilled) or not spilled)
+    report = compile_case(case, architecture)
+    return report, report.failure(case)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,10 @@ class Case:
 def cases(op: str, dtype: torch.dtype, device: str = "cpu", few: bool = False) -> Iterator[Case]:
     """All cases of one op; `few` leaves out most shapes, for slow implementations."""
     torch.manual_seed(0)
+    if op == "attention":
+        for name, plan in _attention_plans(few):
+            yield attention_case(name, dtype, device, **plan)
+        return
     for name, layout, options, change in _plans(op, dtype, few):
         yield _draw(op, name, layout, options, device, **change)
 
@@ -115,11 +119,142 @@ GRIDS = [
     (2, 8, 8, 33), (2, 16, 16, 40), (1, 1, 6, 8), (0, 2, 2, 4),
 ]  # fmt: skip
 """Square and not, narrower than the stencil, around a block, for several threads, nothing."""
+HEADS = [
+    (2, 2, 2, 1, 1, 16, 16), (2, 3, 3, 15, 15, 8, 8), (1, 4, 1, 28, 31, 32, 32),
+    (1, 2, 2, 33, 28, 64, 16), (2, 4, 2, 31, 33, 40, 40), (1, 8, 1, 49, 48, 72, 80),
+    (1, 1, 1, 48, 49, 80, 72), (2, 2, 2, 1, 300, 96, 96), (1, 8, 2, 165, 212, 32, 64),
+    (1, 2, 2, 300, 165, 112, 112), (1, 1, 1, 33, 515, 256, 256), (1, 1, 1, 515, 15, 128, 128),
+    (1, 2, 1, 999, 28, 8, 8), (1, 1, 1, 165, 999, 64, 64), (1, 1, 1, 1000, 300, 16, 16),
+    (1, 1, 1, 300, 1024, 32, 32), (1, 1, 1, 1024, 49, 16, 16), (0, 2, 2, 4, 5, 16, 16),
+    (2, 2, 2, 0, 5, 16, 16), (2, 2, 1, 5, 0, 16, 16), (2, 2, 2, 3, 7, 256, 8),
+]  # fmt: skip
+"""(B, H, Hk, N, S, D, Dv): head dims of known models, ragged lengths, shared keys, nothing."""
+SUBSETS = ["", "q", "k v", "k", "v", "q k", "q v"]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "tangents at 0.01": {"tangent_scale": 1e-2},
+    "tangents at 100": {"tangent_scale": 1e2},
+    "values at 30": {"value_scale": 30.0, "scale": 0.006},  # and logits: no more, or all is one-hot
+    "negative scale": {"scale": -0.2},
+    "zero scale": {"scale": 0.0},
+    "buffers of tokens": {"orders": ("tokens",)},
+    "slices of larger buffers": {"orders": ("sliced",)},
+    "strides of features": {"orders": ("features", "heads", "features")},
+    "one buffer for all heads": {"orders": ("shared", "shared", "heads")},
+    "tangents in another order": {"orders": ("tokens",) * 3 + ("heads", "sliced", "features")},
+    **{f"mask {m}": {"mask": m} for m in (
+        "bias BHNS", "bias NS", "bias 1H1S", "bias B1N1", "holes BHNS", "holes H1S", "bool BHNS",
+        "bool NS", "bool B11S", "bool 1HN1",
+    )},
+    "key mask": {"key_mask": True},
+    "key mask, holes": {"key_mask": True, "mask": "holes 1HNS"},
+    "key mask, bool, causal": {"key_mask": True, "mask": "bool B1NS", "causal": "upper_left"},
+    "causal": {"causal": "upper_left"},
+    "causal, lower right": {"causal": "lower_right"},
+    "causal, key mask": {"causal": "lower_right", "key_mask": True},
+    "norm of each head": {"q_norm": "each", "k_norm": "each"},
+    "norm of all heads": {"q_norm": "all", "k_norm": "all", "orders": ("tokens",)},
+    "norm of k, tangent of k": {"k_norm": "all", "moving": "k"},
+    "norm of k, key mask": {"k_norm": "all", "key_mask": True, "q_norm": "each"},
+    "norm of q, values at 30": {"q_norm": "each", "value_scale": 30.0, "key_mask": True},
+}  # fmt: skip
+FEW = [
+    "tangents at 100", "values at 30", "tangents in another order", "mask holes BHNS",
+    "mask bool B11S", "key mask, bool, causal", "causal, lower right", "norm of all heads",
+]  # fmt: skip
+
+
+def _attention_plans(few: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    for sizes in [HEADS[i] for i in (6, 17, 18, 19)] if few else HEADS:
+        yield f"shape {sizes}", {"sizes": sizes}
+    for moving in SUBSETS[:3] if few else SUBSETS:
+        plan = {"sizes": (1, 2, 1, 19, 35, 24, 40), "moving": moving}
+        yield f"tangents of {moving or 'none'}", plan
+    sizes = (1, 2, 1, 20, 34, 16, 24) if few else (2, 4, 2, 20, 34, 32, 24)
+    for name in FEW if few else VARIANTS:
+        yield name, {"sizes": sizes, **VARIANTS[name]}
+        if "causal" in name and not few:
+            yield f"{name}, more queries", {"sizes": (2, 2, 2, 37, 17, 16, 16), **VARIANTS[name]}
+        if "norm of" in name and not few:
+            yield f"{name}, one key head", {"sizes": (1, 8, 1, 33, 31, 40, 40), **VARIANTS[name]}
+
+
 OPS: dict[str, tuple[list[tuple[int, ...]], Callable, Callable]] = {
     "adaln": (ROWS, _adaln_layout, _adaln_subsets),
     "rms_norm": (ROWS, _rms_norm_layout, _rms_norm_subsets),
     "conv_glu": (GRIDS, _conv_glu_layout, _conv_glu_subsets),
 }
+
+
+def attention_case(
+    name: str, dtype: torch.dtype, device: str = "cpu", *, sizes: Sequence[int],
+    moving: str = "q k v", mask: str = "", key_mask: bool = False, causal: str = "",
+    q_norm: str = "", k_norm: str = "", orders: Sequence[str] = ("heads",),
+    scale: float | None = None, tangent_scale: float = 1.0, value_scale: float = 1.0,
+) -> Case:  # fmt: skip
+    """A call of attention of sizes (B, H, Hk, N, S, D, Dv).
+
+    `mask` names a kind and what it does not broadcast over: "bias BHNS", "bool NS", "holes 1HNS"
+    for a bias with −∞. A norm is "each" head or "all" heads. `orders` are the memory orders of q,
+    k, v, tq, tk, tv in turn.
+    """
+    batch, heads, groups, queries, keys, width, value_width = sizes
+    shapes = [(batch, heads, queries, width), (batch, groups, keys, width)]
+    shapes.append((batch, groups, keys, value_width))
+    norms = {"": 0, "each": 1, "all": heads}, {"": 0, "each": 1, "all": groups}
+    weights = [
+        1 + 0.3 * _random((n * width,), _wide(dtype), device, 1.0, False) if n else None
+        for n in (norms[0][q_norm], norms[1][k_norm])
+    ]
+    hidden = None
+    if key_mask:
+        hidden = torch.rand(batch, keys, device=device) < 0.3
+        hidden[-1:] |= keys % 2 == 0  # the last sample sees no key at all, or some
+    values = []
+    for i, shape in enumerate(shapes * 2):
+        x = _random(shape, dtype, device, tangent_scale if i > 2 else value_scale, False)
+        if hidden is not None and i % 3:
+            x = x.masked_fill(hidden[:, None, :, None], float("nan"))
+        values.append(_ordered(x, orders[i % len(orders)]))
+    primals, tangents = values[:3], values[3:]
+    tangents = [t if n in moving.split() else None for n, t in zip("qkv", tangents, strict=True)]
+    options = {
+        "attn_mask": _mask(
+            mask, dict(zip("BHNS", (batch, heads, queries, keys), strict=True)), dtype, device
+        ),
+        "key_mask": None if hidden is None else ~hidden,
+        "is_causal": bool(causal),
+        "causal_alignment": causal or "upper_left",
+        "scale": scale,
+        "enable_gqa": heads != groups,
+    }
+    arguments = ["q", "k", "v", "q_weight", "k_weight"]
+    return Case("attention", name, arguments, primals + weights, [*tangents, None, None], options)
+
+
+def _ordered(x: Tensor, order: str) -> Tensor:
+    """The same values as [B, H, N, D] in another memory order."""
+    if order == "tokens":  # a [B, N, H, D] buffer
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if order == "features":  # the feature axis strides
+        return x.mT.contiguous().mT
+    if order == "shared":  # one buffer for all heads
+        return x[:, :1].expand_as(x)
+    return _window(x) if order == "sliced" else x
+
+
+def _mask(what: str, sizes: dict[str, int], dtype: torch.dtype, device: str) -> Tensor | None:
+    """A mask such as "bool B1NS", whose first query sees no key where it can; "" is none."""
+    if not what:
+        return None
+    kind, axes = what.split()
+    shape = [sizes.get(a, 1) for a in axes]
+    bias = torch.randn(shape, device=device).to(dtype)
+    seen = torch.rand(shape, device=device) < 0.7
+    if "N" in axes:
+        seen[..., :1, :] = False
+    if kind == "bool":
+        return seen
+    return bias if kind == "bias" else bias.masked_fill(~seen, -torch.inf)
 
 
 def _draw(
@@ -148,8 +283,9 @@ def _random(
 ) -> Tensor:
     """Normal values; as a slice of a larger buffer whose other elements are NaN where asked."""
     x = (factor * torch.randn(shape, dtype=torch.float64)).to(device, dtype)
-    if not sliced:
-        return x
-    buffer = torch.full([s + 3 for s in shape], float("nan"), dtype=dtype, device=device)
-    window = buffer[tuple(slice(1, s + 1) for s in shape)]
-    return window.copy_(x)
+    return _window(x) if sliced else x
+
+
+def _window(x: Tensor) -> Tensor:
+    buffer = x.new_full([s + 3 for s in x.shape], float("nan"))
+    return buffer[tuple(slice(1, s + 1) for s in x.shape)].copy_(x)

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 import tbcm_kernels
+from tbcm_kernels import _dispatch
+from tbcm_kernels._library import Store
+from tbcm_kernels.testing import attention
 from tbcm_kernels.testing.cases import Case
 from tbcm_kernels.testing.compare import faults
 
@@ -17,22 +20,30 @@ Values = list[Tensor | None]
 
 
 def check(case: Case, impl: str) -> list[str]:
-    """The faults of `impl` on `case`: outputs, tangents, gradients of the primal."""
-    truth, baseline = _truth(case), _baseline(case)
+    """The faults of `impl` on `case`: outputs, tangents, gradients of the primal.
+
+    Attention's also those through the tangent, of primals and tangents.
+    """
+    truth, baseline = _truth(case), _baseline(case, impl)
+    noise = _noise(case, truth, impl)
     actual = run(case, impl)
     found = []
-    for name, a, t, b in zip(_names(case), actual, truth, baseline, strict=True):
+    for name, a, t, b, n in zip(_names(case), actual, truth, baseline, noise, strict=True):
         if (a is None) != (t is None):
             found.append(f"{name}: is {'missing' if a is None else 'there'} and should not be")
         elif a is not None:
-            if name.endswith((" weight", " bias")):  # parameters have no rows to judge one by one
-                a, t, b = a.flatten(), t.flatten(), b.flatten()
-            found += faults(name, a, t, b, a.dtype)
+            if name.endswith(("weight", "bias")):  # parameters have no rows to judge one by one
+                a, t, b, n = (None if x is None else x.flatten() for x in (a, t, b, n))
+            elif name.endswith("lse"):  # each query has its own
+                a, t, b, n = (x.unsqueeze(-1) for x in (a, t, b, n))
+            found += faults(name, a, t, b, a.dtype, n, attention.rank(case, name))
     return [f"{case.op}[{case.name}] {impl}: {f}" for f in found]
 
 
 def run(case: Case, impl: str) -> Values:
     """Outputs, tangents and gradients of one implementation."""
+    if case.op == "attention":
+        return attention.run(case, impl)
     function = getattr(tbcm_kernels, f"{case.op}_jvp")
     with torch.no_grad():
         pair = function(*case.primals, *case.tangents, **case.options, impl=impl)
@@ -42,11 +53,15 @@ def run(case: Case, impl: str) -> Values:
 
 
 def _names(case: Case) -> list[str]:
+    if case.op == "attention":
+        return attention.names()
     outputs = ["x'", "y", "tx'", "ty"] if case.op == "adaln" else ["y", "ty"]
     return outputs + [f"gradient of {a}" for a in case.arguments]
 
 
 def _truth(case: Case) -> Values:
+    if case.op == "attention":
+        return attention.expected(case, attention.exact, attention.exact)
     reference = _reference(case.op)
     primals, tangents = _doubles(case.primals), _doubles(case.tangents)
     exact = _complete(
@@ -58,8 +73,14 @@ def _truth(case: Case) -> Values:
     return [*exact, *_gradients(outputs, leaves, _cotangents(case, outputs))]
 
 
-def _baseline(case: Case) -> Values:
-    """The reference on the inputs as they are: fp32 arithmetic, rounding at the stores."""
+def _baseline(case: Case, impl: str) -> Values:
+    """The reference on the inputs as they are: fp32 arithmetic, rounding at the stores.
+
+    Triton's attention documents that factors of its products are rounded, too.
+    """
+    if case.op == "attention":
+        values = attention.expected(case, _cpu, operand=_operand(case, impl))
+        return [None if x is None else x.double() for x in values]
     reference = _reference(case.op)
     primals, tangents = ([_cpu(v) for v in vs] for vs in (case.primals, case.tangents))
     exact = _complete(
@@ -70,6 +91,20 @@ def _baseline(case: Case) -> Values:
     grads = _backward(case, primals, plain, _cotangents(case, plain), reference)
     grads = [None if p is None else g.to(p.dtype) for g, p in zip(grads, case.primals, strict=True)]
     return [None if o is None else o.double() for o in (*exact, *grads)]
+
+
+def _noise(case: Case, truth: Values, impl: str) -> Values:
+    """Attention subtracts nearly equal numbers, which the other ops do not."""
+    if case.op == "attention":
+        return attention.noise(case, truth, _operand(case, impl))
+    return [None] * len(truth)
+
+
+def _operand(case: Case, impl: str) -> Store | None:
+    x = case.primals[0]
+    if x.dtype.itemsize > 2 or _dispatch.choose(case.op, impl, x) != "triton":
+        return None
+    return lambda factor: factor.to(x.dtype).to(factor.dtype)
 
 
 def _cpu(x: Tensor | None) -> Tensor | None:

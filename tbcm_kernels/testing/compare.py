@@ -8,6 +8,9 @@ the factors grow by 2/√n: nothing at real sizes, and enough for tensors of eig
 all arithmetic rounds (fp32, fp64), a row's statistics are one draw that its elements share: n
 counts rows then, and a row, like the largest error, is granted one unit in the last place; where
 only stores round, a quarter and a half.
+
+Where an op subtracts nearly equal numbers, a single baseline says little about the next: it then
+passes `noise`, which is part of the yardstick, and the `rank` of its rows.
 """
 
 from __future__ import annotations
@@ -19,14 +22,18 @@ RMS, LARGEST, ROW = 1.25, 2.0, 2.0
 
 
 def faults(
-    name: str, actual: Tensor, truth: Tensor, baseline: Tensor, dtype: torch.dtype
-) -> list[str]:
+    name: str, actual: Tensor, truth: Tensor, baseline: Tensor, dtype: torch.dtype,
+    noise: Tensor | None = None, rank: int | None = None,
+) -> list[str]:  # fmt: skip
     """The sentences that say how `actual` fails the policy; empty where it passes.
 
     Args:
         actual: the result, of any floating dtype.
         truth, baseline: fp64 tensors of the same shape.
         dtype: the dtype whose rounding the result carries.
+        noise: how far the truth moves where what is read is off by a unit in the last place.
+        rank: of how many vectors a row is a combination, where that is less than its width: its
+            error then is that many draws.
     """
     if actual.shape != truth.shape:
         return [f"{name}: shape {list(actual.shape)}, expected {list(truth.shape)}"]
@@ -38,34 +45,43 @@ def faults(
         return []
     error, allowed = (torch.nan_to_num(v - truth) for v in (actual, baseline))
     truth = torch.nan_to_num(truth)
-    rows, rows_allowed, rows_truth = (
+    noise = torch.zeros_like(truth) if noise is None else noise
+    rows, rows_allowed, rows_truth, rows_noise = (
         v.reshape(-1, v.shape[-1] if v.ndim else 1).square().mean(-1).sqrt()
-        for v in (error, allowed, truth)
+        for v in (error, allowed, truth, noise)
     )
     # An exact baseline (all errors zero) still grants units in the last place.
     unit, stores_only = torch.finfo(dtype).eps, dtype.itemsize < 4
     of_largest, of_row = (0.5, 0.25) if stores_only else (1.0, 1.0)
-    slack = 1 + 2 / (error.numel() if stores_only else rows.numel()) ** 0.5
+    slack = 1 + 2 / (error.numel() if stores_only else _draws(rows_noise)) ** 0.5
     found = []
-    limit = RMS * slack * max(_rms(allowed), 0.5 * unit * _rms(truth))
+    limit = RMS * slack * max(_rms(allowed), 0.5 * unit * _rms(truth), 0.5 * _rms(noise))
     if (e := _rms(error)) > limit:
         found.append(f"{name}: RMS error {e:.3g} > {limit:.3g}")
-    limit = LARGEST * slack * max(_largest(allowed), of_largest * unit * _largest(truth))
+    granted = max(of_largest * unit * _largest(truth), _largest(noise))
+    limit = LARGEST * slack * max(_largest(allowed), granted)
     if (e := _largest(error)) > limit:
         found.append(f"{name}: largest error {e:.3g} > {limit:.3g}")
-    width = error.numel() // rows.numel()
-    row_slack = 1 + 2 / width**0.5
-    granted = of_row * unit * rows_truth
+    row_slack = 1 + 2 / min(error.numel() // rows.numel(), rank or error.numel()) ** 0.5
+    # Also what a factor of the row loses that underflows.
+    granted = of_row * unit * rows_truth + torch.finfo(torch.float32).tiny * _largest(truth)
     if not stores_only:  # a lucky row of the baseline counts as a typical one
         rows_allowed = rows_allowed.clamp_min(_rms(rows_allowed))
-    bad = rows > row_slack * (ROW * rows_allowed + granted)
-    if bool(bad.any()):
-        i = int((rows - ROW * rows_allowed).argmax())
+    limits = row_slack * (ROW * torch.hypot(rows_allowed, rows_noise) + granted)
+    if bool((bad := rows > limits).any()):
+        i = int((rows - limits).argmax())
         found.append(
             f"{name}: {int(bad.sum())} rows too far off, row {i} by {float(rows[i]):.3g} "
-            f"where {float(rows_allowed[i]):.3g} is the baseline's"
+            f"where {float(limits[i]):.3g} is the limit"
         )
     return found
+
+
+def _draws(rows_noise: Tensor) -> float:
+    """How many rows a statistic averages over: those whose noise makes up most of all noise."""
+    energy = rows_noise.square()
+    total = float(energy.sum())
+    return total**2 / float(energy.square().sum()) if total else rows_noise.numel()
 
 
 def _rms(x: Tensor) -> float:

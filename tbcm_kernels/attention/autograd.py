@@ -1,0 +1,166 @@
+"""The ops tbcm::attention and tbcm::attention_backward: schemas, fakes, what backward saves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tbcm_kernels import _dispatch
+from tbcm_kernels._library import (
+    CHUNK,
+    absent,
+    fresh_heads,
+    lane_by_lane,
+    or_none,
+    present_or_absent,
+    register,
+)
+from tbcm_kernels.attention import reference
+from tbcm_kernels.attention.reference import Setting
+from tbcm_kernels.rms_norm.autograd import rms_norm_backward
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, "
+    "Tensor? tq, Tensor? tk, Tensor? tv"
+)
+_SETTING = "Tensor? attn_mask, Tensor? key_mask, float scale, int? causal, float q_eps, float k_eps"
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    *setting, _, impl = rest
+    kernel = _dispatch.implementation("attention", impl).forward
+    inputs = (q, k, v, q_weight, k_weight, tq, tk, tv)
+    o, lse, to, mu = kernel(*inputs, Setting(*setting))
+    if impl == "reference":  # in the memory layout that the fake promises
+        o, to = (None if x is None else _like_queries(q, x) for x in (o, to))
+    return present_or_absent(q, (o, lse, to, mu))
+
+
+def _like_queries(q: Tensor, x: Tensor) -> Tensor:
+    return fresh_heads(q, x.shape).copy_(x)
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    accumulate = torch.promote_types(q.dtype, torch.float32)
+    shape = (*q.shape[:3], v.shape[3])
+    o, lse = fresh_heads(q, shape), q.new_empty(q.shape[:3], dtype=accumulate)
+    lanes = next((t.shape[0] for t in (tq, tk, tv) if t is not None), None)
+    if lanes is None:
+        return o, lse, absent(q), absent(q)
+    return o, lse, fresh_heads(q, (lanes, *shape)), lse.new_empty((lanes, *lse.shape))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *setting, through, ctx.impl = inputs[8:]
+    ctx.set_materialize_grads(False)
+    ctx.rest = setting[2:]
+    ctx.through = through and any(t is not None for t in inputs[5:8])
+    kept = output if ctx.through else output[:2]
+    tangents = inputs[5:8] if ctx.through else (None, None, None)
+    ctx.save_for_backward(*inputs[:5], *tangents, *setting[:2], *kept)
+
+
+def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    none = (None,) * 8
+    if not ctx.through:
+        cotangents = (*cotangents[:2], None, None)
+    if all(c is None for c in cotangents):
+        return (*none, *none)
+    saved = ctx.saved_tensors
+    inputs, masks, outputs = saved[:8], saved[8:10], saved[10:]
+    outputs = outputs if ctx.through else (*outputs, None, None)
+    found = attention_backward(*cotangents, *inputs, *outputs, *masks, *ctx.rest, ctx.impl)
+    reached = cotangents[2] is not None
+    moved = reached or cotangents[3] is not None
+    there = (t is not None and r for t, r in zip(inputs[5:], (moved, moved, reached), strict=True))
+    gq, gk, gv, gtq, gtk, gtv = map(or_none, found, (True, True, True, *there))
+    q, k, _, q_weight, k_weight, tq, tk, _ = inputs
+    *_, q_eps, k_eps = ctx.rest
+    gq, gqw, gtq = _through_norm(gq, gtq, q, q_weight, tq, q_eps, ctx.impl)
+    if k_weight is not None and masks[1] is not None:  # hidden keys may be NaN: keep them out
+        hidden = ~masks[1][:, None, :, None]
+        k, tk = (None if x is None else x.masked_fill(hidden, 0) for x in (k, tk))
+    gk, gkw, gtk = _through_norm(gk, gtk, k, k_weight, tk, k_eps, ctx.impl)
+    return gq, gk, gv, gqw, gkw, gtq, gtk, gtv, *none
+
+
+def _through_norm(
+    gy: Tensor, gty: Tensor | None, x: Tensor, weight: Tensor | None, tx: Tensor | None,
+    eps: float, impl: str,
+) -> Sequence[Tensor | None]:  # fmt: skip
+    """Gradients of x, the weight and tx: the kernel of rms_norm, or its reference through tx."""
+    if weight is None:
+        return gy, None, gty
+    if gty is not None:
+        return reference.norm_backward(gy, gty, x, weight, tx, eps)
+    heads = reference.heads_of_norm(x, weight)
+    if _dispatch.refusal("rms_norm", impl, x.device.type, x.dtype) is not None:
+        impl = "reference"
+    rows = (reference.merge(t, heads) for t in (gy, x))
+    gx, gw = rms_norm_backward(*rows, weight, True, CHUNK, eps, impl)
+    return reference.split(gx, heads), gw.sum(0).to(weight.dtype), None
+
+
+def _backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
+    *tensors, attn_mask, key_mask, scale, causal, q_eps, k_eps, impl = arguments
+    q, k, v, *_ = tensors[4:]
+    kernel = _dispatch.implementation("attention", impl).backward
+    found = kernel(*tensors, Setting(attn_mask, key_mask, scale, causal, q_eps, k_eps))
+    if impl == "reference":
+        found = [
+            None if g is None else _like_queries(x, g)
+            for g, x in zip(found, (q, k, v, q, k, v), strict=True)
+        ]
+    return present_or_absent(q, found)
+
+
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    gto, gmu, q, k, v, _, _, *tangents = arguments[2:12]
+    grads = [fresh_heads(x, x.shape) for x in (q, k, v)]
+    through = gto is not None or gmu is not None
+    for x, tx, reached in zip((q, k, v), tangents, (True, True, gto is not None), strict=True):
+        there = tx is not None and through and reached
+        grads.append(fresh_heads(x, tx.shape) if there else absent(q))
+    return tuple(grads)
+
+
+def _vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+    """Lanes of tangents alone share S and P in one call; anything else goes lane by lane."""
+    lanes = info.batch_size
+    if any(d is not None for i, d in enumerate(in_dims) if i not in (5, 6, 7)):
+        return lane_by_lane(attention_op)(info, in_dims, *args)
+    tangents = [
+        None if t is None else _lanes_first(t, d, lanes)
+        for t, d in zip(args[5:8], in_dims[5:8], strict=True)
+    ]
+    o, lse, to, mu = attention_op(*args[:5], *tangents, *args[8:])
+    to, mu = (t.unflatten(0, (lanes, -1)) for t in (to, mu))
+    return (o, lse, to, mu), (None, None, 0, 0)
+
+
+def _lanes_first(t: Tensor, dim: int | None, lanes: int) -> Tensor:
+    t = t.expand(lanes, *t.shape) if dim is None else t.movedim(dim, 0)
+    return t.flatten(0, 1)
+
+
+attention_op = register(
+    "attention",
+    f"({_INPUTS}, {_SETTING}, bool through, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward, _forward_fake, _setup, _backward, vmap=_vmap,
+)  # fmt: skip
+attention_backward = register(
+    "attention_backward",
+    f"(Tensor? go, Tensor? glse, Tensor? gto, Tensor? gmu, {_INPUTS}, Tensor o, Tensor lse, "
+    f"Tensor? to, Tensor? mu, {_SETTING}, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_kernel, _backward_fake,
+)  # fmt: skip

@@ -1,0 +1,73 @@
+"""The C++ CPU kernels of attention (csrc/attention_cpu.cpp): allocates the outputs and calls."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tbcm_kernels import _C  # noqa: F401  (loading it registers the kernels)
+from tbcm_kernels._library import fresh_heads
+from tbcm_kernels.attention.reference import Setting
+
+_ALL = 1 << 40
+"""A causal offset that hides nothing."""
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, setting: Setting,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """See reference.forward."""
+    shape = (*q.shape[:3], v.shape[3])
+    o, lse = fresh_heads(q, shape), torch.empty(q.shape[:3], dtype=torch.float32)
+    to = mu = None
+    lanes = next((t.shape[0] for t in (tq, tk, tv) if t is not None), None)
+    if lanes is not None:
+        to = fresh_heads(q, (lanes, *shape))
+        mu = torch.empty((lanes, *q.shape[:3]), dtype=torch.float32)
+    torch.ops.tbcm_cpu.attention_forward(
+        *map(_rows, (q, k, v)), _floats(q_weight), _floats(k_weight), *map(_rows, (tq, tk, tv)),
+        *_masks(setting), o, lse, to, mu, *_scalars(setting),
+    )  # fmt: skip
+    return o, lse, to, mu
+
+
+def backward(
+    go: Tensor | None, glse: Tensor | None, gto: Tensor | None, gmu: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, o: Tensor, lse: Tensor,
+    to: Tensor | None, mu: Tensor | None, setting: Setting,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """See reference.backward."""
+    through = gto is not None or gmu is not None
+    grads = [fresh_heads(x, x.shape) for x in (q, k, v)]
+    for x, tx, reached in ((q, tq, through), (k, tk, through), (v, tv, gto is not None)):
+        grads.append(fresh_heads(x, tx.shape) if tx is not None and reached else None)
+    torch.ops.tbcm_cpu.attention_backward(
+        _rows(go), _floats(glse), _rows(gto), _floats(gmu), *map(_rows, (q, k, v)),
+        _floats(q_weight), _floats(k_weight), *map(_rows, (tq, tk, tv)), o, lse, to, mu,
+        *_masks(setting), *grads, *_scalars(setting),
+    )  # fmt: skip
+    return tuple(grads)
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _floats(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+def _masks(setting: Setting) -> tuple[Tensor | None, Tensor | None]:
+    """Bytes or fp32; a mask is converted before it is broadcast."""
+    mask, key_mask = setting.attn_mask, setting.key_mask
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32):
+        own = mask[tuple(slice(None) if s else slice(1) for s in mask.stride())]
+        mask = own.to(torch.float32).expand(mask.shape)
+    return mask, None if key_mask is None else key_mask.contiguous()
+
+
+def _scalars(setting: Setting) -> tuple[float, int, float, float]:
+    causal = _ALL if setting.causal is None else setting.causal
+    return setting.scale, causal, setting.q_eps, setting.k_eps

@@ -1,0 +1,229 @@
+"""Softmax attention with its JVP in plain PyTorch: the definition of correct.
+
+    S = s QKᵀ + bias       P = softmax S          O = PV              L = log Σ exp S
+    Ṡ = s(Q̇Kᵀ + QK̇ᵀ)       μ = rowsum(P∘Ṡ)        Ȯ = (P∘Ṡ)V − μO + PV̇     L̇ = μ
+
+Q and K are RMS-normalised first where weights are given. Tangents have a leading dimension of lanes
+that share S and P: [T, B, H, N, D]. `operand` marks the rounding of a factor that enters a matrix
+product, `store` that of an output; L and μ keep at least fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tbcm_kernels._library import Store, differentiate, wide
+from tbcm_kernels.rms_norm import reference as rms_norm
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is neither differentiated nor a tensor, and the masks."""
+
+    attn_mask: Tensor | None
+    key_mask: Tensor | None
+    scale: float
+    causal: int | None
+    q_eps: float
+    k_eps: float
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, setting: Setting,
+    store: Store | None = None, operand: Store | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """O [B, H, N, Dv], L [B, H, N], Ȯ [T, B, H, N, Dv], μ [T, B, H, N]; no tangents, no Ȯ and μ.
+
+    `setting.causal` is the offset c of the rule that query i sees key j where j ≤ i + c, or None.
+    """
+    store = store or _rounding(q.dtype)
+    operand = operand or _exact
+    heads = q.shape[1]
+    q, tq = normalized(q, q_weight, tq, setting.q_eps, operand)
+    k, v, tk, tv = (_shown(x, setting.key_mask) for x in (k, v, tk, tv))
+    k, tk = normalized(k, k_weight, tk, setting.k_eps, operand)
+    k, v, tk, tv = (_keys(x, heads) for x in (k, v, tk, tv))
+    logits = setting.scale * (q @ k.mT)
+    logits = _masked(logits, setting)
+    top = logits.detach().amax(-1, keepdim=True) if k.shape[2] else logits.new_zeros(())
+    top = top.masked_fill(top == -torch.inf, 0)
+    e = (logits - top).exp()
+    total = e.sum(-1, keepdim=True)
+    unseen = total == 0
+    total = total.masked_fill(unseen, 1)
+    inverse = 1 / total
+    o = (operand(e) @ v) * inverse
+    lse = (top + total.log()).masked_fill(unseen, -torch.inf).squeeze(-1)
+    if tq is None and tk is None and tv is None:
+        return store(o), lse, None, None
+    lanes = next(t for t in (tq, tk, tv) if t is not None).shape[0]
+    mu = o.new_zeros((lanes, *lse.shape))
+    to = o.new_zeros((lanes, *o.shape))
+    if tq is not None or tk is not None:
+        weighted = e * _tangent_of_logits(q, k, tq, tk, setting.scale)
+        mu = (weighted.sum(-1, keepdim=True) * inverse).squeeze(-1)
+        to = (operand(weighted) @ v) * inverse - mu.unsqueeze(-1) * o
+    if tv is not None:
+        to = to + (operand(e) @ tv) * inverse
+    return store(o), lse, store(to), mu
+
+
+def backward(
+    go: Tensor | None, glse: Tensor | None, gto: Tensor | None, gmu: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, o: Tensor, lse: Tensor,
+    to: Tensor | None, mu: Tensor | None, setting: Setting,
+    store: Store | None = None, operand: Store | None = None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of q, k, v, tq, tk, tv, those of q and k before their norm, also through Ȯ and μ.
+
+    With cotangents G of O, γ of L, H of Ȯ, η of μ and row scalars a = H·O − η, d = G·O + H·Ȯ − γ:
+    A = HVᵀ;  dṠ = P∘(A − a);  dS = P∘(GVᵀ + HV̇ᵀ − d + (A − a)∘(Ṡ − μ));  Ṗ = P∘(Ṡ − μ)
+    dV = PᵀG + ṖᵀH;  dV̇ = PᵀH;  dQ = s(dS K + dṠ K̇);  dQ̇ = s dṠ K;
+    dK = s(dSᵀQ + dṠᵀQ̇);  dK̇ = s dṠᵀQ.
+    """
+    store = store or _rounding(q.dtype)
+    operand = operand or _exact
+    present = [t is not None for t in (tq, tk, tv)]
+    heads, groups, scale = q.shape[1], k.shape[1], setting.scale
+    q, tq = normalized(q, q_weight, tq, setting.q_eps, operand)
+    k, v, tk, tv = (_shown(x, setting.key_mask) for x in (k, v, tk, tv))
+    k, tk = normalized(k, k_weight, tk, setting.k_eps, operand)
+    k, v, tk, tv = (_keys(x, heads) for x in (k, v, tk, tv))
+    go, gto, o, to = (wide(x) for x in (go, gto, o, to))
+    finite = lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1)
+    p = (_masked(scale * (q @ k.mT), setting) - finite).exp()
+    ds = _column(glse, p)
+    gv = torch.zeros_like(v)
+    if go is not None:
+        ds = ds + go @ v.mT - (go * o).sum(-1, keepdim=True)
+        gv = gv + operand(p).mT @ go
+    gtq = gtk = gtv = dts = None
+    if gto is not None or gmu is not None:
+        dts = _column(gmu, p)
+        rate = 0 if tq is None and tk is None else _tangent_of_logits(q, k, tq, tk, scale)
+        rate = rate - mu.unsqueeze(-1)
+        if gto is not None:
+            dts = dts + gto @ v.mT - (gto * o).sum(-1, keepdim=True)
+            ds = ds - (gto * to).sum((0, -1)).unsqueeze(-1)
+            gv = gv + (operand(p * rate).mT @ gto).sum(0)
+            if tv is not None:
+                ds = ds + (gto @ tv.mT).sum(0)
+                gtv = operand(p).mT @ gto
+        ds = ds + (dts * rate).sum(0)
+        dts = operand(p * dts)
+        gtq = scale * (dts @ k) if present[0] else None
+        gtk = scale * (dts.mT @ q) if present[1] else None
+    ds = operand(p * ds)
+    gq, gk = ds @ k, ds.mT @ q
+    if dts is not None and tk is not None:
+        gq = gq + (dts @ tk).sum(0)
+    if dts is not None and tq is not None:
+        gk = gk + (dts.mT @ tq).sum(0)
+    gk, gv, gtk, gtv = (_grouped(g, groups) for g in (gk, gv, gtk, gtv))
+    if setting.key_mask is not None:
+        hidden = ~setting.key_mask[:, None, :, None]
+        gk, gv, gtk, gtv = (
+            None if g is None else g.masked_fill(hidden, 0) for g in (gk, gv, gtk, gtv)
+        )
+    found = (scale * gq, scale * gk, gv, gtq, gtk, gtv)
+    return tuple(None if g is None else store(g) for g in found)
+
+
+def normalized(
+    x: Tensor, weight: Tensor | None, tx: Tensor | None, eps: float, operand: Store
+) -> tuple[Tensor, Tensor | None]:
+    """RMSNorm of x [B, H, N, D] and its tangents, over all heads or each by the weight's width.
+
+    Without a weight it is the input.
+    """
+    x, tx = wide(x), wide(tx)
+    if weight is None:
+        return x, tx
+    heads = heads_of_norm(x, weight)
+    rows = (None if t is None else merge(t, heads) for t in (x, tx))
+    y, ty = rms_norm.forward(next(rows), wide(weight), next(rows), None, eps)
+    return tuple(None if t is None else operand(split(t, heads)) for t in (y, ty))
+
+
+def norm_backward(
+    gy: Tensor | None, gty: Tensor | None, x: Tensor, weight: Tensor, tx: Tensor | None, eps: float
+) -> Sequence[Tensor | None]:
+    """Gradients of x, the weight and tx from those of the normalised x and tx."""
+    return differentiate(
+        lambda x, w, tx: normalized(x, w, tx, eps, _exact), (x, weight, tx), (gy, gty)
+    )
+
+
+def heads_of_norm(x: Tensor, weight: Tensor) -> int:
+    """How many heads of x [B, H, N, D] make a row of a norm of this weight: all, or 1."""
+    return 1 if weight.shape[0] == x.shape[-1] else x.shape[1]
+
+
+def merge(x: Tensor, heads: int) -> Tensor:
+    """[..., H, N, D] as rows of all heads, or as it is where `heads` is 1."""
+    return x if heads == 1 else x.transpose(-3, -2).flatten(-2)
+
+
+def split(x: Tensor, heads: int) -> Tensor:
+    """The inverse of `merge`."""
+    return x if heads == 1 else x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x
+
+
+def _rounding(dtype: torch.dtype) -> Store:
+    return lambda x: x.to(dtype)
+
+
+def _shown(x: Tensor | None, key_mask: Tensor | None) -> Tensor | None:
+    """Keys or values, zero where the key mask hides them, which may be NaN."""
+    if x is None or key_mask is None:
+        return x
+    return x.masked_fill(~key_mask[:, None, :, None], 0)
+
+
+def _keys(x: Tensor | None, heads: int) -> Tensor | None:
+    """Keys or values for every query head."""
+    if x is None:
+        return None
+    x = wide(x)
+    return x if x.shape[-3] == heads else x.repeat_interleave(heads // x.shape[-3], -3)
+
+
+def _grouped(g: Tensor | None, groups: int) -> Tensor | None:
+    """The sum over the query heads that share a key head."""
+    return None if g is None else g.unflatten(-3, (groups, -1)).sum(-3)
+
+
+def _masked(logits: Tensor, setting: Setting) -> Tensor:
+    mask = setting.attn_mask
+    if mask is not None and mask.dtype != torch.bool:
+        logits = logits + wide(mask).to(logits.dtype)
+    elif mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    if setting.key_mask is not None:
+        logits = logits.masked_fill(~setting.key_mask[:, None, None], -torch.inf)
+    if setting.causal is not None:
+        queries, keys = (torch.arange(n, device=logits.device) for n in logits.shape[-2:])
+        logits = logits.masked_fill(keys > queries[:, None] + setting.causal, -torch.inf)
+    return logits
+
+
+def _tangent_of_logits(
+    q: Tensor, k: Tensor, tq: Tensor | None, tk: Tensor | None, scale: float
+) -> Tensor:
+    parts = [] if tq is None else [tq @ k.mT]
+    parts += [] if tk is None else [q @ tk.mT]
+    return scale * sum(parts[1:], parts[0])
+
+
+def _column(x: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_zeros(()) if x is None else x.unsqueeze(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib
 import types
 from dataclasses import dataclass
@@ -12,36 +13,65 @@ from torch import Tensor, nn
 FUSED = {
     "diffusers.models.transformers.sana_transformer.SanaTransformer2DModel": "tbcm_kernels.sana",
 }
-"""Model class -> the module whose `check(model)` and `forward(model, ...)` replace its forward."""
+"""Model class -> the module whose `swaps(model)` says what to replace by what.
+
+Other diffusers models keep their forward and get attention from `tbcm_kernels.processors`.
+"""
 
 
-@dataclass
+@dataclass(repr=False)
 class Fused:
-    """What `fuse` returns: the model, and the way back."""
+    """What `fuse` returns: the model, what was replaced in it, and the way back.
+
+    `swaps` holds (owner, attribute, new, old); old is None where the instance had none of its own.
+    """
 
     model: nn.Module
     module: types.ModuleType
-    forward: Any
+    swaps: list[tuple[nn.Module, str, Any, Any]]
     undone: bool = False
 
     def undo(self) -> None:
-        """Restore the model's own forward; harmless when done already.
+        """Restore the model's own forward or processors; harmless when done already.
 
         Raises:
-            ValueError: something else has replaced the forward since.
+            ValueError: something else has replaced one of them since; nothing is restored then.
         """
         if self.undone:
             return
-        if self.model.__dict__.get("forward") is not self.forward:
-            raise ValueError(
-                "undo: the model's forward was replaced after fuse(); restore that first."
-            )
-        del self.model.forward
+        for owner, name, new, _ in self.swaps:
+            if owner.__dict__.get(name) is not new:
+                raise ValueError(
+                    f"undo: the {name} of {type(owner).__name__} was replaced after fuse(); "
+                    f"restore that first."
+                )
+        for owner, name, _, old in self.swaps:
+            if old is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, old)
         self.undone = True
 
     def encode_text(self, encoder_hidden_states: Tensor) -> Any:
-        """Text [P, S, D] made ready for all blocks, to be given in its place to many forwards."""
-        return self.module.encode_text(self.model, encoder_hidden_states)
+        """Text [P, S, D] made ready for all blocks, to be given in its place to many forwards.
+
+        Raises:
+            TypeError: the model keeps its own forward, which reads text as it comes.
+        """
+        encode = getattr(self.module, "encode_text", None)
+        if encode is None:
+            raise TypeError(
+                f"encode_text: {type(self.model).__name__} keeps its own forward, which reads "
+                f"encoder_hidden_states as they come."
+            )
+        return encode(self.model, encoder_hidden_states)
+
+    def __repr__(self) -> str:
+        counts = collections.Counter(
+            getattr(new, "__name__", type(new).__name__) for _, _, new, _ in self.swaps
+        )
+        replaced = ", ".join(f"{n} {name}" for name, n in counts.items())
+        return f"Fused({type(self.model).__name__}: {'undone' if self.undone else replaced})"
 
     def __enter__(self) -> nn.Module:
         return self.model
@@ -51,32 +81,40 @@ class Fused:
 
 
 def fuse(model: nn.Module) -> Fused:
-    """Replace the forward of `model`, on this instance alone, by the fused one.
+    """Replace the forward of `model`, or its attention, on this instance alone, by a fused one.
 
     Parameters keep their names and identity, so optimizers, state dicts and `save_pretrained` see
-    no difference. The fused forward takes ordinary tensors or forward-AD duals, so
+    no difference. The fused model takes ordinary tensors or forward-AD duals, so
     `torch.func.jvp(model, ...)` stays what one writes.
 
     Args:
-        model: a diffusers `SanaTransformer2DModel`.
+        model: a diffusers `SanaTransformer2DModel`, whose whole forward is fused, or any diffusers
+            model whose attention processors are known (`tbcm_kernels.processors.PROCESSORS`), as
+            those of PixArt and SD3 are. The layers around its attention stay PyTorch's, so there a
+            gradient through the tangent is wrong where `F.layer_norm`'s is (pytorch#196700); a
+            loss that detaches the tangent, as sCM's does, is not concerned.
 
     Returns:
-        A handle; `handle.undo()` restores the model, and `with fuse(model):` does at its end.
+        A handle that tells what was replaced; `handle.undo()` restores the model, and
+        `with fuse(model):` does at its end.
 
     Raises:
-        TypeError: a model of a class that has no fused forward.
-        ValueError: a configuration that the fused forward does not cover, or a model fused already.
+        TypeError: a model that has neither a fused forward nor attention processors.
+        ValueError: a configuration or a processor that is not covered, or a model fused already.
+            The model is then as it was.
     """
     names = [f"{c.__module__}.{c.__qualname__}" for c in type(model).__mro__]
     target = next((FUSED[n] for n in names if n in FUSED), None)
+    if target is None and hasattr(model, "attn_processors"):
+        target = "tbcm_kernels.processors"
     if target is None:
         known = ", ".join(n.rpartition(".")[2] for n in FUSED)
         raise TypeError(
-            f"fuse: {type(model).__name__} has no fused forward; there is one for {known}."
+            f"fuse: {type(model).__name__} has no fused forward and no attn_processors; there is "
+            f"a forward for {known}, and attention for other models of diffusers."
         )
-    if "forward" in model.__dict__:
-        raise ValueError("fuse: this model's forward is replaced already; undo() that first.")
     module = importlib.import_module(target)
-    module.check(model)
-    model.forward = types.MethodType(module.forward, model)
-    return Fused(model, module, model.forward)
+    swaps = [(*swap, swap[0].__dict__.get(swap[1])) for swap in module.swaps(model)]
+    for owner, name, new, _ in swaps:
+        setattr(owner, name, new)
+    return Fused(model, module, swaps)

@@ -7,6 +7,7 @@ added by the `adaln` call that normalises the sum, across block borders too. Und
 
 from __future__ import annotations
 
+import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from tbcm_kernels import _dual
 from tbcm_kernels.adaln import adaln_jvp
+from tbcm_kernels.attention import attention_jvp
+from tbcm_kernels.attention.functional import MAX_HEAD_DIM
 from tbcm_kernels.conv_glu import conv_glu_jvp
 from tbcm_kernels.linear import linear_jvp
 from tbcm_kernels.rms_norm import rms_norm_jvp
@@ -40,13 +43,28 @@ def encode_text(model: nn.Module, encoder_hidden_states: Tensor) -> FusedText:
     return FusedText(keys, [_linear(attn.to_v, text) for attn in attentions])
 
 
-def check(model: nn.Module) -> None:
-    """Raise ValueError, naming the setting, where the fused forward would differ from the stock."""
+def swaps(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """(model, "forward", the fused one); changes nothing.
+
+    Raises:
+        ValueError: naming it, a setting or layer with which the fused forward would differ from the
+            stock, or a forward that is replaced already.
+    """
+    if "forward" in model.__dict__:
+        raise ValueError("fuse: this model's forward is replaced already; undo() that first.")
+    _check(model)
+    return [(model, "forward", types.MethodType(forward, model))]
+
+
+def _check(model: nn.Module) -> None:
     config = model.config
+    width = config.cross_attention_head_dim
     refused = {
         "dropout": config.dropout > 0,
         "norm_elementwise_affine": bool(config.norm_elementwise_affine),
         "cross_attention_dim": config.cross_attention_dim is None,
+        "cross_attention_head_dim": width % 8 or width > MAX_HEAD_DIM,
+        "qk_norm": config.qk_norm not in (None, "rms_norm_across_heads"),
     }
     for name, bad in refused.items():
         if bad:
@@ -92,7 +110,7 @@ def forward(
     """
     _refuse(self, attention_kwargs, controlnet_block_samples)
     _dual.guard_levels("fuse", "the stock model")
-    bias = _text_bias(encoder_attention_mask, hidden_states)
+    masks = _text_masks(encoder_attention_mask, hidden_states)
     conditions = {} if guidance is None else {"guidance": guidance}
     modulation, embedded = self.time_embed(
         timestep,
@@ -105,7 +123,7 @@ def forward(
     _check_prompts(len(text.keys[0][0]), hidden_states, encoder_attention_mask)
     x = _patch_embed(self, *_split(hidden_states))
     grid = (hidden_states.shape[2] // _patch(self), hidden_states.shape[3] // _patch(self))
-    y = _trunk(self, x, text, bias, _split(modulation), _split(embedded), grid)
+    y = _trunk(self, x, text, masks, _split(modulation), _split(embedded), grid)
     sample = _dual.pack(*(None if v is None else _unpatchify(self, v, grid) for v in y))
     if not return_dict:
         return (sample,)
@@ -134,7 +152,7 @@ def _refuse(model: nn.Module, attention_kwargs: object, controlnet: object) -> N
 
 
 def _trunk(
-    model: nn.Module, x: Pair, text: FusedText, bias: Tensor | None, modulation: Pair,
+    model: nn.Module, x: Pair, text: FusedText, masks: dict[str, Tensor], modulation: Pair,
     embedded: Pair, grid: tuple[int, int],
 ) -> Pair:  # fmt: skip
     """Blocks, output norm and projection. A block's last residual waits for the next norm."""
@@ -144,7 +162,7 @@ def _trunk(
         shift1, scale1, gate1, shift2, scale2, gate2 = _chunks(block.scale_shift_table, modulation)
         x, y = _adaln(x, h, gate, scale1, shift1, block.norm1.eps)
         x = _gated_sum(x, gate1, _self_attention(block.attn1, y))
-        context = _cross_attention(block.attn2, x, k, v, bias)
+        context = _cross_attention(block.attn2, x, k, v, masks)
         x, y = _adaln(x, context, (None, None), scale2, shift2, block.norm2.eps)
         h, gate = _gated_conv(block.ff, y, grid), gate2
     both = (embedded[0][:, None], None if embedded[1] is None else embedded[1][:, None])
@@ -252,59 +270,38 @@ def _float(x: Tensor | None) -> Tensor | None:
 
 
 def _heads(x: Tensor | None, heads: int) -> Tensor | None:
-    return None if x is None else x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return None if x is None else x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
 
 
 def _merge(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def _text_bias(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """The stock bias −10000 (1 − mask) as [B, 1, 1, S]; a mask of 3 dimensions is a bias."""
+def _text_masks(mask: Tensor | None, like: Tensor) -> dict[str, Tensor]:
+    """The stock bias −10000 (1 − mask) [B, 1, 1, S], or the key mask that it amounts to.
+
+    A mask of three dimensions is a bias already. exp(−10000) is 0, and where a prompt has no token
+    at all, the bias is the same for every key.
+    """
     if mask is None:
-        return None
-    if mask.ndim == 2:
-        mask = ((1 - mask.to(like.dtype)) * -10000.0)[:, None]
-    return mask[:, None]
+        return {}
+    if mask.ndim == 3:
+        return {"attn_mask": mask[:, None]}
+    if mask.is_floating_point():
+        return {"attn_mask": ((1 - mask.to(like.dtype)) * -10000.0)[:, None, None]}
+    there = mask.bool()
+    return {"key_mask": there | ~there.any(-1, keepdim=True)}
 
 
-def _cross_attention(attn: nn.Module, x: Pair, k: Pair, v: Pair, bias: Tensor | None) -> Pair:
-    q = _norm(attn.norm_q, _linear(attn.to_q, x))
+def _cross_attention(attn: nn.Module, x: Pair, k: Pair, v: Pair, masks: dict[str, Tensor]) -> Pair:
+    q = _linear(attn.to_q, x)
     # The images of one prompt queue up as its queries: no copy of its keys and values.
     shared = tuple(None if t is None else t.reshape(len(k[0]), -1, t.shape[-1]) for t in q)
-    o = softmax_attention(shared, k, v, attn.heads, bias)
-    return _linear(attn.to_out[0], tuple(None if t is None else t.view(q[0].shape) for t in o))
-
-
-def softmax_attention(q: Pair, k: Pair, v: Pair, heads: int, bias: Tensor | None) -> Pair:
-    """Softmax attention over pairs q [B, N, H·D], k and v [B, S, H·D], with an additive bias.
-
-    Ȯ = (P∘Ṡ)V − μO + PV̇,  μ = rowsum(P∘Ṡ),  Ṡ = s(Q̇Kᵀ + QK̇ᵀ). The tangent materialises P.
-    """
-    (q, tq), (k, tk), (v, tv) = (tuple(_heads(t, heads) for t in p) for p in (q, k, v))
-    bias = None if bias is None else bias.to(q.dtype)
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    to = None
-    with _dual.tangent_scope():
-        if any(t is not None for t in (tq, tk, tv)):
-            to = _merge(_attention_tangent(q, k, v, tq, tk, tv, o, bias))
-    return _merge(o), to
-
-
-def _attention_tangent(
-    q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None,
-    o: Tensor, bias: Tensor | None,
-) -> Tensor:  # fmt: skip
-    s = q.shape[-1] ** -0.5
-    logits = (q * s) @ k.mT
-    p = torch.softmax(logits if bias is None else logits + bias, -1)
-    to = 0 if tv is None else p @ tv
-    if tq is None and tk is None:
-        return to
-    parts = [(tq * s) @ k.mT] if tq is not None else []
-    parts += [(q * s) @ tk.mT] if tk is not None else []
-    weighted = p * sum(parts[1:], parts[0])
-    return to + weighted @ v - weighted.sum(-1, keepdim=True) * o
+    heads = (tuple(_heads(t, attn.heads) for t in p) for p in (shared, k, v))
+    norm = None if attn.norm_q is None else (attn.norm_q.weight, attn.norm_q.eps)
+    o = attention_jvp(*zip_pairs(*heads), **masks, q_norm=norm)
+    o = tuple(None if t is None else _merge(t).view(q[0].shape) for t in o)
+    return _linear(attn.to_out[0], o)
 
 
 def _gated_conv(ff: nn.Module, x: Pair, grid: tuple[int, int]) -> Pair:

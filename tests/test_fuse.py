@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 
@@ -182,10 +183,39 @@ def test_prompts_shared_by_several_images() -> None:
         model(**many, **(text | {"encoder_attention_mask": torch.ones(1, 7)}))
 
 
+MASKS = {
+    "whole": torch.ones(2, 7),
+    "integers": torch.tensor([[1] * 7, [1] + [0] * 6]),
+    "booleans": torch.tensor([[True] * 3 + [False] * 4, [False] * 5 + [True] * 2]),
+    "a bias": torch.linspace(-3, 2, 14).view(2, 1, 7),
+    "a prompt all hidden": torch.tensor([[1.0] * 7, [0.0] * 7]),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("qk_norm", [None, "rms_norm_across_heads"])
+def test_masks_mean_what_they_do_in_the_stock_model(kind: str, qk_norm: str | None) -> None:
+    model = _model(TINY | {"qk_norm": qk_norm})
+    for name, weight in model.named_parameters():
+        if name.endswith("norm_q.weight"):
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    inputs = _inputs(model) | {"encoder_attention_mask": MASKS[kind]}
+    value, tangent, grads = _dual_pass(model, inputs)
+    with tk.fuse(model):
+        fused_value, fused_tangent, fused_grads = _dual_pass(model, inputs)
+    # −10000 + x rounds x to 10⁻³, in both and each in its own order.
+    close = 1e-3 if kind == "a prompt all hidden" else 2e-5
+    assert _worst(fused_value, value) < close
+    assert _worst(fused_tangent, tangent) < close
+    names = [n for n in grads if n.endswith("attn2.norm_q.weight") or n.endswith("to_q.weight")]
+    assert max(_worst(fused_grads[n], grads[n]) for n in names) < 100 * close
+
+
 def test_names_instance_and_undo() -> None:
     model, other = _model(TINY), _model(TINY)
     names = list(model.state_dict())
     handle = tk.fuse(model)
+    assert repr(handle) == "Fused(SanaTransformer2DModel: 1 forward)"
     assert list(model.state_dict()) == names
     assert model.forward.__func__ is not type(model).forward
     assert other.forward.__func__ is type(other).forward
@@ -205,9 +235,10 @@ def test_undo_leaves_a_later_wrapper_alone() -> None:
         handle.undo()
     model.forward = own
     handle.undo()
-    again = tk.fuse(model)
+    tk.fuse(model)
+    again = model.forward
     handle.undo()
-    assert model.forward is again.forward
+    assert model.forward is again
 
 
 @pytest.mark.parametrize("name", ["scale_shift_table", "patch_embed.proj.weight",
@@ -238,7 +269,15 @@ def test_fused_save_and_load(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"dropout": 0.1}, "dropout"), ({"norm_elementwise_affine": True}, "affine")],
+    [
+        ({"dropout": 0.1}, "dropout"),
+        ({"norm_elementwise_affine": True}, "affine"),
+        ({"qk_norm": "layer_norm_across_heads"}, "qk_norm='layer_norm_across_heads'"),
+        (
+            {"cross_attention_head_dim": 12, "num_cross_attention_heads": 1},
+            "cross_attention_head_dim=12",
+        ),
+    ],
 )
 def test_refuses_what_it_does_not_cover(change: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
@@ -270,6 +309,46 @@ def test_refuses_unknown_models_and_arguments() -> None:
         model.enable_gradient_checkpointing()
         with pytest.raises(ValueError, match="checkpointing"):
             model(**_inputs(model))
+
+
+def test_compiles_in_one_graph() -> None:
+    model = _model(TINY | {"num_layers": 1})
+    inputs = _inputs(model)
+
+    def dual(x: Tensor) -> tuple[Tensor, Tensor]:
+        def function(x: Tensor) -> Tensor:
+            return model(**(inputs | {"hidden_states": x}), return_dict=False)[0]
+
+        return torch.func.jvp(function, (x,), (torch.ones_like(x),))
+
+    with tk.fuse(model):
+        want = dual(inputs["hidden_states"])
+        got = torch.compile(dual, backend="aot_eager", fullgraph=True)(inputs["hidden_states"])
+    torch._dynamo.reset()
+    assert max(map(_worst, got, want)) < 1e-5
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_saves_no_matrix_of_probabilities(stop: bool) -> None:
+    """With text as long as the widest activation is wide, B · H · N · S would be the largest."""
+    model = _model(TINY | {"num_layers": 1})
+    inputs = _inputs(model) | {"encoder_hidden_states": torch.randn(2, 300, 24)}
+    del inputs["encoder_attention_mask"]
+    probabilities = 2 * 2 * 20 * 300
+    sizes = []
+
+    def pack(x: Tensor) -> Tensor:
+        sizes.append(x.numel())
+        return x
+
+    context = tk.stop_tangent_gradient() if stop else contextlib.nullcontext()
+    with tk.fuse(model), context, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        torch.func.jvp(
+            lambda x: model(**(inputs | {"hidden_states": x}), return_dict=False)[0],
+            (inputs["hidden_states"],),
+            (torch.ones_like(inputs["hidden_states"]),),
+        )
+    assert max(sizes) < probabilities, (max(sizes), probabilities)
 
 
 def test_semi_gradient_saves_less_than_stock() -> None:

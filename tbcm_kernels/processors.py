@@ -1,0 +1,212 @@
+"""Softmax attention for diffusers models whose forward stays their own.
+
+An attention processor is the function that a diffusers `Attention` calls with itself. These compute
+value and tangent together, so that `torch.func.jvp` of the model needs no MATH backend and never
+holds an N × S matrix. They keep no state, need no diffusers, and `fuse(model)` sets them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, cat, nn
+
+from tbcm_kernels.attention import attention
+from tbcm_kernels.attention.functional import MAX_HEAD_DIM, Norm
+from tbcm_kernels.rms_norm import rms_norm
+
+
+class JVPAttnProcessor:
+    """What diffusers' `AttnProcessor2_0` does, correct under forward AD: self- or cross-attention.
+
+    An RMSNorm of queries or keys, over each head or over all, runs inside the kernel. Spatial,
+    group, cross and other norms, projections and dropout run as the modules that they are.
+
+    Args:
+        across_heads: call norms other than RMSNorm on all heads at once, as SANA's processor does.
+
+    Raises:
+        ValueError: on call, what `tbcm_kernels.attention` does not take, such as a head dim that is
+            no multiple of 8 or a mask that does not fit.
+    """
+
+    def __init__(self, across_heads: bool = False) -> None:
+        self.across_heads = across_heads
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        if residual.ndim == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is not None and attn.norm_cross is not None:
+            context = attn.norm_encoder_hidden_states(context)
+        q, k, v = _project(attn, hidden_states, context)
+        o = _attend(attn, q, k, v, _bias(attention_mask, len(k)), self.across_heads)
+        o = attn.to_out[1](attn.to_out[0](o))
+        if residual.ndim == 4:
+            o = o.transpose(-1, -2).reshape(residual.shape)
+        if attn.residual_connection:
+            o = o + residual
+        return o if attn.rescale_output_factor == 1 else o / attn.rescale_output_factor
+
+
+class JVPJointAttnProcessor:
+    """What diffusers' `JointAttnProcessor2_0` does (SD3), correct under forward AD.
+
+    Image and text are attended to as one sequence, each with projections and norms of its own.
+
+    Raises:
+        ValueError: on call, an attention_mask, which `JointAttnProcessor2_0` would ignore, and what
+            `tbcm_kernels.attention` does not take.
+    """
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if attention_mask is not None:
+            raise ValueError(
+                "JVPJointAttnProcessor: JointAttnProcessor2_0 ignores attention_mask, so it is "
+                "refused here; leave it out."
+            )
+        image = _project(attn, hidden_states, hidden_states)
+        if encoder_hidden_states is None:
+            o = _attend(attn, *image, None, False)
+            return attn.to_out[1](attn.to_out[0](o))
+        layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        text = (_heads(layer(encoder_hidden_states), attn) for layer in layers)
+        # The kernel takes one weight for all tokens; here image and text have each their own.
+        image = map(_normalized, (attn.norm_q, attn.norm_k, None), image)
+        text = map(_normalized, (attn.norm_added_q, attn.norm_added_k, None), text)
+        o = _merged(*(cat(pair, 1) for pair in zip(image, text, strict=True)))
+        tokens = hidden_states.shape[1]
+        context = o[:, tokens:]
+        if not attn.context_pre_only:
+            context = attn.to_add_out(context)
+        return attn.to_out[1](attn.to_out[0](o[:, :tokens])), context
+
+
+PROCESSORS: dict[str, Callable[[], Any] | None] = {
+    "diffusers.models.attention_processor.AttnProcessor2_0": JVPAttnProcessor,
+    "diffusers.models.attention_processor.JointAttnProcessor2_0": JVPJointAttnProcessor,
+    "diffusers.models.attention_processor.SanaLinearAttnProcessor2_0": None,
+    "diffusers.models.transformers.sana_transformer.SanaAttnProcessor2_0": functools.partial(
+        JVPAttnProcessor, across_heads=True
+    ),
+}
+"""Processor class -> what takes its place; None leaves it, for forward AD of it is right."""
+
+_RMS_NORMS = ("diffusers.models.normalization.RMSNorm", "torch.nn.modules.normalization.RMSNorm")
+
+
+def swaps(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """(attention, "processor", new) for every attention of the model; changes nothing.
+
+    Raises:
+        ValueError: an attention whose processor or head dim is not covered, or fused already.
+    """
+    found = []
+    for name, attn in model.named_modules():
+        if not hasattr(attn, "get_processor"):
+            continue
+        if reason := _refusal(attn):
+            raise ValueError(f"fuse: {name} {reason}.")
+        if make := PROCESSORS[_path(attn.get_processor())]:
+            found.append((attn, "processor", make()))
+    if not found:
+        raise ValueError(f"fuse: {type(model).__name__} has no softmax attention to replace.")
+    return found
+
+
+def _refusal(attn: nn.Module) -> str | None:
+    """Why the attention cannot take a new processor, in one clause; None where it can."""
+    processor = attn.get_processor()
+    kind = type(processor).__name__
+    if isinstance(processor, JVPAttnProcessor | JVPJointAttnProcessor):
+        return f"has a {kind} already; undo() the earlier fuse first"
+    if _path(processor) not in PROCESSORS:
+        known = ", ".join(path.rpartition(".")[2] for path in PROCESSORS)
+        return f"has a {kind}, for which there is no counterpart; there is one for {known}"
+    width = attn.inner_dim // attn.heads
+    if PROCESSORS[_path(processor)] and (width % 8 or width > MAX_HEAD_DIM):
+        return f"has head dim {width}; it must be a multiple of 8 up to {MAX_HEAD_DIM}"
+    return None
+
+
+def _path(x: object) -> str:
+    return f"{type(x).__module__}.{type(x).__qualname__}"
+
+
+def _heads(x: Tensor, attn: nn.Module) -> Tensor:
+    return x.view(*x.shape[:-1], attn.heads, -1)
+
+
+def _project(attn: nn.Module, x: Tensor, context: Tensor) -> tuple[Tensor, ...]:
+    """Queries of x, keys and values of the context, each [B, N, H, D]."""
+    pairs = (attn.to_q, x), (attn.to_k, context), (attn.to_v, context)
+    return tuple(_heads(layer(inputs), attn) for layer, inputs in pairs)
+
+
+def _attend(
+    attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, across_heads: bool
+) -> Tensor:
+    """Normalised attention of [B, N, H, D]; norms that the kernel does not know run before it."""
+    fused = [_kernel_norm(norm) for norm in (attn.norm_q, attn.norm_k)]
+    q, k = (
+        x if norm is None or inside else _called(norm, x, across_heads)
+        for norm, inside, x in zip((attn.norm_q, attn.norm_k), fused, (q, k), strict=True)
+    )
+    return _merged(q, k, v, attn_mask=mask, q_norm=fused[0], k_norm=fused[1])
+
+
+def _merged(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """Attention of [B, N, H, D] as [B, N, H·D]; in this memory order both are views."""
+    o = attention(*(x.transpose(1, 2) for x in (q, k, v)), **options)
+    return o.transpose(1, 2).flatten(2)
+
+
+def _kernel_norm(norm: nn.Module | None) -> Norm | None:
+    """(weight, eps) of a plain RMSNorm, which says all that it does."""
+    if norm is None or _path(norm) not in _RMS_NORMS or norm.weight is None or norm.eps is None:
+        return None
+    more = getattr(norm, "bias", None) is not None or "forward" in norm.__dict__
+    more = more or norm._forward_hooks or norm._forward_pre_hooks
+    return None if more else (norm.weight, norm.eps)
+
+
+def _called(norm: nn.Module, x: Tensor, across_heads: bool) -> Tensor:
+    return norm(x.flatten(2)).view(x.shape) if across_heads else norm(x)
+
+
+def _normalized(norm: nn.Module | None, x: Tensor) -> Tensor:
+    """x [B, N, H, D] after a norm over each head."""
+    if norm is None:
+        return x
+    plain = _kernel_norm(norm)
+    return norm(x) if plain is None else rms_norm(x, plain[0], eps=plain[1])
+
+
+def _bias(mask: Tensor | None, batch: int) -> Tensor | None:
+    """A mask [B, S], [B, N or 1, S] or [B·H, N or 1, S] to broadcast over [B, H, N, S].
+
+    The last is what `Attention.prepare_attention_mask` makes of the second, by copying it.
+    """
+    if mask is None:
+        return None
+    return mask.reshape(batch, len(mask) // batch, -1, mask.shape[-1])

@@ -26,6 +26,7 @@ from bench import ops, timing
 
 ROOT = Path(__file__).parents[1]
 Row = dict[str, Any]
+BASELINES = ("eager", "compile", "sdpa")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -46,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def environment(device: str) -> Row:
+def environment(device: str, dtype: torch.dtype) -> Row:
     """What a figure depends on besides the code."""
     cuda = device == "cuda"
     return {
@@ -56,6 +57,7 @@ def environment(device: str) -> Row:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "copy_gb_s": timing.copy_bandwidth(device) / 1e9,
+        "matmul_tflop_s": timing.matmul_peak(device, dtype) / 1e12,
     }
 
 
@@ -75,22 +77,24 @@ def rows(op: str, name: str, args: argparse.Namespace) -> Iterator[Row]:
     shape = replace(shape, batch=args.batch or shape.batch)
     about = {"op": op, "shape": name, **asdict(shape), "dtype": args.dtype}
     about["source"] = source_hash(op)
-    few = ops.draw(op, replace(shape, batch=min(2, shape.batch)), dtype, args.device)
+    few = ops.checked(op, shape, dtype, args.device)
     right = []
     for impl in ops.implementations(op, args.device, dtype):
         if found := ops.wrong(few, impl):
             yield {**about, "variant": impl, "faults": found}
         else:
             right.append(impl)
-    size = ops.traffic(few, "jvp") * shape.batch // few.primals[0].shape[0]
-    sets = min(64, -(-timing.beyond_cache(args.device) // size))
-    cases = [ops.draw(op, shape, dtype, args.device) for _ in range(sets)]
+    cases = [ops.draw(op, shape, dtype, args.device)]
+    sets = min(64, -(-timing.beyond_cache(args.device) // ops.traffic(cases[0], "jvp")))
+    cases += [ops.draw(op, shape, dtype, args.device) for _ in range(sets - 1)]
     variants = {impl: ops.ours(few, impl) for impl in right} | {"eager": ops.eager(few)}
     if args.compile:
         compiled = (torch.compile(f, dynamic=False) for f in variants["eager"])
         variants["compile"] = tuple(compiled)
-    for what in ops.PASSES:
-        for row in timed(variants, cases, what, args):
+    variants |= ops.peers(few)
+    for what in ops.passes(op):
+        able = {n: f for n, f in variants.items() if f[what in ("jvp", "through")] is not None}
+        for row in timed(able, cases, what, args):
             yield {**about, "pass": what, **row}
 
 
@@ -102,11 +106,11 @@ def timed(
     peaks, watches = {}, {}
     for name, functions in variants.items():
         calls = [ops.call(functions, what, case) for case in cases]
-        watches[name] = timing.stopwatch(calls, args.device)
         peaks[name] = timing.peak_memory(calls[0], args.device)
+        watches[name] = timing.stopwatch(calls, args.device)
     samples = timing.interleave({name: w for name, (w, _) in watches.items()}, args.seconds)
     results = {name: timing.summary(s) for name, s in samples.items()}
-    best = min((n for n in results if n in ("eager", "compile")), key=lambda n: results[n]["us"])
+    best = min((n for n in results if n in BASELINES), key=lambda n: results[n]["us"])
     size, flops = ops.traffic(cases[0], what), ops.operations(cases[0], what)
     for name, result in results.items():
         yield {
@@ -122,10 +126,13 @@ def line(row: Row) -> str:
     start = f"{row['op']:<9} {row['shape']:<15} {row['dtype']:<9}"
     if "faults" in row:
         return f"{start} {row['variant']} FAILS ITS CHECK: {row['faults'][0]}"
+    share = f"{100 * row['gb_s'] / row['copy_gb_s']:>4.0f}% of copy"
+    if row["flops"]:
+        share = f"{100 * row['tflop_s'] / row['matmul_tflop_s']:>4.0f}% of matmul"
     return (
         f"{start} {row['pass']:<9} {row['variant']:<8} {row['us']:>10.1f} us "
-        f"[{row['p20_us']:.1f}, {row['p80_us']:.1f}] {100 * row['gb_s'] / row['copy_gb_s']:>4.0f}% "
-        f"of copy  x{row['speedup']:.2f} against {row['baseline']}"
+        f"[{row['p20_us']:.1f}, {row['p80_us']:.1f}] {share}  "
+        f"x{row['speedup']:.2f} against {row['baseline']}"
     )
 
 
@@ -137,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     failed = False
     stream = torch.cuda.stream(torch.cuda.Stream()) if args.device == "cuda" else nullcontext()
     with stream, args.json.open("a") if args.json else nullcontext() as file:
-        about = environment(args.device)
+        about = environment(args.device, getattr(torch, args.dtype))
         for name in args.shape or ["digits"]:
             for op in args.op or ops.OPS:
                 for row in rows(op, name, args):

@@ -39,12 +39,44 @@ def speed(step: dict[str, Any]) -> list[str]:
     ]
 
 
+PASSES = {
+    "forward": "value", "jvp": "value and tangent", "backward": "gradient of the value",
+    "through": "gradient of both",
+}  # fmt: skip
+
+
+def attention(rows: list[dict[str, Any]]) -> list[str]:
+    """Attention against the fastest way in PyTorch; of rows measured again the last counts."""
+    last = {(r["shape"], r["batch"], r["pass"], r["variant"]): r for r in rows}
+    first = rows[0]
+    lines = [
+        f"`attention` in {first['dtype']} on {first['threads']} CPU threads, in turns with "
+        f"PyTorch's fastest (`python -m bench --op attention`); memory is what a first call takes, "
+        f"its outputs included:",
+        "",
+        "| shape | pass | PyTorch | ours | | MiB, PyTorch's and ours |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (shape, batch, what, variant), row in last.items():
+        if variant != "cpu":
+            continue
+        other = last[shape, batch, what, row["baseline"]]
+        name = {"sdpa": "flash", "eager": "math"}[row["baseline"]]
+        lines.append(
+            f"| {shape}, B = {batch} | {PASSES[what]} | {other['us'] / 1e3:.1f} ms ({name}) | "
+            f"{row['us'] / 1e3:.1f} ms | **{row['speedup']:.2f}×** | "
+            f"{other['peak_mb']:.0f}, {row['peak_mb']:.0f} |"
+        )
+    return lines
+
+
 def main() -> None:
     """Replace what stands between the two marks in README.md."""
     read = {
         name: json.loads((ROWS / f"digits-{name}.json").read_text()) for name in ("eval", "step")
     }
-    lines = [*quality(read["eval"]), "", *speed(read["step"])]
+    rows = [json.loads(line) for line in (ROWS / "attention.jsonl").read_text().splitlines()]
+    lines = [*quality(read["eval"]), "", *speed(read["step"]), "", *attention(rows)]
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text().partition(BEGIN)
     after = rest.partition(END)[2]

@@ -57,6 +57,7 @@ step proofs 100 "$PYTHON" -m tbcm_kernels.testing
 
 if has pytest; then
     pytest=("$PYTHON" -m pytest -p no:cacheprovider)
+    step tests-attention 120 env TBCM_TEST_DEVICE="$DEVICE" "${pytest[@]}" tests/test_attention.py
     step tests-kernels 120 "${pytest[@]}" tests/test_kernels.py
     step tests-silence 90 env TBCM_TEST_DEVICE="$DEVICE" "${pytest[@]}" tests/test_silence.py
     if has diffusers; then
@@ -69,10 +70,12 @@ else
 fi
 
 if [[ $DEVICE == cuda ]]; then
+    bench attention --op attention --shape sd3-1024 --shape flux-1024 --shape sana-0.6b-1024
     bench adaln-0.6b --op adaln --shape sana-0.6b-1024
     bench rms_norm-0.6b --op rms_norm --shape sana-0.6b-1024
     bench adaln-1.6b --op adaln --op rms_norm --shape sana-1.6b-1024
     bench linear --op linear --shape sana-0.6b-1024 --shape sana-1.6b-1024
+    bench attention-1.6b --op attention --shape sana-1.6b-1024 --shape dit-xl-512
     bench 512 --shape sana-0.6b-512
     bench compiled --op adaln --op rms_norm --shape sana-0.6b-1024 --compile
 fi

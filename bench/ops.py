@@ -3,37 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tbcm_kernels
 from tbcm_kernels import _dispatch
-from tbcm_kernels.testing.cases import Case
+from tbcm_kernels.testing.cases import Case, attention_case
 from tbcm_kernels.testing.check import check
 from tbcm_kernels.testing.compare import faults
 
 Function = Callable[..., Any]
-PASSES = ("forward", "jvp", "backward")
+PASSES = ("forward", "jvp", "backward", "through")
+"""The value; value and tangent; the value's gradient; the gradient of both, for attention."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the residual stream [B, N, C] of a model in training."""
+    """Sizes of the residual stream [B, N, C] of a model in training, and of its attention."""
 
     batch: int
     tokens: int
     width: int
+    heads: int
+    text: int = 0
+    """Keys of cross-attention on text, whose tangent is zero; 0 for self-attention."""
 
 
 SHAPES = {
-    "digits": Shape(56, 16, 128),
-    "sana-0.6b-512": Shape(16, 256, 1152),
-    "sana-0.6b-1024": Shape(16, 1024, 1152),
-    "sana-1.6b-1024": Shape(16, 1024, 2240),
+    "digits": Shape(56, 16, 128, 4, 8),
+    "sana-0.6b-512": Shape(16, 256, 1152, 16, 300),
+    "sana-0.6b-1024": Shape(16, 1024, 1152, 16, 300),
+    "sana-1.6b-1024": Shape(16, 1024, 2240, 20, 300),
+    "dit-b-512": Shape(1, 1024, 768, 12),
+    "dit-xl-512": Shape(1, 1024, 1152, 16),
+    "sd3-1024": Shape(1, 4096, 1536, 24),
+    "flux-1024": Shape(1, 4096, 3072, 24),
 }
 
 
@@ -49,6 +58,12 @@ def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), 1e-5)
 
 
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's own, in the one form that has a forward derivative."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
 @dataclass(frozen=True)
 class Op:
     """One op: its arguments, those that move, those that backward reads, and the eager form."""
@@ -61,6 +76,7 @@ class Op:
 
 
 OPS = {
+    "attention": Op("q k v", "q k v", "q k v", {}, plain_attention),
     "adaln": Op(
         "x h gate scale shift", "x h gate scale shift", "x h gate scale", {"eps": 1e-6}, plain_adaln
     ),
@@ -72,6 +88,8 @@ OPS = {
 def draw(op: str, shape: Shape, dtype: torch.dtype, device: str) -> Case:
     """Normal inputs and tangents: activations in `dtype`, modulations and norm weights in fp32."""
     b, n, c = shape.batch, shape.tokens, shape.width
+    if op == "attention":
+        return _attention(shape, dtype, device, shape.heads)
     sizes = {"x": (b, n, c), "h": (b, n, c), "bias": (c,)}
     sizes["weight"] = (c, c) if op == "linear" else (c,)
     names = OPS[op].arguments.split()
@@ -86,6 +104,27 @@ def draw(op: str, shape: Shape, dtype: torch.dtype, device: str) -> Case:
         op, str(shape), names, [random(a) for a in names],
         [random(a) if a in moving else None for a in names], OPS[op].options,
     )  # fmt: skip
+
+
+def _attention(shape: Shape, dtype: torch.dtype, device: str, heads: int) -> Case:
+    """Self-attention, or cross-attention on text where the queries alone move."""
+    width = shape.width // shape.heads
+    keys = shape.text or shape.tokens
+    sizes = (shape.batch, heads, heads, shape.tokens, keys, width, width)
+    moving = "q" if shape.text else "q k v"
+    return attention_case(str(shape), dtype, device, sizes=sizes, moving=moving)
+
+
+def checked(op: str, shape: Shape, dtype: torch.dtype, device: str) -> Case:
+    """The inputs of the gate: two samples; of attention one head of one and at most 1024 tokens."""
+    if op != "attention":
+        return draw(op, replace(shape, batch=min(2, shape.batch)), dtype, device)
+    return _attention(replace(shape, batch=1, tokens=min(1024, shape.tokens)), dtype, device, 1)
+
+
+def passes(op: str) -> tuple[str, ...]:
+    """The passes that are timed."""
+    return PASSES if op == "attention" else PASSES[:3]
 
 
 def implementations(op: str, device: str, dtype: torch.dtype) -> list[str]:
@@ -115,7 +154,16 @@ def ours(case: Case, impl: str) -> tuple[Function, Function]:
     """The op and its `_jvp` form in one implementation."""
     options = case.options if impl == "pair" else {**case.options, "impl": impl}
     op, jvp = (getattr(tbcm_kernels, name) for name in (case.op, f"{case.op}_jvp"))
+    if case.op == "attention":
+        options = {"impl": impl}
     return lambda *p: op(*p, **options), lambda *p: jvp(*p, **options)
+
+
+def peers(case: Case) -> dict[str, tuple[Function, Function | None]]:
+    """What else computes the op, value and pair; None where it cannot."""
+    if case.op != "attention":
+        return {}
+    return {"sdpa": (F.scaled_dot_product_attention, None)}
 
 
 def eager(case: Case) -> tuple[Function, Function]:
@@ -140,14 +188,19 @@ def eager(case: Case) -> tuple[Function, Function]:
 
 
 def call(functions: tuple[Function, Function], what: str, case: Case) -> Callable[[], Any]:
-    """One pass as a function of nothing: "forward", "jvp", or "backward" through a kept graph."""
+    """One pass as a function of nothing: "backward" and "through" repeat a kept graph."""
     function, jvp = functions
-    if what != "backward":
-        inputs = case.primals if what == "forward" else case.primals + case.tangents
+    primals = [p for p in case.primals if p is not None]  # attention's norm weights are absent
+    tangents = case.tangents[: len(primals)]
+    if what in ("forward", "jvp"):
+        inputs = primals if what == "forward" else primals + tangents
         return torch.no_grad()(lambda: (function if what == "forward" else jvp)(*inputs))
-    leaves = [p.detach().requires_grad_() for p in case.primals]
-    outputs = tensors(function(*leaves))
+    leaves = [p.detach().requires_grad_() for p in primals]
+    moving = [None if t is None else t.detach().requires_grad_() for t in tangents]
+    outputs = tensors(function(*leaves) if what == "backward" else jvp(*leaves, *moving))
     cotangents = [torch.randn_like(o) for o in outputs]
+    if what == "through":
+        leaves += [t for t in moving if t is not None]
     return lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
 
 
@@ -160,6 +213,8 @@ def tensors(value: Any) -> list[Tensor]:
 
 def traffic(case: Case, what: str) -> int:
     """Bytes by count: every input read once, every output written once."""
+    if case.op == "attention":
+        return _attention_traffic(case, what)
     named = dict(zip(case.arguments, case.primals, strict=True))
     outputs = [named["x"], named["x"]] if case.op == "adaln" else [named["x"]]
     if what == "backward":
@@ -169,8 +224,22 @@ def traffic(case: Case, what: str) -> int:
     return _size([*case.primals, *outputs]) + (_size([*moved, *outputs]) if what == "jvp" else 0)
 
 
+def _attention_traffic(case: Case, what: str) -> int:
+    """q, k, v, o and, where they move, their tangents; twice in backward, with the gradients."""
+    values = [*case.primals[:3], case.primals[0]]
+    if what in ("jvp", "through"):
+        values += [t for t in case.tangents if t is not None] + case.primals[:1]
+    return _size(values) * (2 if what in ("backward", "through") else 1)
+
+
 def operations(case: Case, what: str) -> int:
-    """FLOPs by count of the GEMMs; 0 for an op without."""
+    """FLOPs by count of the matrix products; 0 for an op without."""
+    if case.op == "attention":
+        q, k = case.primals[:2]
+        alone = case.tangents[1] is None
+        jvp, through = (4, 10) if alone else (6, 15)
+        products = {"forward": 2, "jvp": jvp, "backward": 5, "through": through}
+        return 2 * q.numel() * k.shape[2] * products[what]
     if case.op != "linear":
         return 0
     x, weight, _ = case.primals

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,11 +95,38 @@ def copy_bandwidth(device: str) -> float:
     return 2 * source.nbytes / statistics.median(measure() for _ in range(MIN_ROUNDS))
 
 
+def matmul_peak(device: str, dtype: torch.dtype) -> float:
+    """FLOPs per second of a large square product: the roof of attention and linear."""
+    n = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    measure, _ = stopwatch([lambda: a @ b], device)
+    return 2 * n**3 / min(measure() for _ in range(MIN_ROUNDS))
+
+
 def peak_memory(call: Call, device: str) -> float | None:
-    """MiB that one call allocates at its peak; None on the CPU, where PyTorch keeps no count."""
-    if device != "cuda":
+    """MiB that a first call takes at its peak beyond what is held before; None where unknown.
+
+    On CUDA by PyTorch's count; on the CPU by the process's resident memory, as Linux counts it.
+    """
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    reset = Path("/proc/self/clear_refs")
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None or not reset.exists():
         return None
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    trim(0)  # memory that was freed and kept would serve the call uncounted
+    reset.write_text("5")  # the high-water mark starts again
+    before = _resident("VmRSS")
+    result = call()
+    peak = _resident("VmHWM") - before
+    del result
+    return peak / 2**10
+
+
+def _resident(name: str) -> int:
+    """Kibibytes of a line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))

@@ -52,7 +52,7 @@ def attention(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         f"`attention` in {first['dtype']} on {first['threads']} CPU threads, in turns with "
         f"PyTorch's fastest (`python -m bench --op attention`); memory is what a first call takes, "
-        f"its outputs included:",
+        f"its outputs included, but not the scratch that our threads keep, at most 8 MiB each:",
         "",
         "| shape | pass | PyTorch | ours | | MiB, PyTorch's and ours |",
         "|---|---|---|---|---|---|",

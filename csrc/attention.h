@@ -146,6 +146,22 @@ struct Arena {
   }
 };
 
+struct Piece {
+  float** pointer;
+  int64_t floats;
+};
+
+// The sum of all sizes; with an arena, points to the pieces too.
+template <int count>
+TBCM_INLINE int64_t take(Arena* arena, const Piece (&pieces)[count]) {
+  int64_t total = 0;
+  for (const Piece& piece : pieces) {
+    total += round_up(piece.floats, LANES);
+    if (arena) *piece.pointer = arena->take(piece.floats);
+  }
+  return total;
+}
+
 // Keys or values of one head: rows [S, D], and the transposed blocks [D, span] one after the other.
 TBCM_INLINE void pack_rows(float* dst, const Problem& p, const Input& x, bool moving, int64_t l, int64_t b, int64_t h) {
   for (int64_t n = 0; n < p.all_keys(); ++n) x.row(dst + n * tile_stride(x.x.width), moving, l, b, h, n);

@@ -23,17 +23,20 @@ struct ForwardTiles {
 TBCM_INLINE int64_t forward_floats(const Forward& p, Arena* arena, ForwardTiles* t) {
   const int64_t kt = p.key_blocks() * p.q.x.width * p.span_stride(), v = p.all_keys() * p.v_stride();
   const int64_t q = QUERIES * p.q_stride(), o = QUERIES * p.v_stride(), s = QUERIES * p.span_stride();
-  const int64_t lanes = p.lanes;
-  const int64_t sizes[] = {kt, v, p.k.tx ? lanes * kt : 0, p.v.tx ? lanes * v : 0, q, p.q.tx ? lanes * q : 0, s, s,
-                           o, lanes * o, QUERIES, QUERIES, lanes * QUERIES};
-  float** pieces[] = {&t->kt, &t->v, &t->tkt, &t->tv, &t->q, &t->tq, &t->s, &t->ts, &t->o, &t->to, &t->top, &t->total,
-                      &t->u};
-  int64_t total = 0;
-  for (int64_t i = 0; i < 13; ++i) {
-    total += round_up(sizes[i], LANES);
-    if (arena) *pieces[i] = arena->take(sizes[i]);
-  }
-  return total;
+  const Piece pieces[] = {{&t->kt, kt},
+                          {&t->v, v},
+                          {&t->tkt, p.k.tx ? p.lanes * kt : 0},
+                          {&t->tv, p.v.tx ? p.lanes * v : 0},
+                          {&t->q, q},
+                          {&t->tq, p.q.tx ? p.lanes * q : 0},
+                          {&t->s, s},
+                          {&t->ts, s},
+                          {&t->o, o},
+                          {&t->to, p.lanes * o},
+                          {&t->top, QUERIES},
+                          {&t->total, QUERIES},
+                          {&t->u, p.lanes * QUERIES}};
+  return take(arena, pieces);
 }
 
 TBCM_INLINE void pack_keys(const Forward& p, const ForwardTiles& t, int64_t b, int64_t g) {
@@ -113,19 +116,21 @@ TBCM_INLINE void forward_tasks(const Forward& p, int64_t begin, int64_t end) {
     if (packed != b * p.groups + g) pack_keys(p, t, b, g);
     packed = b * p.groups + g;
     const int64_t m = smaller(QUERIES, p.queries - i);
-    for (int64_t r = 0; r < QUERIES; ++r) {
+    const int64_t rows = round_up(m, 8);
+    for (int64_t r = 0; r < rows; ++r) {
       p.q.primal(t.q + r * ldq, b, h, i + r);
       for (int64_t l = 0; l < p.lanes && p.q.tx; ++l) p.q.tangent(t.tq + (l * QUERIES + r) * ldq, l, b, h, i + r);
       t.top[r] = HIDDEN;
       t.total[r] = 0;
     }
-    zero(t.o, QUERIES * ldv);
-    zero(t.to, p.lanes * QUERIES * ldv);
+    zero(t.o, rows * ldv);
+    for (int64_t l = 0; l < p.lanes; ++l) zero(t.to + l * QUERIES * ldv, rows * ldv);
     zero(t.u, p.lanes * QUERIES);
     const int64_t seen = smaller(p.last_key(b), i + m + p.causal);  // by some query of the block
     for (int64_t j = 0; j < seen; j += p.span) forward_block<Isa>(p, t, b, h, i, m, j, smaller(p.span, seen - j));
     for (int64_t r = 0; r < m; ++r) finish<Isa>(p, t, b, h, i + r, r);
   }
+  trim_scratch();
 }
 
 TBCM_RUN_BEST(Forward, forward_tasks)
@@ -154,22 +159,31 @@ struct BackwardTiles {
 };
 
 TBCM_INLINE int64_t backward_floats(const Backward& p, Arena* arena, BackwardTiles* t) {
-  const int64_t lanes = p.through() ? p.lanes : 0;
+  const int64_t lanes = p.through() ? p.lanes : 0, tk = p.k.tx ? lanes : 0, tq = p.q.tx ? lanes : 0;
   const int64_t kt = p.key_blocks() * p.q.x.width * p.span_stride(), vt = p.key_blocks() * p.v.x.width * p.span_stride();
   const int64_t q = QUERIES * p.q_stride(), o = QUERIES * p.v_stride(), s = QUERIES * p.span_stride();
-  const int64_t tk = p.k.tx ? lanes : 0, tv = p.v.tx ? lanes : 0, tq = p.q.tx ? lanes : 0;
-  const int64_t sizes[] = {p.k_floats(), kt, vt, tk * p.k_floats(), tk * kt, tv * vt,
-                           q, tq * q, o, lanes * o, s, s, s, s,
-                           q, tq * q, QUERIES, QUERIES, lanes * QUERIES, lanes * QUERIES,
-                           p.splits > 1 ? 0 : p.key_floats()};
-  float** pieces[] = {&t->k, &t->kt, &t->vt, &t->tk, &t->tkt, &t->tvt, &t->q, &t->tq, &t->go, &t->gto, &t->s, &t->e,
-                      &t->ts, &t->a, &t->gq, &t->gtq, &t->d, &t->lse, &t->shift, &t->mu, &t->gk};
-  int64_t total = 0;
-  for (int64_t i = 0; i < 21; ++i) {
-    total += round_up(sizes[i], LANES);
-    if (arena) *pieces[i] = arena->take(sizes[i]);
-  }
-  return total;
+  const Piece pieces[] = {{&t->k, p.k_floats()},
+                          {&t->kt, kt},
+                          {&t->vt, vt},
+                          {&t->tk, tk * p.k_floats()},
+                          {&t->tkt, tk * kt},
+                          {&t->tvt, p.v.tx ? lanes * vt : 0},
+                          {&t->q, q},
+                          {&t->tq, tq * q},
+                          {&t->go, o},
+                          {&t->gto, lanes * o},
+                          {&t->s, s},
+                          {&t->e, s},
+                          {&t->ts, s},
+                          {&t->a, s},
+                          {&t->gq, q},
+                          {&t->gtq, tq * q},
+                          {&t->d, QUERIES},
+                          {&t->lse, QUERIES},
+                          {&t->shift, lanes * QUERIES},
+                          {&t->mu, lanes * QUERIES},
+                          {&t->gk, p.splits > 1 ? 0 : p.key_floats()}};
+  return take(arena, pieces);
 }
 
 TBCM_INLINE void pack_keys(const Backward& p, const BackwardTiles& t, int64_t b, int64_t g) {
@@ -327,6 +341,7 @@ TBCM_INLINE void backward_tasks(const Backward& p, int64_t begin, int64_t end) {
       backward_queries<Isa>(p, t, b, g * shared + unit / p.query_blocks(), unit % p.query_blocks() * QUERIES);
     if (p.splits == 1) write_keys(p, t.gk, 1, b, g);
   }
+  trim_scratch();
 }
 
 TBCM_RUN_BEST(Backward, backward_tasks)

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
-#include <vector>
+#include <memory>
 
 // One source, three instruction sets: the loader picks AVX-512, AVX2 or the baseline at run time.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
@@ -125,11 +125,31 @@ struct Rows {
   }
 };
 
-// Scratch rows of a thread, kept between calls.
+// Scratch of a thread, kept between calls and not initialised.
+struct Scratch {
+  std::unique_ptr<float[]> data;
+  int64_t size = 0;
+};
+
+inline Scratch& own_scratch() {
+  static thread_local Scratch own;
+  return own;
+}
+
 inline float* scratch(int64_t floats) {
-  static thread_local std::vector<float> buffer;
-  if (int64_t(buffer.size()) < floats) buffer.resize(floats);
-  return buffer.data();
+  Scratch& own = own_scratch();
+  if (own.size < floats) {
+    own.data.reset();  // first, so that both are never there together
+    own.data.reset(new float[floats]);
+    own.size = floats;
+  }
+  return own.data.get();
+}
+
+// Gives back what is too much to keep.
+inline void trim_scratch() {
+  constexpr int64_t kept = 1 << 21;  // 8 MiB
+  if (own_scratch().size > kept) own_scratch() = {};
 }
 
 }  // namespace tbcm

@@ -89,7 +89,7 @@ def guard_levels(op: str, mend: str = "") -> None:
     """
     forward, reverse = _functorch_levels()
     mend = mend or f'tbcm_kernels.{op}(..., impl="reference")'
-    if torch.compiler.is_compiling() and forward == 0 and fwAD._current_level >= 0:
+    if forward == 0 and fwAD._current_level >= 0 and _under_dynamo():
         raise RuntimeError(
             f"tbcm_kernels.{op}: a compiled function loses its tangents inside dual_level(); "
             f"compile a function that calls torch.func.jvp instead."
@@ -104,6 +104,13 @@ def guard_levels(op: str, mend: str = "") -> None:
             f"tbcm_kernels.{op} does not run under torch.func.grad, vjp or jacrev: use "
             f"torch.autograd.grad or .backward(), or {mend}."
         )
+
+
+def _under_dynamo() -> bool:
+    """Whether a compiled function surrounds this call, traced or resumed after a graph break."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
 
 
 def in_dual_level() -> bool:

@@ -105,13 +105,13 @@ def fuse(model: nn.Module) -> Fused:
     """
     names = [f"{c.__module__}.{c.__qualname__}" for c in type(model).__mro__]
     target = next((FUSED[n] for n in names if n in FUSED), None)
-    if target is None and hasattr(model, "attn_processors"):
+    if target is None and any(hasattr(m, "get_processor") for m in model.modules()):
         target = "tbcm_kernels.processors"
     if target is None:
         known = ", ".join(n.rpartition(".")[2] for n in FUSED)
         raise TypeError(
-            f"fuse: {type(model).__name__} has no fused forward and no attn_processors; there is "
-            f"a forward for {known}, and attention for other models of diffusers."
+            f"fuse: {type(model).__name__} has no fused forward and no attention processors; "
+            f"there is a forward for {known}, and attention for other models of diffusers."
         )
     module = importlib.import_module(target)
     swaps = [(*swap, swap[0].__dict__.get(swap[1])) for swap in module.swaps(model)]

@@ -187,6 +187,7 @@ def _kernel_norm(norm: nn.Module | None) -> Norm | None:
         return None
     more = getattr(norm, "bias", None) is not None or "forward" in norm.__dict__
     more = more or norm._forward_hooks or norm._forward_pre_hooks
+    more = more or norm._backward_hooks or norm._backward_pre_hooks
     return None if more else (norm.weight, norm.eps)
 
 

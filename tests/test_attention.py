@@ -728,3 +728,57 @@ def test_auto_leaves_out_what_spills_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -
         assert chosen(136, True) == "reference"
     assert chosen(136, False) == chosen(136, True, False) == chosen(128, True) == "triton"
     assert chosen(136, True, impl="triton") == "triton"
+
+
+def test_reference_stops_the_tangent_gradient_too() -> None:
+    q, tq = _heads(*[(1, 2, 3, 8)] * 2)
+    q.requires_grad_()
+    with tk.stop_tangent_gradient():
+        o, to = tk.attention_jvp(q, q, q, tq, impl="reference")
+    assert o.requires_grad and not to.requires_grad
+
+
+def test_lengths_may_change_under_compile() -> None:
+    """No option makes a graph of its own for every length."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    q, k = _heads((1, 2, 5, 8), (1, 2, 40, 8))
+    options = {"is_causal": True, "causal_alignment": "lower_right"}
+    counter = CompileCounter()
+    compiled = torch.compile(
+        lambda k: tk.attention(q, k, k, **options), fullgraph=True, dynamic=True, backend=counter
+    )
+    for keys in range(6, 18):
+        got = compiled(k[:, :, :keys])
+        torch.testing.assert_close(got, tk.attention(q, k[:, :, :keys], k[:, :, :keys], **options))
+    assert counter.frame_count <= 2
+
+
+def test_a_nan_in_a_part_reaches_the_merged_result() -> None:
+    o, lse = torch.ones(1, 2, 8), torch.zeros(1, 2)
+    for parts in ([(o, lse * torch.nan), (o, lse)], [(o, lse * torch.nan)]):
+        assert all(x.isnan().all() for x in tk.merge_attention(parts))
+
+
+def test_batched_gradients_with_a_norm_of_all_heads() -> None:
+    q, weight = _heads((1, 2, 3, 8), (16,))
+    q.requires_grad_()
+    o = tk.attention(q, q.detach(), q.detach(), q_norm=(weight, 1e-6))
+    cotangents = torch.randn(3, *o.shape)
+    (got,) = torch.autograd.grad(o, q, cotangents, is_grads_batched=True, retain_graph=True)
+    want = [torch.autograd.grad(o, q, c, retain_graph=True)[0] for c in cotangents]
+    torch.testing.assert_close(got, torch.stack(want))
+
+
+@pytest.mark.parametrize("norm", [(torch.ones(8), None), (None, 1e-6), torch.ones(8)], ids=str)
+def test_a_norm_that_is_no_pair_raises(norm: Any) -> None:
+    (q,) = _heads((1, 2, 3, 8))
+    with pytest.raises(ValueError, match="must be a pair"):
+        tk.attention(q, q, q, q_norm=norm)
+
+
+def test_autocast_casts_no_integers() -> None:
+    q = torch.ones(1, 2, 3, 8, dtype=torch.int64)
+    with torch.autocast(q.device.type, torch.bfloat16), pytest.raises(ValueError, match="floating"):
+        tk.attention(q, q, q)

@@ -290,6 +290,29 @@ def _masked(attn: Attention, text: Tensor, mask: Tensor, x: Tensor) -> Tensor:
     return attn(x, text, attention_mask=mask)
 
 
+def test_a_backward_hook_of_a_norm_is_called() -> None:
+    attn = Attention(query_dim=32, heads=4, dim_head=8, qk_norm="rms_norm").eval()
+    attn.set_processor(JVPAttnProcessor())
+    calls = []
+    attn.norm_q.register_full_backward_hook(lambda *_: calls.append(1))
+    attn(torch.randn(2, 6, 32)).sum().backward()
+    assert calls == [1]
+
+
+def test_a_model_without_attn_processors_is_fused() -> None:
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1, sample_size=8,
+        num_embeds_ada_norm=10,
+    ).eval()  # fmt: skip
+    x, t, label = torch.randn(2, 4, 8, 8), torch.tensor([3, 5]), torch.tensor([1, 2])
+    want = model(x, t, label).sample
+    with tk.fuse(model):
+        assert _worst(model(x, t, label).sample, want) < 1e-5
+
+
 @pytest.mark.parametrize("change", ["hook", "forward"])
 def test_norms_with_more_than_weights_are_called(change: str) -> None:
     """A hook or a replaced forward of a norm is not passed by."""

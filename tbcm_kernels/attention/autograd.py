@@ -26,7 +26,9 @@ _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, "
     "Tensor? tq, Tensor? tk, Tensor? tv"
 )
-_SETTING = "Tensor? attn_mask, Tensor? key_mask, float scale, int? causal, float q_eps, float k_eps"
+_SETTING = (
+    "Tensor? attn_mask, Tensor? key_mask, float scale, SymInt? causal, float q_eps, float k_eps"
+)
 
 
 def _forward(

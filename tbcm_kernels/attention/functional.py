@@ -36,7 +36,7 @@ def attention(
     return_lse: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention with the arguments of `F.scaled_dot_product_attention`.
+    """Softmax attention with the arguments of `F.scaled_dot_product_attention`, by keyword.
 
         S = scale · q kᵀ + bias,  P = softmax S,  o = P v
 
@@ -58,8 +58,8 @@ def attention(
             [D] for each head alone, or [H·D] ([Hk·D]) over all heads. On CPUs from row statistics
             as tiles are read; on GPUs written out once, as a key's tile is read many times.
         return_lse: also return the log-sum-exp of the logits, for `merge_attention`.
-        impl: "auto", "cpu", "triton" or "reference" (plain PyTorch, any head dim, differentiable to
-            any order and in attn_mask).
+        impl: "auto", "cpu", "triton" or "reference" (plain PyTorch, any head dim, any order of
+            backward, also of attn_mask).
 
     Returns:
         o [B, H, N, Dv] in q's dtype and memory order, or (o, lse) with lse [B, H, N], at least
@@ -79,7 +79,7 @@ def attention(
     """
     _check_dropout(dropout_p)
     primals, tangents = _dual.unpack(q, k, v)
-    weights = (None if q_norm is None else q_norm[0], None if k_norm is None else k_norm[0])
+    weights = [norm[0] for norm in (q_norm, k_norm) if isinstance(norm, tuple)]
     if _dual.in_dual_level():
         _refuse_moving(attn_mask, *weights)
     values = _run(
@@ -127,7 +127,7 @@ def attention_jvp(
     `to` is exact for all six inputs, in 15 GEMMs, and saves them, o, lse, to and tlse.
     """
     _check_dropout(dropout_p)
-    weights = (None if q_norm is None else q_norm[0], None if k_norm is None else k_norm[0])
+    weights = [norm[0] for norm in (q_norm, k_norm) if isinstance(norm, tuple)]
     _dual.refuse_duals("attention_jvp", q, k, v, tq, tk, tv, attn_mask, *weights)
     _dual.check_tangents("attention_jvp", q=(q, tq), k=(k, tk), v=(v, tv))
     o, lse, to, tlse = _run(
@@ -158,7 +158,7 @@ def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
         raise ValueError("merge_attention: all parts must have one shape.")
     # A part without keys has lse = −∞, whose tangent and gradient must stay out: exp(−∞) = 0, but
     # 0 · NaN is not.
-    seen = torch.stack([lse > -torch.inf for _, lse in parts])
+    seen = torch.stack([lse != -torch.inf for _, lse in parts])
     lses = torch.stack([lse for _, lse in parts])
     lses = torch.where(seen, lses, torch.finfo(lses.dtype).min / 2)
     lse = torch.logsumexp(lses, 0)
@@ -196,15 +196,14 @@ def _pair(
     inputs: Sequence[Tensor | None], tangents: Sequence[Tensor | None], setting: Sequence,
     impl: str,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    if impl == "reference":
-        lanes = [None if t is None else t.unsqueeze(0) for t in tangents]
-        with_graph = reference.forward(*inputs, *lanes, Setting(*setting))
-        return tuple(
-            None if x is None else x.squeeze(0) if i > 1 else x for i, x in enumerate(with_graph)
-        )
-    _dual.guard_levels("attention")
     if stopped := _dual.tangent_gradient_stopped():
         tangents = _dual.detached(*tangents)
+    if impl == "reference":
+        lanes = [None if t is None else t.unsqueeze(0) for t in tangents]
+        o, lse, *moved = reference.forward(*inputs, *lanes, Setting(*setting))
+        moved = [None if x is None else x.squeeze(0) for x in moved]
+        return o, lse, *(_dual.detached(*moved) if stopped else moved)
+    _dual.guard_levels("attention")
     chosen = _choose(impl, inputs, tangents, not stopped)
     lanes = [None if t is None else t.unsqueeze(0) for t in tangents]
     o, lse, to, mu = attention_op(*inputs, *lanes, *setting, not stopped, chosen)
@@ -231,10 +230,10 @@ def _choose(
 
 def _autocast(tensors: Sequence[Tensor | None], device: str) -> list[Tensor | None]:
     """PyTorch's attention casts its inputs under autocast, and so does this one."""
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    dtype, cast = torch.get_autocast_dtype(device), (torch.float32, torch.bfloat16, torch.float16)
+    return [t.to(dtype) if t is not None and t.dtype in cast else t for t in tensors]
 
 
 def _check_dropout(dropout_p: float) -> None:
@@ -243,11 +242,11 @@ def _check_dropout(dropout_p: float) -> None:
 
 
 def _refuse_moving(attn_mask: Tensor | None, *weights: Tensor | None) -> None:
-    for name, x in (("attn_mask", attn_mask), ("a norm weight", weights[0]), ("", weights[1])):
-        if x is not None and _dual.unpack(x)[1][0] is not None:
+    for name, x in (("attn_mask", attn_mask), *(("a norm weight", w) for w in weights)):
+        if isinstance(x, Tensor) and _dual.unpack(x)[1][0] is not None:
             raise RuntimeError(
-                f"attention: {name or 'a norm weight'} carries a tangent, which the kernels do not "
-                f"take: normalise with tbcm_kernels.rms_norm before, or detach the tangent."
+                f"attention: {name} carries a tangent, which the kernels do not "
+                f"take: detach it, or leave out the argument and apply a norm of your own before."
             )
 
 
@@ -285,6 +284,9 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool, exact: bo
 def _norm(op: str, name: str, x: Tensor, norm: Norm | None) -> tuple[Tensor | None, float]:
     if norm is None:
         return None, 0.0
+    paired = isinstance(norm, tuple | list) and len(norm) == 2 and isinstance(norm[1], float | int)
+    if not paired or not isinstance(norm[0], Tensor):
+        raise ValueError(f"{op}: {name} must be a pair (weight tensor, eps), got {norm!r:.80}.")
     weight, eps = norm
     widths = (x.shape[3], x.shape[1] * x.shape[3])
     fits = weight.ndim == 1 and weight.shape[0] in widths and weight.is_floating_point()

@@ -167,12 +167,12 @@ def heads_of_norm(x: Tensor, weight: Tensor) -> int:
 
 def merge(x: Tensor, heads: int) -> Tensor:
     """[..., H, N, D] as rows of all heads, or as it is where `heads` is 1."""
-    return x if heads == 1 else x.transpose(-3, -2).flatten(-2)
+    return x if heads == 1 else x.transpose(-3, -2).reshape(*x.shape[:-3], x.shape[-2], -1)
 
 
 def split(x: Tensor, heads: int) -> Tensor:
     """The inverse of `merge`."""
-    return x if heads == 1 else x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+    return x if heads == 1 else x.reshape(*x.shape[:-1], heads, -1).transpose(-3, -2)
 
 
 def _exact(x: Tensor) -> Tensor:

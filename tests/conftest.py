@@ -28,6 +28,35 @@ def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
 
 
+@pytest.fixture
+def on_threads() -> Iterator[Callable[[Callable[[], object]], list[object]]]:
+    """Runs a function on one thread and twice on two, and leaves their number as it was."""
+    before = torch.get_num_threads()
+
+    def results(run: Callable[[], object]) -> list[object]:
+        found = []
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            found.append(run())
+        return found
+
+    yield results
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def need() -> Callable[[str], None]:
+    """Skips the test where an implementation is not installed, as without a compiler."""
+
+    def need(impl: str) -> None:
+        from tbcm_kernels import _dispatch
+
+        if impl != "reference" and (reason := _dispatch.missing(impl)):
+            pytest.skip(reason)
+
+    return need
+
+
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
         x = allocate(*args, **kwargs)

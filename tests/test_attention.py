@@ -53,9 +53,8 @@ def _heads(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list
 
 
 @pytest.mark.parametrize(("impl", "device", "dtype"), COMBINATIONS, ids=_id)
-def test_policy(impl: str, device: str, dtype: torch.dtype) -> None:
-    if impl != "reference" and (reason := _dispatch.missing(impl)):
-        pytest.skip(reason)
+def test_policy(impl: str, device: str, dtype: torch.dtype, need: Callable[[str], None]) -> None:
+    need(impl)
     few = impl == "reference" or (impl == "triton" and not GPU)
     tried = list(cases("attention", dtype, device, few))
     assert len(tried) > (12 if few else 60)
@@ -210,16 +209,9 @@ def test_planted_faults_fail(
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=_id)
-def test_the_same_bits_whatever_the_threads(dtype: torch.dtype) -> None:
-    before, results = torch.get_num_threads(), []
+def test_the_same_bits_whatever_the_threads(dtype: torch.dtype, on_threads: Callable) -> None:
     case = _case("threads", dtype, sizes=(2, 4, 2, 70, 130, 32, 32), q_norm="each", k_norm="all")
-    try:
-        for threads in (1, 2, 2):
-            torch.set_num_threads(threads)
-            results.append(run(case, "auto"))
-    finally:
-        torch.set_num_threads(before)
-    for a, *others in zip(*results, strict=True):
+    for a, *others in zip(*on_threads(lambda: run(case, "auto")), strict=True):
         assert a is None or all(torch.equal(a, b) for b in others)
 
 
@@ -492,13 +484,13 @@ def test_gradients_of_a_vmap_over_tangents() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "flat"),
+    [*((name, False) for name in OPTIONS), *((n, True) for n in OPTIONS if n != "shared keys")],
+)
 def test_a_drop_in_for_sdpa(name: str, flat: bool) -> None:
     inputs, options = _arguments(name, torch.float32)
     if flat:
-        if name == "shared keys":
-            pytest.skip("there are no heads to share")
         inputs = [x.flatten(0, 1) for x in inputs]
         if isinstance(mask := options.get("attn_mask"), Tensor):
             options["attn_mask"] = mask.repeat(2, 1, 1)
@@ -782,3 +774,20 @@ def test_autocast_casts_no_integers() -> None:
     q = torch.ones(1, 2, 3, 8, dtype=torch.int64)
     with torch.autocast(q.device.type, torch.bfloat16), pytest.raises(ValueError, match="floating"):
         tk.attention(q, q, q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=_id)
+def test_every_16_bit_number_goes_through_the_cpu_kernel(
+    dtype: torch.dtype, need: Callable[[str], None]
+) -> None:
+    """Attention to one key is its value, and to two equal keys the mean of theirs, rounded."""
+    need("cpu")
+    v = torch.arange(-(2**15), 2**15, device="cpu").to(torch.int16).view(dtype)
+    v = v[v.double().abs() < 1e38]  # the sum of two is an fp32 number
+    v = v[: len(v) // 64 * 64].reshape(-1, 8, 1, 8).contiguous()
+    q = torch.zeros(len(v), 8, 1, 8, dtype=dtype, device="cpu")
+    assert torch.equal(tk.attention(q, q, v, impl="cpu"), v)
+    pairs = torch.cat([v, v.roll(1, -1)], 2)
+    want = (0.5 * pairs.double().sum(2, keepdim=True)).to(dtype)
+    keys = torch.zeros_like(pairs)
+    assert torch.equal(tk.attention(q, keys, pairs, impl="cpu"), want)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from tbcm_kernels import _dispatch
 
 CODE = """
 import sys, torch, tbcm_kernels
@@ -27,10 +26,9 @@ print(peak - 2 * o.nbytes / 2**20 if peak is not None else "unknown")
 
 
 @pytest.mark.parametrize("shape", ["cross", "self"])
-def test_memory_beside_the_outputs(shape: str) -> None:
+def test_memory_beside_the_outputs(shape: str, need: Callable[[str], None]) -> None:
     """Each in a process of its own, where no memory is left over from before."""
-    if reason := _dispatch.missing("cpu"):
-        pytest.skip(reason)
+    need("cpu")
     root = Path(__file__).parents[1]
 
     def extra(variant: str) -> float:

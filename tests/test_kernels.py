@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -41,13 +42,14 @@ def _id(value: object) -> str:
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("impl", "device", "dtype"), COMBINATIONS, ids=_id)
-def test_policy(op: str, impl: str, device: str, dtype: torch.dtype) -> None:
+def test_policy(
+    op: str, impl: str, device: str, dtype: torch.dtype, need: Callable[[str], None]
+) -> None:
     if impl not in ("reference", *_dispatch.OPS[op]):
         with pytest.raises(ValueError, match=f"no {impl} implementation"):
             _dispatch.choose(op, impl, torch.empty(0, dtype=dtype, device=device))
         return
-    if impl != "reference" and (reason := _dispatch.missing(impl)):
-        pytest.skip(reason)
+    need(impl)
     few = impl == "triton" and not GPU
     tried = list(cases(op, dtype, device, few))
     assert len(tried) > 8
@@ -55,17 +57,9 @@ def test_policy(op: str, impl: str, device: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_deterministic_whatever_the_threads(op: str) -> None:
+def test_deterministic_whatever_the_threads(op: str, on_threads: Callable) -> None:
     case = next(c for c in cases(op, torch.float32) if c.name == LARGEST[op])
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 2):
-            torch.set_num_threads(threads)
-            results.append(run(case, "auto"))
-    finally:
-        torch.set_num_threads(before)
-    for a, *others in zip(*results, strict=True):
+    for a, *others in zip(*on_threads(lambda: run(case, "auto")), strict=True):
         assert all(torch.equal(a, b) for b in others)
 
 

@@ -57,7 +57,7 @@ step proofs 100 "$PYTHON" -m tbcm_kernels.testing
 
 if has pytest; then
     pytest=("$PYTHON" -m pytest -p no:cacheprovider)
-    step tests-attention 120 env TBCM_TEST_DEVICE="$DEVICE" "${pytest[@]}" tests/test_attention.py
+    step tests-attention 120 env TBCM_TEST_DEVICE="$DEVICE" "${pytest[@]}" tests/test_attention*.py
     step tests-kernels 120 "${pytest[@]}" tests/test_kernels.py
     step tests-silence 90 env TBCM_TEST_DEVICE="$DEVICE" "${pytest[@]}" tests/test_silence.py
     if has diffusers; then

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tbcm_kernels import _dispatch
 from tbcm_kernels._library import (
     CHUNK,
-    absent,
     fresh_heads,
     lane_by_lane,
     or_none,
     present_or_absent,
     register,
 )
-from tbcm_kernels.attention import reference
+from tbcm_kernels.attention import buffers, reference
 from tbcm_kernels.attention.reference import Setting
 from tbcm_kernels.rms_norm.autograd import rms_norm_backward
 
@@ -52,13 +50,7 @@ def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    accumulate = torch.promote_types(q.dtype, torch.float32)
-    shape = (*q.shape[:3], v.shape[3])
-    o, lse = fresh_heads(q, shape), q.new_empty(q.shape[:3], dtype=accumulate)
-    lanes = next((t.shape[0] for t in (tq, tk, tv) if t is not None), None)
-    if lanes is None:
-        return o, lse, absent(q), absent(q)
-    return o, lse, fresh_heads(q, (lanes, *shape)), lse.new_empty((lanes, *lse.shape))
+    return present_or_absent(q, buffers.outputs(q, v, (tq, tk, tv)))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -127,12 +119,7 @@ def _backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     gto, gmu, q, k, v, _, _, *tangents = arguments[2:12]
-    grads = [fresh_heads(x, x.shape) for x in (q, k, v)]
-    through = gto is not None or gmu is not None
-    for x, tx, reached in zip((q, k, v), tangents, (True, True, gto is not None), strict=True):
-        there = tx is not None and through and reached
-        grads.append(fresh_heads(x, tx.shape) if there else absent(q))
-    return tuple(grads)
+    return present_or_absent(q, buffers.gradients((q, k, v), tangents, gto, gmu))
 
 
 def _vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tbcm_kernels import _C  # noqa: F401  (loading it registers the kernels)
-from tbcm_kernels._library import fresh_heads
+from tbcm_kernels.attention import buffers
 from tbcm_kernels.attention.reference import Setting
 
 _ALL = 1 << 40
@@ -18,13 +18,7 @@ def forward(
     tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, setting: Setting,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See reference.forward."""
-    shape = (*q.shape[:3], v.shape[3])
-    o, lse = fresh_heads(q, shape), torch.empty(q.shape[:3], dtype=torch.float32)
-    to = mu = None
-    lanes = next((t.shape[0] for t in (tq, tk, tv) if t is not None), None)
-    if lanes is not None:
-        to = fresh_heads(q, (lanes, *shape))
-        mu = torch.empty((lanes, *q.shape[:3]), dtype=torch.float32)
+    o, lse, to, mu = buffers.outputs(q, v, (tq, tk, tv))
     torch.ops.tbcm_cpu.attention_forward(
         *map(_rows, (q, k, v)), _floats(q_weight), _floats(k_weight), *map(_rows, (tq, tk, tv)),
         *_masks(setting), o, lse, to, mu, *_scalars(setting),
@@ -39,10 +33,7 @@ def backward(
     to: Tensor | None, mu: Tensor | None, setting: Setting,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """See reference.backward."""
-    through = gto is not None or gmu is not None
-    grads = [fresh_heads(x, x.shape) for x in (q, k, v)]
-    for x, tx, reached in ((q, tq, through), (k, tk, through), (v, tv, gto is not None)):
-        grads.append(fresh_heads(x, tx.shape) if tx is not None and reached else None)
+    grads = buffers.gradients((q, k, v), (tq, tk, tv), gto, gmu)
     torch.ops.tbcm_cpu.attention_backward(
         _rows(go), _floats(glse), _rows(gto), _floats(gmu), *map(_rows, (q, k, v)),
         _floats(q_weight), _floats(k_weight), *map(_rows, (tq, tk, tv)), o, lse, to, mu,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tbcm_kernels._library import fresh_heads
 from tbcm_kernels._triton import AuditCase, device_of, row_config
+from tbcm_kernels.attention import buffers
 from tbcm_kernels.attention.reference import Setting
 from tbcm_kernels.attention.triton_backward import keys_kernel, queries_kernel, rows_kernel
 from tbcm_kernels.attention.triton_tiles import (
@@ -243,12 +244,8 @@ def forward(
     tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, setting: Setting,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See reference.forward."""
-    lanes = next((t.shape[0] for t in (tq, tk, tv) if t is not None), 0)
-    shape = (*q.shape[:3], v.shape[3])
-    o = fresh_heads(q, shape)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    to = fresh_heads(q, (lanes, *shape)) if lanes else None
-    mu = lse.new_empty((lanes, *lse.shape)) if lanes else None
+    o, lse, to, mu = buffers.outputs(q, v, (tq, tk, tv))
+    lanes = 0 if to is None else to.shape[0]
     if o.numel():
         q, tq = _normalized(q, q_weight, tq, setting.q_eps)
         k, tk = _normalized(k, k_weight, tk, setting.k_eps)
@@ -286,11 +283,7 @@ def backward(
     through = next((g.shape[0] for g in (gto, gmu) if g is not None), 0)
     tq, tk = (t if through else None for t in (tq, tk))
     tv = tv if gto is not None else None
-    found = [fresh_heads(x, x.shape) for x in (q, k, v)]
-    found += [
-        None if t is None else fresh_heads(x, t.shape)
-        for x, t in zip((q, k, v), (tq, tk, tv), strict=True)
-    ]
+    found = buffers.gradients((q, k, v), (tq, tk, tv), gto, gmu)
     with device_of(q):
         q, tq = _normalized(q, q_weight, tq, setting.q_eps)
         k, tk = _normalized(k, k_weight, tk, setting.k_eps)

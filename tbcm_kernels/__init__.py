@@ -12,6 +12,7 @@ from tbcm_kernels.attention import attention, attention_jvp, merge_attention
 from tbcm_kernels.conv_glu import conv_glu, conv_glu_jvp
 from tbcm_kernels.fuse import Fused, fuse
 from tbcm_kernels.linear import linear, linear_jvp
+from tbcm_kernels.linear_attention import linear_attention, linear_attention_jvp
 from tbcm_kernels.processors import JVPAttnProcessor, JVPJointAttnProcessor
 from tbcm_kernels.rms_norm import rms_norm, rms_norm_jvp
 
@@ -28,6 +29,8 @@ __all__ = [
     "fuse",
     "implementations",
     "linear",
+    "linear_attention",
+    "linear_attention_jvp",
     "linear_jvp",
     "merge_attention",
     "rms_norm",

@@ -21,6 +21,7 @@ _FAST_DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cpu": (torch.float32, torch.bfloat16),
     "attention cpu": (torch.float32, torch.bfloat16, torch.float16),
+    "linear_attention cpu": (torch.float32, torch.bfloat16, torch.float16),
 }
 _DEVICES = {"triton": "cuda", "cpu": "cpu"}
 _ONLY_ASKED_FOR = {
@@ -31,6 +32,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "adaln": ("triton", "cpu"),
     "rms_norm": ("triton", "cpu"),
     "attention": ("triton", "cpu"),
+    "linear_attention": ("cpu",),
     "conv_glu": ("cpu",),
     "linear": (),
 }

@@ -12,9 +12,8 @@ from tbcm_kernels._dual import describe
 from tbcm_kernels.attention import reference
 from tbcm_kernels.attention.autograd import attention_op
 from tbcm_kernels.attention.reference import Setting
+from tbcm_kernels.rms_norm.heads import Norm, norm_argument
 
-Norm = tuple[Tensor, float]
-"""Weight and eps of an RMSNorm."""
 MAX_HEAD_DIM = 256
 _TRITON_THROUGH = 128
 
@@ -178,7 +177,9 @@ def _run(
     squeeze = primals[0].ndim == 3
     q, k, v = (x.unsqueeze(1) for x in primals) if squeeze else primals
     tangents = [None if t is None else t.unsqueeze(1) if squeeze else t for t in tangents]
-    norms = [_norm(op, n, x, w) for n, x, w in (("q_norm", q, q_norm), ("k_norm", k, k_norm))]
+    norms = [
+        norm_argument(op, n, x, w) for n, x, w in (("q_norm", q, q_norm), ("k_norm", k, k_norm))
+    ]
     attn_mask, key_mask = _masks(op, q, k, attn_mask, key_mask, squeeze, impl)
     if alignment not in ("upper_left", "lower_right"):
         raise ValueError(
@@ -279,23 +280,6 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool, exact: bo
                 f"{op}: the head dim of {name} must be a multiple of 8 up to {MAX_HEAD_DIM}, got "
                 f'{width}; pad it, or pass impl="reference".'
             )
-
-
-def _norm(op: str, name: str, x: Tensor, norm: Norm | None) -> tuple[Tensor | None, float]:
-    if norm is None:
-        return None, 0.0
-    paired = isinstance(norm, tuple | list) and len(norm) == 2 and isinstance(norm[1], float | int)
-    if not paired or not isinstance(norm[0], Tensor):
-        raise ValueError(f"{op}: {name} must be a pair (weight tensor, eps), got {norm!r:.80}.")
-    weight, eps = norm
-    widths = (x.shape[3], x.shape[1] * x.shape[3])
-    fits = weight.ndim == 1 and weight.shape[0] in widths and weight.is_floating_point()
-    if not fits or weight.device != x.device:
-        raise ValueError(
-            f"{op}: {name} must be (weight, eps) with a floating weight of {widths[0]} elements "
-            f"(each head alone) or {widths[1]} (all heads) on {x.device}, got {describe(weight)}."
-        )
-    return weight, float(eps)
 
 
 def _masks(

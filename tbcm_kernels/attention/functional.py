@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tbcm_kernels import _dispatch, _dual
 from tbcm_kernels._dual import describe
+from tbcm_kernels._library import autocast
 from tbcm_kernels.attention import reference
 from tbcm_kernels.attention.autograd import attention_op
 from tbcm_kernels.attention.reference import Setting
@@ -172,7 +173,7 @@ def _run(
     alignment: str, scale: float | None, enable_gqa: bool, impl: str,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """(o, lse, to, tlse) of checked and canonical arguments."""
-    primals, tangents = (_autocast(x, primals[0].device.type) for x in (primals, tangents))
+    primals, tangents = (autocast(x, primals[0].device.type) for x in (primals, tangents))
     _check(op, *primals, enable_gqa, exact=impl != "reference")
     squeeze = primals[0].ndim == 3
     q, k, v = (x.unsqueeze(1) for x in primals) if squeeze else primals
@@ -227,14 +228,6 @@ def _choose(
         return chosen
     reason = f"triton: head dims above {_TRITON_THROUGH} spill registers through the tangent"
     return _dispatch.fall_back("attention", q.device.type, q.dtype, reason)
-
-
-def _autocast(tensors: Sequence[Tensor | None], device: str) -> list[Tensor | None]:
-    """PyTorch's attention casts its inputs under autocast, and so does this one."""
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype, cast = torch.get_autocast_dtype(device), (torch.float32, torch.bfloat16, torch.float16)
-    return [t.to(dtype) if t is not None and t.dtype in cast else t for t in tensors]
 
 
 def _check_dropout(dropout_p: float) -> None:

@@ -2,7 +2,8 @@
 
 Each op comes twice: `op(...)` is a drop-in that is correct under `torch.func.jvp`, autograd and
 `torch.compile`; `op_jvp(...)` takes and returns explicit tangents. `fuse(model)` puts them into a
-model. Importing this package starts no CUDA context and compiles nothing.
+model, and `tbcm_kernels.modules` has the layers to build one from. Importing this package starts no
+CUDA context and compiles nothing.
 """
 
 from tbcm_kernels._dispatch import implementations

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tbcm_kernels import _dispatch, _dual
 from tbcm_kernels.adaln import adaln_jvp
@@ -109,10 +110,10 @@ def forward(
     (i+1)·k − 1, and its keys and values are computed once. `Fused.encode_text` computes them ahead.
 
     Raises:
-        ValueError: attention_kwargs, controlnet_block_samples or gradient checkpointing in use, or
-            a batch or mask that does not fit the number of prompts.
+        ValueError: attention_kwargs or controlnet_block_samples in use, or a batch or mask that
+            does not fit the number of prompts.
     """
-    _refuse(self, attention_kwargs, controlnet_block_samples)
+    _refuse(attention_kwargs, controlnet_block_samples)
     _dual.guard_levels("fuse", "the stock model")
     masks = _text_masks(encoder_attention_mask, hidden_states)
     conditions = {} if guidance is None else {"guidance": guidance}
@@ -145,11 +146,10 @@ def _check_prompts(prompts: int, images: Tensor, mask: Tensor | None) -> None:
         )
 
 
-def _refuse(model: nn.Module, attention_kwargs: object, controlnet: object) -> None:
+def _refuse(attention_kwargs: object, controlnet: object) -> None:
     for name, used in (
         ("attention_kwargs", bool(attention_kwargs)),
         ("controlnet_block_samples", controlnet is not None),
-        ("gradient checkpointing", model.gradient_checkpointing and torch.is_grad_enabled()),
     ):
         if used:
             raise ValueError(f"fuse: {name} has no fused forward; undo() and use the stock model.")
@@ -161,8 +161,9 @@ def _trunk(
 ) -> Pair:  # fmt: skip
     """Blocks, output norm and projection. A block's last residual waits for the next norm."""
     stream: Stream = (x, (None, None), (None, None))
+    run = _checkpointed if model.gradient_checkpointing and torch.is_grad_enabled() else _block
     for block, k, v in zip(model.transformer_blocks, text.keys, text.values, strict=True):
-        stream = _block(block, stream, k, v, masks, modulation, grid)
+        stream = run(block, stream, k, v, modulation, masks, grid)
     both = (embedded[0][:, None], None if embedded[1] is None else embedded[1][:, None])
     shift, scale = _chunks(model.scale_shift_table, both)
     _, y = _adaln(*stream, scale, shift, model.norm_out.norm.eps)
@@ -170,8 +171,8 @@ def _trunk(
 
 
 def _block(
-    block: nn.Module, stream: Stream, k: Pair, v: Pair, masks: dict[str, Tensor],
-    modulation: Pair, grid: tuple[int, int],
+    block: nn.Module, stream: Stream, k: Pair, v: Pair, modulation: Pair,
+    masks: dict[str, Tensor], grid: tuple[int, int],
 ) -> Stream:  # fmt: skip
     shift1, scale1, gate1, shift2, scale2, gate2 = _chunks(block.scale_shift_table, modulation)
     attn = block.attn1
@@ -184,6 +185,32 @@ def _block(
     layer = _as_linear(block.ff.conv_inverted)
     (a,) = _after_adaln((layer,), x, y, scale2, shift2, block.norm2.eps)
     return x, _gated_conv(block.ff, a, grid), gate2
+
+
+def _checkpointed(
+    block: nn.Module, stream: Stream, k: Pair, v: Pair, modulation: Pair,
+    masks: dict[str, Tensor], grid: tuple[int, int],
+) -> Stream:  # fmt: skip
+    """A block that runs again in backward. For a semi-gradient its tangents then stay out.
+
+    So they are no arguments of the checkpointed function, which would keep them until then.
+    """
+    primals, tangents = zip(*stream, k, v, modulation, strict=True)
+    first = [tangents]
+
+    def run(*primals: Tensor | None) -> tuple[Tensor | None, ...]:
+        *stream, k, v, modulation = zip(primals, take(), strict=True)
+        out = _block(block, tuple(stream), k, v, modulation, masks, grid)
+        return tuple(zip_pairs(*out))
+
+    def once() -> Sequence[Tensor | None]:
+        return first.pop() if first else (None,) * len(tangents)
+
+    # The compiler traces once and sees for itself what backward needs.
+    again = torch.compiler.is_compiling() or not _dual.tangent_gradient_stopped()
+    take = (lambda: tangents) if again else once
+    out = checkpoint(run, *primals, use_reentrant=False, preserve_rng_state=False)
+    return tuple(zip(out[:3], out[3:], strict=True))
 
 
 def _adaln(x: Pair, h: Pair, gate: Pair, scale: Pair, shift: Pair, eps: float) -> tuple[Pair, Pair]:

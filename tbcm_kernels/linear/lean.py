@@ -86,7 +86,8 @@ def _parameters(layers: Sequence[nn.Linear], x: Tensor) -> tuple[list[Tensor], l
     """Weights, and the biases if there are any, as autocast has them."""
     device = x.device.type
     weights = autocast([layer.weight for layer in layers], device)
-    return weights, autocast([b for layer in layers if (b := layer.bias) is not None], device)
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return weights, autocast(biases, device)
 
 
 def _like(x: Tensor, weights: Sequence[Tensor]) -> Tensor:

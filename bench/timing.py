@@ -22,10 +22,12 @@ def beyond_cache(device: str) -> int:
     return 2**27
 
 
-def stopwatch(calls: list[Call], device: str) -> tuple[Callable[[], float], bool]:
+def stopwatch(
+    calls: list[Call], device: str, graph: bool = True
+) -> tuple[Callable[[], float], bool]:
     """A function that gives seconds per call over one sweep, and whether a CUDA graph replays it.
 
-    On CUDA a graph leaves the launches out, for every variant whose calls can be captured.
+    On CUDA a graph, if asked for, leaves the launches out where the calls can be captured.
     """
 
     def sweep() -> None:
@@ -36,7 +38,7 @@ def stopwatch(calls: list[Call], device: str) -> tuple[Callable[[], float], bool
         sweep()
     if device != "cuda":
         return lambda: _clock(sweep) / len(calls), False
-    replay = _captured(sweep)
+    replay = _captured(sweep) if graph else None
     return lambda: _events(replay or sweep) / len(calls), replay is not None
 
 

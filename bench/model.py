@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -168,8 +169,8 @@ def measure(models: dict[str, Student], args: argparse.Namespace) -> Row:
     """
     passes = {(m, what): getattr(s, what) for m, s in models.items() for what in PASSES}
     peaks = {key: timing.peak_memory(call, args.device) for key, call in passes.items()}
-    watches = {k: timing.stopwatch([call], args.device, False)[0] for k, call in passes.items()}
-    samples = timing.interleave(watches, args.seconds)
+    clocks = {k: partial(timing.seconds, call, args.device) for k, call in passes.items()}
+    samples = timing.interleave(clocks, args.seconds)
     width = 32 * HEADS[args.model][0]
     unit = args.batch * args.latent**2 * width * models["stock"].dtype.itemsize
     return {

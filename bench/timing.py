@@ -22,12 +22,10 @@ def beyond_cache(device: str) -> int:
     return 2**27
 
 
-def stopwatch(
-    calls: list[Call], device: str, graph: bool = True
-) -> tuple[Callable[[], float], bool]:
+def stopwatch(calls: list[Call], device: str) -> tuple[Callable[[], float], bool]:
     """A function that gives seconds per call over one sweep, and whether a CUDA graph replays it.
 
-    On CUDA a graph, if asked for, leaves the launches out where the calls can be captured.
+    On CUDA a graph leaves the launches out, for every variant whose calls can be captured.
     """
 
     def sweep() -> None:
@@ -36,10 +34,13 @@ def stopwatch(
 
     for _ in range(WARM_UP):
         sweep()
-    if device != "cuda":
-        return lambda: _clock(sweep) / len(calls), False
-    replay = _captured(sweep) if graph else None
-    return lambda: _events(replay or sweep) / len(calls), replay is not None
+    replay = _captured(sweep) if device == "cuda" else None
+    return lambda: seconds(replay or sweep, device) / len(calls), replay is not None
+
+
+def seconds(call: Call, device: str) -> float:
+    """How long one call takes, its launches included."""
+    return _events(call) if device == "cuda" else _clock(call)
 
 
 def _clock(sweep: Call) -> float:

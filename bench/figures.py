@@ -90,10 +90,10 @@ def models(rows: list[dict[str, Any]]) -> list[str]:
 def _cells(row: dict[str, Any]) -> str:
     """Stock and fused in each cell."""
     stock, fused = row["stock"], row["fused"]
-    pairs = [
-        (f"{s[p]['us'] / 1e3:.0f}" for s in (stock, fused)) for p in ("forward", "jvp", "step")
-    ]
-    value, pair, step = (" → ".join(p) + " ms" for p in pairs)
+    value, pair, step = (
+        f"{stock[what]['us'] / 1e3:.0f} → {fused[what]['us'] / 1e3:.0f} ms"
+        for what in ("forward", "jvp", "step")
+    )
     share = " → ".join(f"{row['jvp_over_forward'][m]:.2f}×" for m in ("stock", "fused"))
     memory = f"{stock['step']['peak_mb']:.0f} → {fused['step']['peak_mb']:.0f}"
     saved = f"{stock['saved_u_per_block']:.0f} → {fused['saved_u_per_block']:.0f}"

@@ -11,7 +11,7 @@ import torch
 
 import tbcm_kernels
 from bench import __main__ as bench
-from bench import model, ops
+from bench import figures, model, ops
 
 
 def run(path: Path, *argv: str, main: Callable = bench.main) -> tuple[int, list[dict]]:
@@ -118,6 +118,8 @@ def test_model_report_has_times_memory_and_ratios(tmp_path: Path) -> None:
         assert row[name]["saved_u_per_block"] > 0
     assert row["step_speedup"] == stock["step"]["us"] / fused["step"]["us"]
     assert fused["saved_u_per_block"] < stock["saved_u_per_block"]
+    stock["jvp"]["us"], fused["jvp"]["us"] = 7e3, 5e3
+    assert "| 7 → 5 ms |" in figures.models([row])[-1]
 
 
 def test_a_wrong_model_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,6 +230,14 @@ OPS: dict[str, tuple[list[tuple[int, ...]], Callable, Callable]] = {
 }
 
 
+def op_case(
+    op: str, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", **change: Any
+) -> Case:
+    """A call of another op at a shape as its list has them."""
+    layout, options = OPS[op][1](shape, dtype)
+    return _draw(op, f"shape {shape}", layout, options, device, **change)
+
+
 def attention_case(
     name: str, dtype: torch.dtype, device: str = "cpu", *, sizes: Sequence[int],
     moving: str = "q k v", mask: str = "", key_mask: bool = False, causal: str = "",

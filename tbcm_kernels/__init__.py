@@ -14,6 +14,14 @@ from tbcm_kernels.fuse import Fused, fuse
 from tbcm_kernels.linear import linear, linear_jvp
 from tbcm_kernels.processors import JVPAttnProcessor, JVPJointAttnProcessor
 from tbcm_kernels.rms_norm import rms_norm, rms_norm_jvp
+from tbcm_kernels.tangent_loss import tangent_loss
+from tbcm_kernels.trigflow import (
+    flow_input,
+    flow_input_jvp,
+    flow_output,
+    flow_output_jvp,
+    trajectory_step,
+)
 
 __all__ = [
     "Fused",
@@ -25,6 +33,10 @@ __all__ = [
     "attention_jvp",
     "conv_glu",
     "conv_glu_jvp",
+    "flow_input",
+    "flow_input_jvp",
+    "flow_output",
+    "flow_output_jvp",
     "fuse",
     "implementations",
     "linear",
@@ -33,5 +45,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_jvp",
     "stop_tangent_gradient",
+    "tangent_loss",
+    "trajectory_step",
 ]
 __version__ = "0.1.0"

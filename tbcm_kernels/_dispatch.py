@@ -33,6 +33,8 @@ OPS: dict[str, tuple[str, ...]] = {
     "attention": ("triton", "cpu"),
     "conv_glu": ("cpu",),
     "linear": (),
+    "tangent_loss": ("triton", "cpu"),
+    "trigflow": ("triton", "cpu"),
 }
 """The accelerated implementations of each op; every op also has "reference"."""
 

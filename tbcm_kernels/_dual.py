@@ -134,6 +134,21 @@ def refuse_duals(op: str, *tensors: Tensor | None) -> None:
         )
 
 
+def refuse_derivatives(op: str, *tensors: Tensor) -> None:
+    """Raise where autograd asks a derivative of an op that has none.
+
+    Raises:
+        RuntimeError: a tensor requires grad and would pass it on, or carries a tangent.
+    """
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    dual = in_dual_level() and any(fwAD.unpack_dual(x).tangent is not None for x in tensors)
+    if recorded or dual:
+        raise RuntimeError(
+            f"tbcm_kernels.{op} has no derivative: call it under torch.no_grad() with tensors that "
+            f'carry no tangent, or use impl="reference", which PyTorch differentiates to any order.'
+        )
+
+
 def unpack(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Primals and tangents of the inputs; a tangent is None where an input carries none."""
     primals: list[Tensor | None] = []

@@ -29,7 +29,7 @@ class Proof:
         dtype = str(self.dtype).removeprefix("torch.")
         result = f"{len(self.faults)} faults" if self.faults else "passed"
         return (
-            f"{self.op:<10} {self.impl:<10} {self.device:<5} {dtype:<9} {self.cases:>3} cases  "
+            f"{self.op:<16} {self.impl:<10} {self.device:<5} {dtype:<9} {self.cases:>3} cases  "
             f"{result}"
         )
 

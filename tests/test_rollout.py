@@ -7,10 +7,11 @@ from torch import Tensor
 
 from tbcm.rollout import (
     Text,
-    guided_velocity,
+    branches,
     keep_mask,
     rollout,
     student_samples,
+    trajectory_step,
     with_null,
 )
 from tbcm.trigflow import HALF_PI, SIGMA_DATA, like, route
@@ -43,17 +44,15 @@ def test_null_prompt_keeps_its_own_mask():
         return teacher(x, t, text, mask)
 
     text, null = prompts()
-    guided_velocity(
-        spy, torch.zeros(P, 1, 2, 2), torch.ones(P), with_null(text, null), torch.ones(P)
-    )
+    branches(spy, torch.zeros(P, 1, 2, 2), torch.tensor(1.0), with_null(text, null))
     assert torch.equal(seen[0], torch.cat([null.mask.expand(P, -1), text.mask]))
 
 
 def test_guidance_is_linear_between_the_branches():
     text, null = prompts()
-    x, t = torch.ones(P, 1, 2, 2), torch.full((P,), 0.7)
+    x, t = torch.ones(P, 1, 2, 2), torch.tensor(0.7)
     s = torch.tensor([0.0, 1.0, 4.5])
-    v = guided_velocity(teacher, x, t, with_null(text, null), s)
+    v, _ = trajectory_step(x, branches(teacher, x, t, with_null(text, null)), t, t, s)
     empty = [a.expand_as(b) for a, b in zip(null, text, strict=True)]
     without = SIGMA_DATA * teacher(x / SIGMA_DATA, t, *empty)
     with_text = SIGMA_DATA * teacher(x / SIGMA_DATA, t, *text)

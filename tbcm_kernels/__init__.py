@@ -1,8 +1,8 @@
 """Value and tangent together: fused Jacobian-vector-product kernels for diffusion transformers.
 
-Each op comes twice: `op(...)` is a drop-in that is correct under `torch.func.jvp`, autograd and
-`torch.compile`; `op_jvp(...)` takes and returns explicit tangents. `fuse(model)` puts them into a
-model. Importing this package starts no CUDA context and compiles nothing.
+Each op with a tangent comes twice: `op(...)` is a drop-in that is correct under `torch.func.jvp`,
+autograd and `torch.compile`; `op_jvp(...)` takes and returns explicit tangents. `fuse(model)` puts
+them into a model. Importing this package starts no CUDA context and compiles nothing.
 """
 
 from tbcm_kernels._dispatch import implementations

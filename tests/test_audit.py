@@ -11,7 +11,7 @@ import pytest
 
 # The widest and the most used configs; `python -m tbcm_kernels.testing.audit` compiles all.
 PATTERN = r"bf16 C=(1152|2240)( full)? |attention bf16 D=72 (forward|keys|queries) tangent q "
-PATTERN += r"|(tangent_loss|trigflow) bf16"
+PATTERN += r"|(tangent_loss|trigflow) (bf16|fp32 loss)"
 
 
 def test_no_spills() -> None:

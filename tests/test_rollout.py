@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import Tensor
 
+import tbcm_kernels
 from tbcm.rollout import (
     Text,
     branches,
@@ -30,10 +34,12 @@ def teacher(x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
     return like(torch.sin(t) + (text[..., 0] * mask).sum(1), x) * torch.tanh(x)
 
 
-def path(guidance: Tensor):
+def path(guidance: Tensor, step: Callable = trajectory_step):
     noise = SIGMA_DATA * torch.randn(P, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     text, null = prompts()
-    return rollout(teacher, noise, route(N, 2.5).float(), with_null(text, null), guidance), text
+    return rollout(
+        teacher, noise, route(N, 2.5).float(), with_null(text, null), guidance, step
+    ), text
 
 
 def test_null_prompt_keeps_its_own_mask():
@@ -48,19 +54,21 @@ def test_null_prompt_keeps_its_own_mask():
     assert torch.equal(seen[0], torch.cat([null.mask.expand(P, -1), text.mask]))
 
 
-def test_guidance_is_linear_between_the_branches():
+@pytest.mark.parametrize("step", [trajectory_step, tbcm_kernels.trajectory_step])
+def test_guidance_is_linear_between_the_branches(step: Callable):
     text, null = prompts()
     x, t = torch.ones(P, 1, 2, 2), torch.tensor(0.7)
     s = torch.tensor([0.0, 1.0, 4.5])
-    v, _ = trajectory_step(x, branches(teacher, x, t, with_null(text, null)), t, t, s)
+    v, _ = step(x, branches(teacher, x, t, with_null(text, null)), t, t, s)
     empty = [a.expand_as(b) for a, b in zip(null, text, strict=True)]
     without = SIGMA_DATA * teacher(x / SIGMA_DATA, t, *empty)
     with_text = SIGMA_DATA * teacher(x / SIGMA_DATA, t, *text)
     torch.testing.assert_close(v, without + like(s, x) * (with_text - without))
 
 
-def test_path_follows_its_own_velocities_to_zero_in_fp32():
-    trajectory, _ = path(torch.full((P,), 1.5))
+@pytest.mark.parametrize("step", [trajectory_step, tbcm_kernels.trajectory_step])
+def test_path_follows_its_own_velocities_to_zero_in_fp32(step: Callable):
+    trajectory, _ = path(torch.full((P,), 1.5), step)
     ends = torch.cat([trajectory.t[1:], torch.zeros(1)])
     following = torch.cat([trajectory.x[1:], trajectory.x0[None]])
     d = (trajectory.t - ends).reshape(N, 1, 1, 1, 1)

@@ -65,7 +65,11 @@ def tangent_loss(
         loss, norm = reference.loss(*tensors, *numbers, r, c, sigma_data)
         return loss, norm.detach()
     _dual.guard_levels("tangent_loss")
-    _dual.refuse_duals("tangent_loss", *tensors, *numbers)
+    if _dual.any_dual(*tensors, *numbers):
+        raise RuntimeError(
+            "tbcm_kernels.tangent_loss has no forward-mode derivative: unpack the student's dual "
+            "and pass its value as out and its tangent as jvp."
+        )
     constants = _dual.detached(*tensors[1:], *numbers[:3])
     chosen = _dispatch.choose("tangent_loss", impl, out)
     loss, norm, _, _ = tangent_loss_op(out, *constants, log_variance, r, c, sigma_data, chosen)

@@ -49,8 +49,10 @@ def squares_kernel(
 @triton.jit
 def _number(pointer, b, stride, mask, default):
     if pointer is None:
-        return tl.full(b.shape, default, tl.float32)
-    return tl.load(pointer + b * stride, mask, other=0.0).to(tl.float32)
+        number = tl.full(b.shape, default, tl.float32)
+    else:
+        number = tl.load(pointer + b * stride, mask, other=0.0).to(tl.float32)
+    return number
 
 
 @triton.jit
@@ -147,19 +149,20 @@ def _strides(operands: list[Tensor] | tuple[Tensor | None, ...]) -> list[int]:
 
 
 def audit_cases() -> Iterator[AuditCase]:
-    """The three kernels, with all operands in fp32 and bf16."""
-    floats = {"t", "sums", "keep", "weight", "log_variance", "loss", "norm", "slope", "glv"}
-    integers = {"width", "batch", "blocks", "lvb", "outb", "jvpb", "velocityb", "xb", "tb"}
-    integers |= {"keepb", "weightb"}
+    """The kernels of blocks in fp32 and bf16, and that of the loss with and without its numbers."""
+    numbers = {"keep", "weight", "log_variance"}
+    floats = {"t", "gloss", "sums", "loss", "norm", "slope", "glv"} | numbers
+    tensors = {"out", "jvp", "velocity", "x", "gout"}
     for dtype in ("fp32", "bf16"):
-        for kernel in (squares_kernel, loss_kernel, backward_kernel):
-            types: dict[str, str | None] = {}
-            for name in kernel.arg_names[:-1]:
-                types[name] = "*fp32" if name in floats | {"gloss"} else f"*{dtype}"
-                types[name] = "i64" if name in integers else types[name]
-                types[name] = "fp32" if name in ("r", "c", "sigma") else types[name]
-            loss = kernel is loss_kernel
-            constants = {"SAMPLES": SAMPLES} if loss else {"BLOCK": BLOCK}
-            part = kernel.fn.__name__.removesuffix("_kernel")
-            warps = SAMPLES // 32 if loss else WARPS
-            yield AuditCase(f"tangent_loss {dtype} {part}", kernel, types, constants, warps)
+        types = dict.fromkeys(tensors, f"*{dtype}") | dict.fromkeys(floats, "*fp32")
+        types |= dict.fromkeys(("r", "c", "sigma"), "fp32")
+        for kernel, part in ((squares_kernel, "squares"), (backward_kernel, "backward")):
+            arguments = {n: types.get(n, "i64") for n in kernel.arg_names[:-1]}
+            name = f"tangent_loss {dtype} {part}"
+            yield AuditCase(name, kernel, arguments, {"BLOCK": BLOCK}, WARPS)
+    for part in ("loss", "loss alone"):
+        arguments = {n: types.get(n, "i64") for n in loss_kernel.arg_names[:-1]}
+        if part == "loss alone":
+            arguments |= dict.fromkeys(numbers)
+        name = f"tangent_loss fp32 {part}"
+        yield AuditCase(name, loss_kernel, arguments, {"SAMPLES": SAMPLES}, SAMPLES // 32)

@@ -296,10 +296,10 @@ def _window(x: Tensor) -> Tensor:
 
 
 SAMPLES = [
-    (3, 2, 5), (1, 1), (2, 4, 32, 32), (1, 4097), (2, 2047), (3, 2049), (2, 3, 37, 101),
+    (3, 2, 5), (1, 1), (2, 4, 32, 32), (1, 4097), (2, 2047), (3, 2049), (150, 3), (2, 3, 37, 101),
     (17, 1023), (40, 31), (0, 3, 4),
 ]  # fmt: skip
-"""Around the blocks of the kernels, one number, enough for several threads, primes, nothing."""
+"""Around the blocks of elements and of samples, one number, enough for several threads, nothing."""
 OBJECTIVE: dict[str, dict[str, str]] = {
     "tangent_loss": {"tangent_loss": "out jvp velocity x t keep weight log_variance"},
     "trigflow": {

@@ -16,6 +16,7 @@ from tbcm_kernels.tangent_loss import autograd
 from tbcm_kernels.testing import check as harness
 from tbcm_kernels.testing.cases import Case, cases
 from tbcm_kernels.testing.check import check, run
+from tbcm_kernels.testing.prove import prove
 
 pytestmark = pytest.mark.kernels
 GPU = torch.cuda.is_available()
@@ -68,6 +69,12 @@ def test_policy(impl: str, device: str, dtype: torch.dtype, need: Callable[[str]
     tried = list(cases("tangent_loss", dtype, device, impl == "triton" and not GPU))
     assert len(tried) > 16
     assert [f for c in tried for f in check(c, impl)] == []
+
+
+def test_a_user_can_prove_it(need: Callable[[str], None]) -> None:
+    need("cpu")
+    proof = prove("tangent_loss", "cpu", "cpu", torch.float32)
+    assert proof.cases > 16 and proof.faults == []
 
 
 def _scaled(values: list) -> None:

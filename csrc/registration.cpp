@@ -36,6 +36,17 @@ namespace rms_norm {
 void forward(Tensor x, Maybe weight, Maybe tx, Maybe tweight, Tensor y, Maybe ty, double eps);
 void backward(Tensor gy, Tensor x, Maybe weight, Tensor gx, Maybe gweight, int64_t chunk, double eps);
 }  // namespace rms_norm
+namespace tangent_loss {
+void forward(Tensor out, Tensor jvp, Tensor velocity, Tensor x, Tensor t, Maybe keep, Maybe weight, Maybe log_variance,
+             Tensor loss, Tensor norm, Tensor slope, Tensor glv, double r, double c, double sigma);
+void backward(Tensor gloss, Tensor slope, Tensor out, Tensor jvp, Tensor velocity, Tensor x, Tensor t, Tensor gout,
+              double r, double sigma);
+}  // namespace tangent_loss
+namespace trigflow {
+void input(Tensor x, Tensor t, Maybe tx, Maybe tt, Tensor x_fm, Tensor t_fm, Maybe tx_fm, Maybe tt_fm);
+void output(Tensor v, Tensor x, Tensor t, Maybe tv, Maybe tx, Maybe tt, Tensor out, Maybe tout);
+void step(Tensor x, Tensor out, Tensor t, Tensor s, Tensor guidance, Tensor velocity, Tensor moved, double sigma);
+}  // namespace trigflow
 }  // namespace tbcm
 
 STABLE_TORCH_LIBRARY(tbcm_cpu, m) {
@@ -75,6 +86,22 @@ STABLE_TORCH_LIBRARY(tbcm_cpu, m) {
   m.def(
       "rms_norm_backward(Tensor gy, Tensor x, Tensor? weight, Tensor(a!) gx, Tensor(b!)? gweight, int chunk, "
       "float eps) -> ()");
+  m.def(
+      "tangent_loss_forward(Tensor out, Tensor jvp, Tensor velocity, Tensor x, Tensor t, Tensor? keep, "
+      "Tensor? weight, Tensor? log_variance, Tensor(a!) loss, Tensor(b!) norm, Tensor(c!) slope, Tensor(d!) glv, "
+      "float r, float c, float sigma) -> ()");
+  m.def(
+      "tangent_loss_backward(Tensor gloss, Tensor slope, Tensor out, Tensor jvp, Tensor velocity, Tensor x, Tensor t, "
+      "Tensor(a!) gout, float r, float sigma) -> ()");
+  m.def(
+      "trigflow_input(Tensor x, Tensor t, Tensor? tx, Tensor? tt, Tensor(a!) x_fm, Tensor(b!) t_fm, "
+      "Tensor(c!)? tx_fm, Tensor(d!)? tt_fm) -> ()");
+  m.def(
+      "trigflow_output(Tensor v, Tensor x, Tensor t, Tensor? tv, Tensor? tx, Tensor? tt, Tensor(a!) out, "
+      "Tensor(b!)? tout) -> ()");
+  m.def(
+      "trigflow_step(Tensor x, Tensor out, Tensor t, Tensor s, Tensor guidance, Tensor(a!) velocity, "
+      "Tensor(b!) moved, float sigma) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tbcm_cpu, CPU, m) {
@@ -88,6 +115,11 @@ STABLE_TORCH_LIBRARY_IMPL(tbcm_cpu, CPU, m) {
   m.impl("linear_attention_backward", TORCH_BOX(&tbcm::linear_attention::backward));
   m.impl("rms_norm_forward", TORCH_BOX(&tbcm::rms_norm::forward));
   m.impl("rms_norm_backward", TORCH_BOX(&tbcm::rms_norm::backward));
+  m.impl("tangent_loss_forward", TORCH_BOX(&tbcm::tangent_loss::forward));
+  m.impl("tangent_loss_backward", TORCH_BOX(&tbcm::tangent_loss::backward));
+  m.impl("trigflow_input", TORCH_BOX(&tbcm::trigflow::input));
+  m.impl("trigflow_output", TORCH_BOX(&tbcm::trigflow::output));
+  m.impl("trigflow_step", TORCH_BOX(&tbcm::trigflow::step));
 }
 
 PyMODINIT_FUNC PyInit__C() {

@@ -91,6 +91,19 @@ def consistency_loss(
     return (keep * (weight * torch.exp(-log_variance) * square + log_variance)).mean()
 
 
+def tangent_loss(
+    out: Tensor, jvp: Tensor, velocity: Tensor, x: Tensor, t: Tensor, r: float, c: float,
+    keep: Tensor, weight: Tensor, log_variance: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss and ‖g‖ [B]; `tbcm_kernels.tangent_loss` computes them in two passes.
+
+    Here a sample that is not finite makes the loss so; there it alone is left out.
+    """
+    g = tangent_direction(x, t, velocity, out, jvp, r)
+    g_hat, norm = normalised(g, c)
+    return consistency_loss(out, g_hat, keep, weight, log_variance), norm
+
+
 class LogVariance(nn.Module):
     """lv(t): one Linear on a sinusoidal embedding of the time; it starts at 0."""
 

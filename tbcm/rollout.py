@@ -5,13 +5,14 @@ Source: TBCM (arXiv 2511.20410) and its released code; tbcm.trigflow has the ste
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tbcm.objective import Net
-from tbcm.trigflow import SIGMA_DATA, to_time
+from tbcm.trigflow import SIGMA_DATA, like, to_time
 
 
 class Text(NamedTuple):
@@ -54,24 +55,36 @@ def with_null(text: Text, null: Text) -> Text:
     return Text(*(torch.cat([n.expand_as(c), c]) for n, c in zip(null, text, strict=True)))
 
 
-def guided_velocity(teacher: Net, x: Tensor, t: Tensor, both: Text, guidance: Tensor) -> Tensor:
-    """V = σ_d [F_∅ + s (F_c − F_∅)] for x [P, ...], t [P], guidance s [P], both of `with_null`."""
-    out = teacher(x.repeat(2, *[1] * (x.ndim - 1)) / SIGMA_DATA, t.repeat(2), *both)
+def branches(teacher: Net, x: Tensor, t: Tensor, both: Text) -> Tensor:
+    """F [2P, ...] without the prompts and with them, of x [P, ...] at time t."""
+    twice = x.repeat(2, *[1] * (x.ndim - 1)) / SIGMA_DATA
+    return teacher(twice, t.expand(len(twice)), *both)
+
+
+def trajectory_step(
+    x: Tensor, out: Tensor, t: Tensor, s: Tensor, guidance: Tensor
+) -> tuple[Tensor, Tensor]:
+    """V = σ_d [F_∅ + γ (F_c − F_∅)] for F of `branches` and guidance γ [P], and x at time s."""
     unconditional, conditional = out.chunk(2)
-    s = guidance.reshape(-1, *[1] * (x.ndim - 1))
-    return SIGMA_DATA * (unconditional + s * (conditional - unconditional))
+    velocity = SIGMA_DATA * (unconditional + like(guidance, x) * (conditional - unconditional))
+    return velocity, to_time(x, velocity, t, s)
 
 
 @torch.no_grad()
-def rollout(teacher: Net, noise: Tensor, times: Tensor, both: Text, guidance: Tensor) -> Trajectory:
-    """Follow dx/dt = V from x = noise [P, ...] ~ N(0, σ_d²) along times [N] and on to t = 0."""
+def rollout(
+    teacher: Net, noise: Tensor, times: Tensor, both: Text, guidance: Tensor,
+    step: Callable[..., tuple[Tensor, Tensor]] = trajectory_step,
+) -> Trajectory:  # fmt: skip
+    """Follow dx/dt = V from x = noise [P, ...] ~ N(0, σ_d²) along times [N] and on to t = 0.
+
+    `step` is `trajectory_step`, or that of tbcm_kernels, which is one kernel.
+    """
     x, points, velocities = noise, [], []
     ends = torch.cat([times[1:], times.new_zeros(1)])
     for t, s in zip(times, ends, strict=True):
-        velocity = guided_velocity(teacher, x, t.expand(len(x)), both, guidance)
         points.append(x)
+        velocity, x = step(x, branches(teacher, x, t, both), t, s, guidance)
         velocities.append(velocity)
-        x = to_time(x, velocity, t, s)
     return Trajectory(torch.stack(points), times, torch.stack(velocities), x)
 
 

@@ -22,7 +22,15 @@ from tbcm.config import TrainConfig
 from tbcm.errors import UserError
 from tbcm.models import Teacher, load_teacher
 from tbcm.progress import Display, Metrics, peak_memory_mb
-from tbcm.rollout import Samples, Text, keep_mask, rollout, student_samples, with_null
+from tbcm.rollout import (
+    Samples,
+    Text,
+    keep_mask,
+    rollout,
+    student_samples,
+    trajectory_step,
+    with_null,
+)
 from tbcm.sampling import consistency_sample, grid, write_whole
 from tbcm.student import GUIDANCE_SCALE, build_student
 from tbcm.text import read_prompts
@@ -160,14 +168,17 @@ class Distiller:
         if self.log_variance:
             self.parameters += self.log_variance.parameters()
         self.optimizer = make_optimizer(self.parameters, config)
-        self.student_pass = objective.one_pass if config.fused else objective.two_passes
-        self.fused = None
+        self.student_pass, self.loss = objective.two_passes, objective.tangent_loss
+        self.trajectory_step, self.fused = trajectory_step, None
         if config.fused:
             import tbcm_kernels
 
+            self.student_pass, self.loss = objective.one_pass, tbcm_kernels.tangent_loss
+            self.trajectory_step = tbcm_kernels.trajectory_step
             self.fused = tbcm_kernels.fuse(transformer)
             tbcm_kernels.fuse(self.student)
-        self.teacher_net, self.student_net = TrigFlow(transformer), TrigFlow(self.student)
+        self.teacher_net = TrigFlow(transformer, config.fused)
+        self.student_net = TrigFlow(self.student, config.fused)
         self.route = route(config.route_steps, config.flow_shift)
         self.filter_latent = load_filter(config, teacher)
         self.null = self.encode([""])
@@ -191,19 +202,24 @@ class Distiller:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def train_step(self) -> dict[str, Any]:
-        """One step: its record for metrics.jsonl. A step that is not finite is not applied."""
+        """One step: its record for metrics.jsonl. A step that is not finite is not applied.
+
+        Samples whose ‖g‖ is not finite are counted; in fused mode the others still make a step.
+        """
         start = time.perf_counter()
         r, lr = self.schedule()
         samples = self.harvest()
-        loss, g_norm = self.forward(samples, r)
+        loss, norms = self.forward(samples, r)
         self.backward(loss)
         grad_norm, applied = self.update(loss)
         self.step += 1
         self.count_skips(applied)
+        finite = norms[norms.isfinite()]
         rate = self.config.train_batch_size / (time.perf_counter() - start)
         return {
-            "step": self.step, "loss": loss.item(), "g_norm": g_norm.item(), "r": r, "lr": lr,
-            "grad_norm": grad_norm, "images_per_s": rate, "skipped": not applied,
+            "step": self.step, "loss": loss.item(), "g_norm": finite.mean().item(), "r": r,
+            "lr": lr, "grad_norm": grad_norm, "images_per_s": rate, "skipped": not applied,
+            "bad_samples": len(norms) - len(finite),
         }  # fmt: skip
 
     def schedule(self) -> tuple[float, float]:
@@ -229,7 +245,9 @@ class Distiller:
         uniform, text = torch.rand(n, generator=gen), self.text(rows)
         noise, times = noise.to(self.device), times.float().to(self.device)
         with self.autocast():
-            path = rollout(self.teacher_net, noise, times, self.guided(text), guidance)
+            path = rollout(
+                self.teacher_net, noise, times, self.guided(text), guidance, self.trajectory_step
+            )
         keep = torch.ones_like(guidance)
         if self.filter_latent is not None:
             keep = keep_mask(path.x0.cpu(), self.filter_latent, uniform).to(self.device)
@@ -244,18 +262,16 @@ class Distiller:
         return Text(self.fused.encode_text(both.embeds), both.mask)
 
     def forward(self, samples: Samples, r: float) -> tuple[Tensor, Tensor]:
-        """The loss and the mean ‖g‖ of a student batch."""
+        """The loss of a student batch and ‖g‖ of its samples."""
         x, t, velocity, text, guidance, keep = samples
         # A fused student reads each prompt once; the stock model wants one text per image.
         text = text if self.fused else text.each(len(x) // len(text.mask))
         with self.autocast():
             out, jvp = self.student_pass(self.student_net, x, t, velocity, *text, guidance)
-        out, jvp = out.float(), jvp.float()
-        g = objective.tangent_direction(x, t, velocity, out, jvp, r)
-        g_hat, norm = objective.normalised(g, self.config.tangent_norm_constant)
         weight = objective.time_weight(t) if self.config.time_weighting else torch.ones_like(t)
         lv = self.log_variance(t) if self.log_variance else torch.zeros_like(t)
-        return objective.consistency_loss(out, g_hat, keep, weight, lv), norm.mean()
+        c = self.config.tangent_norm_constant
+        return self.loss(out, jvp, velocity, x, t, r, c, keep, weight, lv)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the loss."""

@@ -8,7 +8,7 @@ sees x/σ_d; σ_d F(x/σ_d, t) is the velocity dx/dt. Sources: sCM (arXiv 2410.1
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,35 +32,48 @@ def trig_time(t_fm: Tensor) -> Tensor:
     return torch.atan2(t_fm, 1 - t_fm)
 
 
+def wrapped(v: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:
+    """F = [(1−2 t_FM) x_FM + λ² v(x_FM, t_FM)] / λ with λ = sqrt(t_FM² + (1−t_FM)²), x_FM = x λ."""
+    t_fm = flow_time(t)
+    s = like(t_fm, x)
+    norm = torch.sqrt(s * s + (1 - s) ** 2)
+    x_fm = x * norm
+    return ((1 - 2 * s) * x_fm + norm * norm * v(x_fm, t_fm)) / norm
+
+
+def fused_wrapped(v: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:
+    """`wrapped` by one kernel before v and one after it, each for value and tangent."""
+    import tbcm_kernels
+
+    return tbcm_kernels.flow_output(v(*tbcm_kernels.flow_input(x, t)), x, t)
+
+
 class TrigFlow(nn.Module):
     """A flow-matching transformer v(x_FM, t_FM) seen as a TrigFlow network F(x/σ_d, t).
-
-        λ = sqrt(t_FM² + (1−t_FM)²),  x_FM = (x/σ_d) λ
-        F = [(1−2 t_FM) x_FM + λ² v(x_FM, t_FM)] / λ
 
     The wrap is lossless and differentiable in x and t, so teacher and student share it, and
     `torch.func.jvp` passes through it. The transformer receives t_FM in [0, 1] as its timestep, as
     SANA-Sprint's does.
     """
 
-    def __init__(self, transformer: nn.Module):
+    def __init__(self, transformer: nn.Module, fused: bool = False):
         super().__init__()
         self.transformer = transformer
+        self.wrap = fused_wrapped if fused else wrapped
 
     def forward(
         self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor, guidance: Tensor | None = None
     ) -> Tensor:
         """F(x, t): x = x_t/σ_d [B, C, H, W], t [B], text [B, S, D], mask [B, S], guidance [B]."""
-        t_fm = flow_time(t)
-        s = like(t_fm, x)
-        norm = torch.sqrt(s * s + (1 - s) ** 2)
-        x_fm = x * norm
         condition = {} if guidance is None else {"guidance": guidance}
-        v = self.transformer(
-            x_fm, encoder_hidden_states=text, timestep=t_fm, encoder_attention_mask=mask,
-            return_dict=False, **condition,
-        )[0]  # fmt: skip
-        return ((1 - 2 * s) * x_fm + norm * norm * v) / norm
+
+        def v(x_fm: Tensor, t_fm: Tensor) -> Tensor:
+            return self.transformer(
+                x_fm, encoder_hidden_states=text, timestep=t_fm, encoder_attention_mask=mask,
+                return_dict=False, **condition,
+            )[0]  # fmt: skip
+
+        return self.wrap(v, x, t)
 
 
 def to_time(x: Tensor, velocity: Tensor, t: Tensor, s: Tensor) -> Tensor:

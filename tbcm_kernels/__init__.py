@@ -1,9 +1,9 @@
 """Value and tangent together: fused Jacobian-vector-product kernels for diffusion transformers.
 
-Each op comes twice: `op(...)` is a drop-in that is correct under `torch.func.jvp`, autograd and
-`torch.compile`; `op_jvp(...)` takes and returns explicit tangents. `fuse(model)` puts them into a
-model, and `tbcm_kernels.modules` has the layers to build one from. Importing this package starts no
-CUDA context and compiles nothing.
+Each op with a tangent comes twice: `op(...)` is a drop-in that is correct under `torch.func.jvp`,
+autograd and `torch.compile`; `op_jvp(...)` takes and returns explicit tangents. `fuse(model)` puts
+them into a model, and `tbcm_kernels.modules` has the layers to build one from. Importing this
+package starts no CUDA context and compiles nothing.
 """
 
 from tbcm_kernels._dispatch import implementations
@@ -16,6 +16,14 @@ from tbcm_kernels.linear import linear, linear_jvp
 from tbcm_kernels.linear_attention import linear_attention, linear_attention_jvp
 from tbcm_kernels.processors import JVPAttnProcessor, JVPJointAttnProcessor
 from tbcm_kernels.rms_norm import rms_norm, rms_norm_jvp
+from tbcm_kernels.tangent_loss import tangent_loss
+from tbcm_kernels.trigflow import (
+    flow_input,
+    flow_input_jvp,
+    flow_output,
+    flow_output_jvp,
+    trajectory_step,
+)
 
 __all__ = [
     "Fused",
@@ -27,6 +35,10 @@ __all__ = [
     "attention_jvp",
     "conv_glu",
     "conv_glu_jvp",
+    "flow_input",
+    "flow_input_jvp",
+    "flow_output",
+    "flow_output_jvp",
     "fuse",
     "implementations",
     "linear",
@@ -37,5 +49,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_jvp",
     "stop_tangent_gradient",
+    "tangent_loss",
+    "trajectory_step",
 ]
 __version__ = "0.1.0"

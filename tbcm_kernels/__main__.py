@@ -19,7 +19,7 @@ def main() -> None:
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}"
     )
     for op, implementation, reason in tbcm_kernels.implementations():
-        print(f"{op:<10} {implementation:<18} {reason}")
+        print(f"{op:<16} {implementation:<18} {reason}")
     if reason := _dispatch.missing("cpu"):
         print(f"CPU tensors take the plain PyTorch reference, for {reason}.")
 

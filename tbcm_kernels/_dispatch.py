@@ -35,6 +35,8 @@ OPS: dict[str, tuple[str, ...]] = {
     "linear_attention": ("cpu",),
     "conv_glu": ("cpu",),
     "linear": (),
+    "tangent_loss": ("triton", "cpu"),
+    "trigflow": ("triton", "cpu"),
 }
 """The accelerated implementations of each op; every op also has "reference"."""
 

@@ -118,19 +118,38 @@ def in_dual_level() -> bool:
     return fwAD._current_level >= 0
 
 
+def any_dual(*tensors: Tensor | None) -> bool:
+    """Whether one of the tensors carries a forward-AD tangent."""
+    return in_dual_level() and any(
+        x is not None and fwAD.unpack_dual(x).tangent is not None for x in tensors
+    )
+
+
 def refuse_duals(op: str, *tensors: Tensor | None) -> None:
     """Raise for a forward-AD dual where tangents are explicit: its own would be lost.
 
     Raises:
         RuntimeError: one of the tensors carries a tangent.
     """
-    if not in_dual_level():
-        return
-    if any(x is not None and fwAD.unpack_dual(x).tangent is not None for x in tensors):
+    if any_dual(*tensors):
         raise RuntimeError(
             f"tbcm_kernels.{op} takes tangents as arguments of their own, and one of its tensors "
             f"is a forward-AD dual, whose tangent would be lost: unpack it, or use the op without "
             f"_jvp (fuse() covers tangents of inputs, not of parameters)."
+        )
+
+
+def refuse_derivatives(op: str, *tensors: Tensor) -> None:
+    """Raise where autograd asks a derivative of an op that has none.
+
+    Raises:
+        RuntimeError: a tensor requires grad and would pass it on, or carries a tangent.
+    """
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if recorded or any_dual(*tensors):
+        raise RuntimeError(
+            f"tbcm_kernels.{op} has no derivative: call it under torch.no_grad() with tensors that "
+            f'carry no tangent, or use impl="reference", which PyTorch differentiates to any order.'
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -122,6 +123,25 @@ def autocast(tensors: Sequence[Tensor | None], device: str) -> list[Tensor | Non
 def wide(x: Tensor | None) -> Tensor | None:
     """The tensor in the dtype that arithmetic runs in: at least fp32."""
     return None if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def per_sample(t: Tensor, x: Tensor) -> Tensor:
+    """One number a sample, t [B], in the dtype of x [B, ...] and shaped to broadcast over it."""
+    return t.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def flat_samples(x: Tensor | None) -> Tensor | None:
+    """The operand [B, ...] as [B, D] with unit stride along D."""
+    if x is None:
+        return None
+    x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def in_one_dtype(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors as they are where all have one dtype, else in fp32, for kernels of one dtype."""
+    dtypes = {x.dtype for x in tensors if x is not None}
+    return [x if x is None or len(dtypes) == 1 else x.float() for x in tensors]
 
 
 def chunk_sum(x: Tensor, chunk: int) -> Tensor:

@@ -11,6 +11,7 @@ import pytest
 
 # The widest and the most used configs; `python -m tbcm_kernels.testing.audit` compiles all.
 PATTERN = r"bf16 C=(1152|2240)( full)? |attention bf16 D=72 (forward|keys|queries) tangent q "
+PATTERN += r"|(tangent_loss|trigflow) (bf16|fp32 loss)"
 
 
 def test_no_spills() -> None:
@@ -25,5 +26,7 @@ def test_no_spills() -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     reports = [json.loads(line) for line in run.stdout.splitlines()]
     assert {r["architecture"] for r in reports} == {80, 90, 100}
-    assert {r["name"].split()[0] for r in reports} >= {"adaln", "attention", "rms_norm"}
+    assert {r["name"].split()[0] for r in reports} >= {
+        "adaln", "attention", "rms_norm", "tangent_loss", "trigflow",
+    }  # fmt: skip
     assert [r for r in reports if r["spilled"]] == []

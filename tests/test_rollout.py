@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import Tensor
 
+import tbcm_kernels
 from tbcm.rollout import (
     Text,
-    guided_velocity,
+    branches,
     keep_mask,
     rollout,
     student_samples,
+    trajectory_step,
     with_null,
 )
 from tbcm.trigflow import HALF_PI, SIGMA_DATA, like, route
@@ -29,10 +34,12 @@ def teacher(x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
     return like(torch.sin(t) + (text[..., 0] * mask).sum(1), x) * torch.tanh(x)
 
 
-def path(guidance: Tensor):
+def path(guidance: Tensor, step: Callable = trajectory_step):
     noise = SIGMA_DATA * torch.randn(P, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     text, null = prompts()
-    return rollout(teacher, noise, route(N, 2.5).float(), with_null(text, null), guidance), text
+    return rollout(
+        teacher, noise, route(N, 2.5).float(), with_null(text, null), guidance, step
+    ), text
 
 
 def test_null_prompt_keeps_its_own_mask():
@@ -43,25 +50,25 @@ def test_null_prompt_keeps_its_own_mask():
         return teacher(x, t, text, mask)
 
     text, null = prompts()
-    guided_velocity(
-        spy, torch.zeros(P, 1, 2, 2), torch.ones(P), with_null(text, null), torch.ones(P)
-    )
+    branches(spy, torch.zeros(P, 1, 2, 2), torch.tensor(1.0), with_null(text, null))
     assert torch.equal(seen[0], torch.cat([null.mask.expand(P, -1), text.mask]))
 
 
-def test_guidance_is_linear_between_the_branches():
+@pytest.mark.parametrize("step", [trajectory_step, tbcm_kernels.trajectory_step])
+def test_guidance_is_linear_between_the_branches(step: Callable):
     text, null = prompts()
-    x, t = torch.ones(P, 1, 2, 2), torch.full((P,), 0.7)
+    x, t = torch.ones(P, 1, 2, 2), torch.tensor(0.7)
     s = torch.tensor([0.0, 1.0, 4.5])
-    v = guided_velocity(teacher, x, t, with_null(text, null), s)
+    v, _ = step(x, branches(teacher, x, t, with_null(text, null)), t, t, s)
     empty = [a.expand_as(b) for a, b in zip(null, text, strict=True)]
     without = SIGMA_DATA * teacher(x / SIGMA_DATA, t, *empty)
     with_text = SIGMA_DATA * teacher(x / SIGMA_DATA, t, *text)
     torch.testing.assert_close(v, without + like(s, x) * (with_text - without))
 
 
-def test_path_follows_its_own_velocities_to_zero_in_fp32():
-    trajectory, _ = path(torch.full((P,), 1.5))
+@pytest.mark.parametrize("step", [trajectory_step, tbcm_kernels.trajectory_step])
+def test_path_follows_its_own_velocities_to_zero_in_fp32(step: Callable):
+    trajectory, _ = path(torch.full((P,), 1.5), step)
     ends = torch.cat([trajectory.t[1:], torch.zeros(1)])
     following = torch.cat([trajectory.x[1:], trajectory.x0[None]])
     d = (trajectory.t - ends).reshape(N, 1, 1, 1, 1)

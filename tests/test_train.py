@@ -109,6 +109,28 @@ def test_non_finite_step_is_skipped_counted_and_not_applied(tmp_path: Path):
 
 
 @pytest.mark.parametrize("fused", [False, True])
+def test_a_bad_sample_is_counted_and_a_fused_step_goes_on_without_it(tmp_path: Path, fused: bool):
+    parts = distiller(settings(tmp_path, fused=fused))
+    good = parts.student_pass
+
+    def bad(count: int):
+        def student_pass(*args: object):
+            out, jvp = good(*args)
+            jvp = jvp.clone()
+            jvp[:count] = torch.nan
+            return out, jvp
+
+        return student_pass
+
+    parts.student_pass = bad(1)
+    row = parts.train_step()
+    assert row["bad_samples"] == 1 and row["skipped"] is not fused and row["g_norm"] > 0
+    parts.student_pass = bad(100)
+    row = parts.train_step()
+    assert row["bad_samples"] == 2 * 3 and row["skipped"]
+
+
+@pytest.mark.parametrize("fused", [False, True])
 def test_bf16_keeps_fp32_weights_and_stays_near_fp32(tmp_path: Path, fused: bool):
     rows = {}
     for precision in ("no", "bf16"):

@@ -46,11 +46,12 @@ def pair(batch: int = 5) -> tuple[Tensor, Tensor, Tensor]:
     return x0, z, torch.linspace(0.05, HALF_PI - 0.05, batch, dtype=torch.float64)
 
 
-def test_wrap_turns_the_flow_velocity_into_the_trigflow_velocity():
+@pytest.mark.parametrize("fused", [False, True])
+def test_wrap_turns_the_flow_velocity_into_the_trigflow_velocity(fused: bool):
     x0, z, t = pair()
     transformer = Velocity((z - x0) / SIGMA_DATA)
     x = like(torch.cos(t), x0) * x0 + like(torch.sin(t), x0) * z
-    out = TrigFlow(transformer)(x / SIGMA_DATA, t, torch.empty(0), torch.empty(0))
+    out = TrigFlow(transformer, fused)(x / SIGMA_DATA, t, torch.empty(0), torch.empty(0))
     velocity = -like(torch.sin(t), x0) * x0 + like(torch.cos(t), x0) * z
     torch.testing.assert_close(SIGMA_DATA * out, velocity, rtol=1e-13, atol=1e-13)
     x_fm, t_fm = transformer.seen
@@ -91,10 +92,11 @@ def test_jitter_keeps_each_time_in_its_stratum():
     assert ((draws[:, 1:].mean(0) - middle).abs() < 5 * spread).all()
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("t", [0.0, HALF_PI])
-def test_wrap_is_finite_with_finite_derivatives_at_both_ends(t: float):
+def test_wrap_is_finite_with_finite_derivatives_at_both_ends(t: float, fused: bool):
     x = torch.ones(1, 1, 2, 2)
-    net = TrigFlow(Velocity(torch.ones(1, 1, 2, 2)))
+    net = TrigFlow(Velocity(torch.ones(1, 1, 2, 2)), fused)
     time = torch.tensor([t], requires_grad=True)
     out = net(x, time, torch.empty(0), torch.empty(0)).sum()
     (slope,) = torch.autograd.grad(out, time)

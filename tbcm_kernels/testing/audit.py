@@ -56,8 +56,10 @@ def cases() -> Iterator[AuditCase]:
     from tbcm_kernels.adaln import triton as adaln
     from tbcm_kernels.attention import triton as attention
     from tbcm_kernels.rms_norm import triton as rms_norm
+    from tbcm_kernels.tangent_loss import triton as tangent_loss
+    from tbcm_kernels.trigflow import triton as trigflow
 
-    for module in (adaln, rms_norm, attention):
+    for module in (adaln, rms_norm, attention, tangent_loss, trigflow):
         yield from module.audit_cases()
 
 

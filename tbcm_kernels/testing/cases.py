@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,9 @@ def cases(op: str, dtype: torch.dtype, device: str = "cpu", few: bool = False) -
     if op == "attention":
         for name, plan in _attention_plans(few):
             yield attention_case(name, dtype, device, **plan)
+        return
+    if op in OBJECTIVE:
+        yield from _objective_cases(op, dtype, device, few)
         return
     for name, layout, options, change in _plans(op, dtype, few):
         yield _draw(op, name, layout, options, device, **change)
@@ -347,3 +351,80 @@ def _random(
 def _window(x: Tensor) -> Tensor:
     buffer = x.new_full([s + 3 for s in x.shape], float("nan"))
     return buffer[tuple(slice(1, s + 1) for s in x.shape)].copy_(x)
+
+
+SAMPLES = [
+    (3, 2, 5), (1, 1), (2, 4, 32, 32), (1, 4097), (2, 2047), (3, 2049), (150, 3), (2, 3, 37, 101),
+    (17, 1023), (40, 31), (0, 3, 4),
+]  # fmt: skip
+"""Around the blocks of elements and of samples, one number, enough for several threads, nothing."""
+OBJECTIVE: dict[str, dict[str, str]] = {
+    "tangent_loss": {"tangent_loss": "out jvp velocity x t keep weight log_variance"},
+    "trigflow": {
+        "flow_input": "x t", "flow_output": "v x t", "trajectory_step": "x out t s guidance",
+    },
+}  # fmt: skip
+"""The functions of the ops that are called with samples [B, ...] and numbers [B]."""
+
+
+def _objective_cases(op: str, dtype: torch.dtype, device: str, few: bool) -> Iterator[Case]:
+    """Cases of each function of an op; a case's `op` is the function."""
+    other = torch.float16 if dtype.itemsize > 2 else torch.float32
+    for function, names in OBJECTIVE[op].items():
+        arguments = names.split()
+        plans: dict[str, dict[str, Any]] = {
+            f"shape {s}": {"shape": s} for s in (SAMPLES[1:7] + SAMPLES[-1:] if few else SAMPLES)
+        }
+        plans |= {
+            "values at 30": {"value_scale": 30.0},
+            "slices of larger buffers": {"sliced": True},
+            "mixed dtypes": {"dtypes": dict.fromkeys(("jvp", "velocity", "v", "t"), other)},
+            "ends of the time axis": {"ends": True},
+        }
+        if op == "tangent_loss":
+            for absent in ("keep", "weight", "log_variance", "keep weight log_variance"):
+                plans[f"without {absent}"] = {"present": set(arguments) - set(absent.split())}
+            plans |= {"a sample of NaN": {"spoiled": True}, "r of 0": {"r": 0.0}}
+        elif function != "trajectory_step":
+            for n in range(len(arguments) + 1):
+                for moving in itertools.combinations(arguments, n):
+                    plans[f"tangents of {' '.join(moving) or 'none'}"] = {"moving": moving}
+            plans["tangents at 100"] = {"tangent_scale": 100.0}
+        for name, plan in plans.items():
+            yield _objective_case(function, name, arguments, dtype, device, **plan)
+
+
+def _objective_case(
+    function: str, name: str, arguments: list[str], dtype: torch.dtype, device: str, *,
+    shape: tuple[int, ...] = (5, 3, 14), present: Sequence[str] | None = None,
+    moving: Sequence[str] | None = None, dtypes: dict[str, torch.dtype] | None = None,
+    value_scale: float = 1.0, tangent_scale: float = 1.0, sliced: bool = False,
+    ends: bool = False, spoiled: bool = False, r: float = 0.7,
+) -> Case:  # fmt: skip
+    """Times in [0, π/2], weights above 0, and one sample in four that is not kept."""
+
+    def draw(argument: str, factor: float) -> Tensor:
+        number = argument in ("t", "s", "keep", "weight", "log_variance", "guidance")
+        size = (shape[0] * (2 if function == "trajectory_step" and argument == "out" else 1),)
+        size = size if number else (*size, *shape[1:])
+        own = (dtypes or {}).get(argument, _wide(dtype) if number else dtype)
+        return _random(size, own, device, factor, sliced and not number)
+
+    def primal(argument: str) -> Tensor:
+        x = draw(argument, value_scale if argument in ("x", "out", "v", "jvp") else 1.0)
+        if argument in ("t", "s"):
+            inside = torch.pi / 2 * torch.sigmoid(2 * x)
+            return torch.pi / 2 * (x > 0).to(x.dtype) if ends and argument == "t" else inside
+        return {"keep": lambda: (x < 0.7).to(x.dtype), "weight": x.abs}.get(argument, lambda: x)()
+
+    primals = [primal(a) if present is None or a in present else None for a in arguments]
+    if spoiled:
+        primals[1][0].fill_(float("nan"))
+    moves = arguments if moving is None else moving
+    tangents: list[Tensor | None] = [None] * len(arguments)
+    if function.startswith("flow"):
+        drawn = {a: draw(a, tangent_scale) for a in moves}
+        tangents = [drawn.get(a) for a in arguments]
+    options: dict[str, float] = {} if function.startswith("flow") else {"sigma_data": 0.5}
+    options |= {"r": r, "c": 0.1} if function == "tangent_loss" else {}
+    return Case(function, name, arguments, primals, tangents, options)

@@ -12,7 +12,7 @@ from torch import Tensor
 import tbcm_kernels
 from tbcm_kernels import _dispatch
 from tbcm_kernels._library import Store
-from tbcm_kernels.testing import attention, linear_attention
+from tbcm_kernels.testing import attention, linear_attention, objective
 from tbcm_kernels.testing.cases import Case
 from tbcm_kernels.testing.compare import faults
 
@@ -34,6 +34,8 @@ def check(case: Case, impl: str) -> list[str]:
         elif a is not None:
             if name.endswith(("weight", "bias")):  # parameters have no rows to judge one by one
                 a, t, b, n = (None if x is None else x.flatten() for x in (a, t, b, n))
+            elif case.op in objective.LEAVES and a.ndim > 1:  # a sample shares its numbers
+                a, t, b = (x.flatten(1) for x in (a, t, b))
             elif name.endswith("lse"):  # each query has its own
                 a, t, b, n = (x.unsqueeze(-1) for x in (a, t, b, n))
             found += faults(name, a, t, b, a.dtype, n, attention.rank(case, name))
@@ -44,6 +46,8 @@ def run(case: Case, impl: str) -> Values:
     """Outputs, tangents and gradients of one implementation."""
     if case.op == "attention":
         return attention.run(case, impl)
+    if case.op in objective.LEAVES:
+        return objective.run(case, impl)
     with torch.no_grad():
         pair = call(case, case.primals, case.tangents, impl)
     leaves = [None if p is None else p.detach().requires_grad_() for p in case.primals]
@@ -70,6 +74,8 @@ def _forward(case: Case, primals: Values, tangents: Values) -> Values:
 def _names(case: Case) -> list[str]:
     if case.op == "attention":
         return attention.names()
+    if case.op in objective.LEAVES:
+        return objective.names(case)
     outputs = ["x'", "y", "tx'", "ty"] if case.op == "adaln" else ["y", "ty"]
     return outputs + [f"gradient of {a}" for a in case.arguments]
 
@@ -77,6 +83,8 @@ def _names(case: Case) -> list[str]:
 def _truth(case: Case) -> Values:
     if case.op == "attention":
         return attention.expected(case, attention.exact, attention.exact)
+    if case.op in objective.LEAVES:
+        return objective.truth(case)
     primals, tangents = _doubles(case.primals), _doubles(case.tangents)
     exact = _forward(case, primals, tangents)
     leaves = [None if p is None else p.requires_grad_() for p in primals]
@@ -92,6 +100,8 @@ def _baseline(case: Case, impl: str) -> Values:
     if case.op == "attention":
         values = attention.expected(case, _cpu, operand=_operand(case, impl))
         return [None if x is None else x.double() for x in values]
+    if case.op in objective.LEAVES:
+        return objective.baseline(case)
     primals, tangents = ([_cpu(v) for v in vs] for vs in (case.primals, case.tangents))
     exact = _forward(case, primals, tangents)
     plain = _forward(case, primals, [None] * len(primals))

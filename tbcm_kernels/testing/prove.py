@@ -29,7 +29,7 @@ class Proof:
         dtype = str(self.dtype).removeprefix("torch.")
         result = f"{len(self.faults)} faults" if self.faults else "passed"
         return (
-            f"{self.op:<10} {self.impl:<10} {self.device:<5} {dtype:<9} {self.cases:>3} cases  "
+            f"{self.op:<16} {self.impl:<10} {self.device:<5} {dtype:<9} {self.cases:>3} cases  "
             f"{result}"
         )
 
@@ -77,5 +77,5 @@ def _faults(case: Case, impl: str) -> list[str]:
 def _unsteady(case: Case, impl: str) -> list[str]:
     """The faults of an implementation whose second run differs from its first."""
     pairs = zip(run(case, impl), run(case, impl), strict=True)
-    steady = all(a is b or torch.equal(a, b) for a, b in pairs)
+    steady = all(a is b or torch.allclose(a, b, 0, 0, equal_nan=True) for a, b in pairs)
     return [] if steady else [f"{case.op}[{case.name}] {impl}: two runs differ"]

@@ -1,0 +1,60 @@
+"""The C++ CPU kernels of trigflow (csrc/trigflow_cpu.cpp): allocates the outputs and calls them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tbcm_kernels import _C  # noqa: F401  (loading it registers the kernels)
+from tbcm_kernels._library import flat_samples, fresh, in_one_dtype
+
+
+def flow_input(
+    x: Tensor, t: Tensor, tx: Tensor | None, tt: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """See reference.flow_input."""
+    x_fm, t_fm = fresh(x), _fresh_floats(t)
+    tx_fm = None if tx is None and tt is None else fresh(x)
+    tt_fm = None if tt is None else _fresh_floats(t)
+    torch.ops.tbcm_cpu.trigflow_input(
+        flat_samples(x), _floats(t), flat_samples(tx), _floats(tt), flat_samples(x_fm), t_fm,
+        flat_samples(tx_fm), tt_fm,
+    )  # fmt: skip
+    return x_fm, t_fm.to(t.dtype), tx_fm, None if tt_fm is None else tt_fm.to(t.dtype)
+
+
+def flow_output(
+    v: Tensor, x: Tensor, t: Tensor, tv: Tensor | None, tx: Tensor | None, tt: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """See reference.flow_output."""
+    dtype = x.dtype
+    v, x, tv, tx = in_one_dtype(v, x, tv, tx)
+    out = fresh(x)
+    tout = None if tv is None and tx is None and tt is None else fresh(x)
+    torch.ops.tbcm_cpu.trigflow_output(
+        flat_samples(v), flat_samples(x), _floats(t), flat_samples(tv), flat_samples(tx),
+        _floats(tt), flat_samples(out), flat_samples(tout),
+    )  # fmt: skip
+    return out.to(dtype), None if tout is None else tout.to(dtype)
+
+
+def trajectory_step(
+    x: Tensor, out: Tensor, t: Tensor, s: Tensor, guidance: Tensor, sigma_data: float
+) -> tuple[Tensor, Tensor]:
+    """See reference.trajectory_step."""
+    dtype = x.dtype
+    x, out = in_one_dtype(x, out)
+    velocity, moved = fresh(x), fresh(x)
+    torch.ops.tbcm_cpu.trigflow_step(
+        flat_samples(x), flat_samples(out), _floats(t), _floats(s), _floats(guidance),
+        flat_samples(velocity), flat_samples(moved), sigma_data,
+    )  # fmt: skip
+    return velocity.to(dtype), moved.to(dtype)
+
+
+def _floats(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.to(torch.float32).contiguous()
+
+
+def _fresh_floats(t: Tensor) -> Tensor:
+    return torch.empty(t.shape, dtype=torch.float32)

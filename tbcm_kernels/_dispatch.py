@@ -16,22 +16,23 @@ from torch import Tensor
 
 from tbcm_kernels._dual import constant_under_compile
 
-IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "cuda", "cpu", "reference")
 _FAST_DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "cpu": (torch.float32, torch.bfloat16),
     "attention cpu": (torch.float32, torch.bfloat16, torch.float16),
 }
-_DEVICES = {"triton": "cuda", "cpu": "cpu"}
+_DEVICES = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu"}
 _ONLY_ASKED_FOR = {
     ("attention", "triton", torch.float32): "exact fp32 products spill registers; ask by impl",
 }
 """What "auto" leaves out, and why."""
 OPS: dict[str, tuple[str, ...]] = {
-    "adaln": ("triton", "cpu"),
+    "adaln": ("triton", "cuda", "cpu"),
     "rms_norm": ("triton", "cpu"),
     "attention": ("triton", "cpu"),
-    "conv_glu": ("cpu",),
+    "conv_glu": ("cuda", "cpu"),
     "linear": (),
 }
 """The accelerated implementations of each op; every op also has "reference"."""
@@ -40,13 +41,18 @@ OPS: dict[str, tuple[str, ...]] = {
 @functools.cache
 def missing(impl: str) -> str | None:
     """Why `impl` cannot run in this installation, in one clause; None where it can."""
-    if impl == "cpu":
+    if impl in ("cpu", "cuda"):
         try:
-            importlib.import_module("tbcm_kernels._C")
+            extension = importlib.import_module("tbcm_kernels._C")
         except ImportError as error:
             return (
                 f"the compiled extension is not there ({error}); install a C++ compiler and run "
                 f"pip install --no-build-isolation tbcm-kernels"
+            )
+        if impl == "cuda" and not hasattr(extension, "cuda"):
+            return (
+                "the compiled extension was built without CUDA; with nvcc on PATH run "
+                "TBCM_BUILD_CUDA=1 pip install --no-build-isolation tbcm-kernels"
             )
     if impl == "triton":
         try:

@@ -2,13 +2,17 @@
 
 `impl="auto"` takes the best one that can run the given tensors; where it must fall back to the
 plain PyTorch reference it says so once. An explicit `impl` runs that implementation or raises.
+"auto" takes a CUDA C++ kernel only where a GPU has passed all proofs with the same source, which
+proofs.json records (`python -m bench.proofs` makes it from the rows of such runs).
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import json
 import warnings
+from importlib.resources import files
 from types import ModuleType
 
 import torch
@@ -75,6 +79,26 @@ def refusal(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None:
     return missing(impl)
 
 
+@functools.cache
+def source(op: str) -> str:
+    """The op and the hash of its CUDA sources that the extension was built from."""
+    sources = importlib.import_module("tbcm_kernels._C").cuda.split()
+    return next(s for s in sources if s.startswith(f"{op}:"))
+
+
+@functools.cache
+def _unproved(op: str, impl: str) -> str | None:
+    """Why "auto" leaves out a CUDA C++ kernel that can run; None where it is proved."""
+    if impl != "cuda":
+        return None
+    if source(op) in json.loads(files("tbcm_kernels").joinpath("proofs.json").read_text()):
+        return None
+    return (
+        "its source has not passed on a GPU yet; `python -m tbcm_kernels.testing` tries it on "
+        'yours and impl="cuda" runs it'
+    )
+
+
 def choose(op: str, impl: str, x: Tensor) -> str:
     """The name of the implementation that runs `op` on tensors like x.
 
@@ -101,6 +125,7 @@ def _choice(op: str, impl: str, device: str, dtype: torch.dtype) -> tuple[str | 
     for candidate in OPS[op]:
         reason = refusal(op, candidate, device, dtype)
         reason = reason or _ONLY_ASKED_FOR.get((op, candidate, dtype))
+        reason = reason or _unproved(op, candidate)
         if device == _DEVICES[candidate] and reason is None:
             _notice_unproved(candidate)
             return candidate, "available"

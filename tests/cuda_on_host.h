@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <vector>
@@ -106,7 +107,11 @@ inline void run_block(int threads, bool reversed) {
 
 }  // namespace fibers
 
-inline void __syncthreads() { fibers::wait(int(blockDim.x)); }
+// WITHOUT_BARRIERS is the planted fault that the proofs must find.
+inline void __syncthreads() {
+  static const bool without = std::getenv("WITHOUT_BARRIERS") != nullptr;
+  if (!without) fibers::wait(int(blockDim.x));
+}
 
 inline float __shfl_xor_sync(unsigned, float v, int lanes) {
   const int me = fibers::current;

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Proof and timings on a machine with a GPU and no network: bench/gpu_check.sh [OUTDIR]
-# Needs PyTorch with CUDA and Triton; pytest for the tests, diffusers for the tests of fuse().
+# Needs PyTorch with CUDA, Triton and nvcc; pytest for the tests, diffusers for the tests of fuse().
 # OUTDIR (bench/results/<GPU>) gets a log of every step and the benchmark's rows, written as they come.
 # A step that fails does not stop the others; the exit code is then 1, and 2 without a GPU.
 # DEVICE=cpu tries the script itself on a machine without one. PYTHON chooses the interpreter.

@@ -22,6 +22,27 @@ TBCM_D void each(const F& f) {
   for (int i = 0; i < N; ++i) f(i);
 }
 
+// 2^x and 1 / x as the hardware has them: two units in the last place, and 0 for subnormal results.
+TBCM_D float quick_exp2(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+
+TBCM_D float quick_reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return x > 0x1p126f ? 0.f : 1.f / x;
+#endif
+}
+
 // Both sums over the threads of a block, in a fixed order; `partial` has a place for each warp.
 TBCM_D float2 block_sum(float2 v, float2* partial) {
 #pragma unroll

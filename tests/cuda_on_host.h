@@ -35,8 +35,6 @@ constexpr cudaError_t cudaSuccess = 0;
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 
 inline dim3 blockIdx, blockDim, threadIdx;
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __expf(float x) { return std::exp2(x * 1.44269504f); }
 
 namespace fibers {
 

@@ -18,7 +18,7 @@ from tbcm_kernels.testing.prove import proofs
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the proofs as they come, with the faults of those that fail; 1 where any does, or none ran."""
+    """Print the proofs as they come, with their faults; 1 where one has any or none could run."""
     parser = argparse.ArgumentParser("python -m tbcm_kernels.testing", description=__doc__)
     parser.add_argument("--impl", help="prove this implementation alone")
     parser.add_argument("--few", action="store_true", help="few shapes, as under a sanitizer")

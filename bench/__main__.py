@@ -8,24 +8,17 @@ same run.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import platform
-import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from bench import ops, timing
+from bench.environment import Row, environment, source_hash
 
-ROOT = Path(__file__).parents[1]
-Row = dict[str, Any]
 BASELINES = ("eager", "compile", "sdpa")
 
 
@@ -34,6 +27,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
     every = {"action": "append", "default": None}
     parser.add_argument("--op", choices=ops.OPS, help="op to time, repeatable (all)", **every)
+    impls = ops.IMPLEMENTATIONS
+    parser.add_argument("--impl", choices=impls, help="repeatable (all that can run)", **every)
     parser.add_argument("--shape", choices=ops.SHAPES, help="repeatable (digits)", **every)
     parser.add_argument("--batch", type=int, help="samples, in place of the shape's own")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
@@ -47,39 +42,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def environment(device: str, dtype: torch.dtype) -> Row:
-    """What a figure depends on besides the code."""
-    cuda = device == "cuda"
-    return {
-        "device": torch.cuda.get_device_name() if cuda else f"cpu {platform.machine()}",
-        "driver": _driver() if cuda else None,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "copy_gb_s": timing.copy_bandwidth(device) / 1e9,
-        "matmul_tflop_s": timing.matmul_peak(device, dtype) / 1e12,
-    }
-
-
-def source_hash(op: str) -> str:
-    """Twelve digits that change with the op's kernels."""
-    files = [*(ROOT / "tbcm_kernels" / op).glob("*.py"), *(ROOT / "csrc").glob("*")]
-    shared = [ROOT / "tbcm_kernels" / name for name in ("_triton.py", "_library.py")]
-    digest = hashlib.sha256()
-    for file in sorted(files) + shared:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
-
-
 def rows(op: str, name: str, args: argparse.Namespace) -> Iterator[Row]:
     """One row for each pass and variant of an op at a shape, or one that says what is wrong."""
     shape, dtype = ops.SHAPES[name], getattr(torch, args.dtype)
     shape = replace(shape, batch=args.batch or shape.batch)
     about = {"op": op, "shape": name, **asdict(shape), "dtype": args.dtype}
-    about["source"] = source_hash(op)
+    about["source"] = source_hash(ops.base(op))
     few = ops.checked(op, shape, dtype, args.device)
     right = []
-    for impl in ops.implementations(op, args.device, dtype):
+    for impl in ops.implementations(op, args.device, dtype, args.impl):
         if found := ops.wrong(few, impl):
             yield {**about, "variant": impl, "faults": found}
         else:
@@ -123,7 +94,7 @@ def timed(
 
 def line(row: Row) -> str:
     """A row for people."""
-    start = f"{row['op']:<9} {row['shape']:<15} {row['dtype']:<9}"
+    start = f"{row['op']:<21} {row['shape']:<15} {row['dtype']:<9}"
     if "faults" in row:
         return f"{start} {row['variant']} FAILS ITS CHECK: {row['faults'][0]}"
     share = f"{100 * row['gb_s'] / row['copy_gb_s']:>4.0f}% of copy"
@@ -154,20 +125,6 @@ def main(argv: list[str] | None = None) -> int:
                     if file:
                         print(json.dumps(row), file=file, flush=True)
     return int(failed)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _driver() -> str | None:
-    if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0] or None
 
 
 if __name__ == "__main__":

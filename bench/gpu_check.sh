@@ -82,6 +82,8 @@ if [[ $DEVICE == cuda ]]; then
     bench attention-1.6b --op attention --shape sana-1.6b-1024 --shape dit-xl-512
     bench 512 --shape sana-0.6b-512
     bench compiled --op adaln --op rms_norm --shape sana-0.6b-1024 --compile
+    big=(--layers 28 --batch 15 --dtype bfloat16 --seconds 20)
+    has diffusers && step bench-model 150 "$PYTHON" -m bench.model "${big[@]}" --json "$out/model.jsonl"
 fi
 bench digits --shape digits
 if has diffusers; then

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,18 +14,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tbcm_kernels
 from tbcm_kernels import _dispatch
-from tbcm_kernels.testing.cases import Case, attention_case
+from tbcm_kernels.testing.cases import Case, attention_case, op_case
 from tbcm_kernels.testing.check import check
 from tbcm_kernels.testing.compare import faults
 
 Function = Callable[..., Any]
+IMPLEMENTATIONS = _dispatch.IMPLEMENTATIONS[1:]
 PASSES = ("forward", "jvp", "backward", "through")
 """The value; value and tangent; the value's gradient; the gradient of both, for attention."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the residual stream [B, N, C] of a model in training, and of its attention."""
+    """Sizes of the residual stream [B, N, C] of a model in training, and of its attention.
+
+    Tokens are a square of pixels. Linear attention has heads of 32, as SANA's.
+    """
 
     batch: int
     tokens: int
@@ -64,6 +69,31 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
 
+def plain_conv_glu(a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GLUMBConv between its 1×1 convolutions, on the memory it has there: tokens seen as NCHW."""
+    side = math.isqrt(a.shape[1])
+    pixels = a.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    weight, bias = weight.to(a.dtype), bias.to(a.dtype)
+    values, gates = F.conv2d(F.silu(pixels), weight, bias, padding=1, groups=len(bias)).chunk(2, 1)
+    return values * F.silu(gates)
+
+
+def plain_linear_attention(q: Tensor, k: Tensor, v: Tensor, *norms: Tensor) -> Tensor:
+    """As diffusers' processor: fp32, tokens last, and a row of ones that sums the weights."""
+    dtype = q.dtype
+    if norms:
+        q, k = (_norm_of_heads(x, w) for x, w in zip((q, k), norms, strict=True))
+    q, k, v = F.relu(q).mT.float(), F.relu(k).float(), v.mT.float()
+    o = F.pad(v, (0, 0, 0, 1), value=1.0) @ k @ q
+    return (o[:, :, :-1] / (o[:, :, -1:] + 1e-15)).mT.to(dtype)
+
+
+def _norm_of_heads(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm over all heads, on tokens [B, N, C] as the model has them."""
+    rows = x.transpose(1, 2)
+    return plain_rms_norm(rows.flatten(2), weight).view(rows.shape).transpose(1, 2)
+
+
 @dataclass(frozen=True)
 class Op:
     """One op: its arguments, those that move, those that backward reads, and the eager form."""
@@ -71,18 +101,26 @@ class Op:
     arguments: str
     moving: str
     saved: str
-    options: dict[str, float]
     plain: Function
 
 
+QKV = "q k v"
+NORMED = f"{QKV} q_weight k_weight"
 OPS = {
-    "attention": Op("q k v", "q k v", "q k v", {}, plain_attention),
-    "adaln": Op(
-        "x h gate scale shift", "x h gate scale shift", "x h gate scale", {"eps": 1e-6}, plain_adaln
-    ),
-    "rms_norm": Op("x weight", "x", "x weight", {"eps": 1e-5}, plain_rms_norm),
-    "linear": Op("x weight bias", "x", "x weight", {}, F.linear),
+    "attention": Op(QKV, QKV, QKV, plain_attention),
+    "linear_attention": Op(QKV, QKV, NORMED, plain_linear_attention),
+    "linear_attention+norm": Op(NORMED, QKV, NORMED, plain_linear_attention),
+    "conv_glu": Op("a weight bias", "a", "a weight bias", plain_conv_glu),
+    "adaln": Op("x h gate scale shift", "x h gate scale shift", "x h gate scale", plain_adaln),
+    "rms_norm": Op("x weight", "x", "x weight", plain_rms_norm),
+    "linear": Op("x weight bias", "x", "x weight", F.linear),
 }
+"""What follows a plus is a variant of the op that stands before it."""
+
+
+def base(op: str) -> str:
+    """The op of the library that a variant belongs to."""
+    return op.partition("+")[0]
 
 
 def draw(op: str, shape: Shape, dtype: torch.dtype, device: str) -> Case:
@@ -90,20 +128,24 @@ def draw(op: str, shape: Shape, dtype: torch.dtype, device: str) -> Case:
     b, n, c = shape.batch, shape.tokens, shape.width
     if op == "attention":
         return _attention(shape, dtype, device, shape.heads)
-    sizes = {"x": (b, n, c), "h": (b, n, c), "bias": (c,)}
-    sizes["weight"] = (c, c) if op == "linear" else (c,)
-    names = OPS[op].arguments.split()
+    if op == "linear":
+        return _linear((b, n, c), dtype, device)
+    sizes = {
+        "conv_glu": (b, math.isqrt(n), math.isqrt(n), 5 * c // 2),
+        "linear_attention": (b, c // 32, n, n, 32, 32),
+    }
+    size = sizes.get(base(op), (b, n, c))
+    present, moving = OPS[op].arguments.split(), OPS[op].moving.split()
+    return op_case(base(op), size, dtype, device, present=present, moving=moving)
 
-    def random(name: str) -> Tensor:
-        narrow = name in ("x", "h") or op == "linear"
-        size = sizes.get(name, (b, 1, c))
-        return torch.randn(size, device=device, dtype=dtype if narrow else torch.float32)
 
-    moving = OPS[op].moving.split()
-    return Case(
-        op, str(shape), names, [random(a) for a in names],
-        [random(a) if a in moving else None for a in names], OPS[op].options,
-    )  # fmt: skip
+def _linear(size: tuple[int, int, int], dtype: torch.dtype, device: str) -> Case:
+    width = size[-1]
+    x, tx, weight, bias = (
+        torch.randn(s, dtype=dtype, device=device) for s in (size, size, (width, width), (width,))
+    )
+    names = ["x", "weight", "bias"]
+    return Case("linear", f"shape {size}", names, [x, weight, bias], [tx, None, None], {})
 
 
 def _attention(shape: Shape, dtype: torch.dtype, device: str, heads: int) -> Case:
@@ -127,18 +169,22 @@ def passes(op: str) -> tuple[str, ...]:
     return PASSES if op == "attention" else PASSES[:3]
 
 
-def implementations(op: str, device: str, dtype: torch.dtype) -> list[str]:
-    """The kernels that can run; the public function itself where the op has none."""
-    kernels = _dispatch.OPS[op]
-    if not kernels:
-        return ["pair"]
-    return [impl for impl in kernels if _dispatch.refusal(op, impl, device, dtype) is None]
+def implementations(
+    op: str, device: str, dtype: torch.dtype, asked: list[str] | None = None
+) -> list[str]:
+    """The kernels asked for, or all that can run; the function itself where the op has none."""
+    kernels = _dispatch.OPS[base(op)]
+    able = [k for k in kernels if _dispatch.refusal(base(op), k, device, dtype) is None]
+    return (asked or able) if kernels else ["pair"]
 
 
 def wrong(case: Case, impl: str) -> list[str]:
     """The gate: the faults of an implementation on such inputs; what has any is not timed."""
     if case.op != "linear":
-        return check(case, impl)
+        try:
+            return check(case, impl)
+        except ValueError as refusal:  # asked for by name, and cannot run here
+            return [str(refusal)]
     values = tbcm_kernels.linear_jvp(*case.primals, *case.tangents)
     x, weight, bias = (p.double() for p in case.primals)
     exact = (F.linear(x, weight, bias), F.linear(case.tangents[0].double(), weight))
@@ -152,11 +198,27 @@ def wrong(case: Case, impl: str) -> list[str]:
 
 def ours(case: Case, impl: str) -> tuple[Function, Function]:
     """The op and its `_jvp` form in one implementation."""
-    options = case.options if impl == "pair" else {**case.options, "impl": impl}
     op, jvp = (getattr(tbcm_kernels, name) for name in (case.op, f"{case.op}_jvp"))
-    if case.op == "attention":
-        options = {"impl": impl}
+    if case.op == "linear_attention":
+        return _with_norms(op, jvp, case, impl)
+    options = {} if impl == "pair" else {"impl": impl}
+    if case.op != "attention":
+        options |= case.options
     return lambda *p: op(*p, **options), lambda *p: jvp(*p, **options)
+
+
+def _with_norms(op: Function, jvp: Function, case: Case, impl: str) -> tuple[Function, Function]:
+    """Linear attention, whose norms are options: a weight with its eps each."""
+
+    def options(weights: Sequence[Tensor]) -> dict[str, Any]:
+        named = zip("qk", weights, strict=False)
+        return {f"{n}_norm": (w, case.options[f"{n}_eps"]) for n, w in named} | {"impl": impl}
+
+    def pair(*both: Tensor | None) -> Any:
+        primals, tangents = both[: len(both) // 2], both[len(both) // 2 :]
+        return jvp(*primals[:3], *tangents[:3], **options(primals[3:]))
+
+    return lambda q, k, v, *weights: op(q, k, v, **options(weights)), pair
 
 
 def peers(case: Case) -> dict[str, tuple[Function, Function | None]]:
@@ -215,13 +277,14 @@ def traffic(case: Case, what: str) -> int:
     """Bytes by count: every input read once, every output written once."""
     if case.op == "attention":
         return _attention_traffic(case, what)
-    named = dict(zip(case.arguments, case.primals, strict=True))
-    outputs = [named["x"], named["x"]] if case.op == "adaln" else [named["x"]]
+    first = case.primals[0].nbytes
+    outputs = {"adaln": 2 * first, "conv_glu": first // 2}.get(case.op, first)
     if what == "backward":
+        named = dict(zip(case.arguments, case.primals, strict=True))
         saved = [named[a] for a in OPS[case.op].saved.split()]
-        return _size([*outputs, *saved, *case.primals])
-    moved = [t for t in case.tangents if t is not None]
-    return _size([*case.primals, *outputs]) + (_size([*moved, *outputs]) if what == "jvp" else 0)
+        return outputs + _size(saved) + _size(case.primals)
+    pair = outputs + _size(case.tangents) if what == "jvp" else 0
+    return _size(case.primals) + outputs + pair
 
 
 def _attention_traffic(case: Case, what: str) -> int:
@@ -246,5 +309,5 @@ def operations(case: Case, what: str) -> int:
     return 2 * x.numel() * weight.shape[0] * (1 if what == "forward" else 2)
 
 
-def _size(values: Sequence[Tensor]) -> int:
-    return sum(v.nbytes for v in values)
+def _size(values: Sequence[Tensor | None]) -> int:
+    return sum(v.nbytes for v in values if v is not None)

@@ -34,10 +34,13 @@ def stopwatch(calls: list[Call], device: str) -> tuple[Callable[[], float], bool
 
     for _ in range(WARM_UP):
         sweep()
-    if device != "cuda":
-        return lambda: _clock(sweep) / len(calls), False
-    replay = _captured(sweep)
-    return lambda: _events(replay or sweep) / len(calls), replay is not None
+    replay = _captured(sweep) if device == "cuda" else None
+    return lambda: seconds(replay or sweep, device) / len(calls), replay is not None
+
+
+def seconds(call: Call, device: str) -> float:
+    """How long one call takes, its launches included."""
+    return _events(call) if device == "cuda" else _clock(call)
 
 
 def _clock(sweep: Call) -> float:

@@ -3,7 +3,6 @@
 #include <memory>
 
 #include "attention.h"
-#include "bindings.h"
 
 namespace tbcm::attention {
 namespace {
@@ -345,53 +344,6 @@ TBCM_INLINE void backward_tasks(const Backward& p, int64_t begin, int64_t end) {
 }
 
 TBCM_RUN_BEST(Backward, backward_tasks)
-
-Type type_of(const Tensor& x) {
-  using torch::headeronly::ScalarType;
-  return x.scalar_type() == ScalarType::BFloat16 ? Type::bf16 : x.scalar_type() == ScalarType::Half ? Type::f16 : Type::f32;
-}
-
-// [B, H, N, D], or [T, B, H, N, D]; the Python adapter has made the last stride 1.
-Operand operand(const Tensor& x) {
-  const int64_t d = x.dim() - 4;
-  return {pointer<char>(x), type_of(x), d ? x.stride(0) : 0, x.stride(d), x.stride(d + 1), x.stride(d + 2), x.size(d + 3)};
-}
-
-Operand operand(const Maybe& x) { return x ? operand(*x) : Operand{}; }
-
-// Fills the row statistics of an input's norm: r of each row, and mean(x tx) of each lane.
-void measure(Input& in, int64_t lanes, double eps) {
-  const int64_t heads = in.norm.all_heads ? 1 : in.heads, summed = in.norm.all_heads ? in.heads : 1;
-  const int64_t rows = in.batch * heads * in.tokens, width = in.x.width * summed;
-  in.norm.r.resize(rows);
-  in.norm.m.resize(in.tx ? lanes * rows : 0);
-  parallel(rows, width * (1 + lanes), [&](int64_t begin, int64_t end) {
-    float x[MAX_WIDTH], tx[MAX_WIDTH];
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t n = row % in.tokens, h = row / in.tokens % heads, b = row / in.tokens / heads;
-      for (int64_t l = -1; l < (in.tx ? lanes : 0); ++l) {
-        float total = 0;
-        for (int64_t s = 0; s < summed; ++s) {
-          read(x, in.x, in.x.offset(0, b, h + s, n));
-          if (l >= 0) read(tx, in.tx, in.tx.offset(l, b, h + s, n));
-          total += dot(x, l >= 0 ? tx : x, in.x.width);
-        }
-        if (l < 0) in.norm.r[row] = 1 / std::sqrt(total / width + float(eps));
-        else in.norm.m[l * rows + row] = total / width;
-      }
-    }
-  });
-}
-
-Input input(const Tensor& x, const Maybe& tx, const Maybe& weight, int64_t lanes, double eps) {
-  Input in{operand(x), operand(tx), x.size(1), x.size(2), x.size(0)};
-  if (weight) {
-    in.norm.weight = pointer<const float>(*weight);
-    in.norm.all_heads = weight->size(0) != x.size(3);
-    measure(in, lanes, eps);
-  }
-  return in;
-}
 
 void describe(Problem& p, const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& q_weight,
               const Maybe& k_weight, const Maybe& tq, const Maybe& tk, const Maybe& tv, const Maybe& mask,

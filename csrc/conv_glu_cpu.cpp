@@ -102,16 +102,21 @@ TBCM_INLINE void gradient_of_c(const Backward<T>& p, int64_t b, int64_t c, int64
     }
 }
 
-// gw[tap] = sum over pixels of gc[pixel] u[pixel + offset], gb = sum of gc, of one half.
+// gw[tap] = sum over pixels of gc[pixel] u[pixel + offset], gb = sum of gc, of one half. Rows are summed apart:
+// the rounding of a sum grows with the square root of its length.
 template <class T>
 TBCM_INLINE void gradient_of_taps(const Backward<T>& p, int64_t b, int64_t c, int64_t n, const Plane& u, const Plane& gc) {
   Lanes taps[9] = {}, total = {};
-  for (int64_t y = 0; y < p.height; ++y)
+  for (int64_t y = 0; y < p.height; ++y) {
+    Lanes row[9] = {}, row_total = {};
     for (int64_t x = 0; x < p.width; ++x) {
       const Lanes g = get(gc.at(y, x));
-      for (int64_t tap = 0; tap < 9; ++tap) taps[tap] += g * get(u.at(y + tap / 3 - 1, x + tap % 3 - 1));
-      total += g;
+      for (int64_t tap = 0; tap < 9; ++tap) row[tap] += g * get(u.at(y + tap / 3 - 1, x + tap % 3 - 1));
+      row_total += g;
     }
+    for (int64_t tap = 0; tap < 9; ++tap) taps[tap] += row[tap];
+    total += row_total;
+  }
   if (p.gweight)
     for (int64_t tap = 0; tap < 9; ++tap) put(p.gweight + (b * 9 + tap) * 2 * p.channels + c, taps[tap], n);
   if (p.gbias) put(p.gbias + b * 2 * p.channels + c, total, n);

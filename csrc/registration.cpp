@@ -26,6 +26,12 @@ void forward(Tensor a, Tensor weight, Maybe bias, Maybe ta, Tensor y, Maybe ty, 
 void backward(Tensor gy, Tensor a, Tensor weight, Maybe bias, Tensor ga, Maybe gweight, Maybe gbias, int64_t height,
               int64_t width);
 }  // namespace conv_glu
+namespace linear_attention {
+void forward(Tensor q, Tensor k, Tensor v, Maybe q_weight, Maybe k_weight, Maybe tq, Maybe tk, Maybe tv, Tensor o,
+             Maybe to, Tensor state, int64_t feature, double eps, double q_eps, double k_eps);
+void backward(Tensor go, Tensor q, Tensor k, Tensor v, Maybe q_weight, Maybe k_weight, Tensor state, Tensor gq,
+              Tensor gk, Tensor gv, int64_t feature, double eps, double q_eps, double k_eps);
+}  // namespace linear_attention
 namespace rms_norm {
 void forward(Tensor x, Maybe weight, Maybe tx, Maybe tweight, Tensor y, Maybe ty, double eps);
 void backward(Tensor gy, Tensor x, Maybe weight, Tensor gx, Maybe gweight, int64_t chunk, double eps);
@@ -56,6 +62,14 @@ STABLE_TORCH_LIBRARY(tbcm_cpu, m) {
       "conv_glu_backward(Tensor gy, Tensor a, Tensor weight, Tensor? bias, Tensor(a!) ga, Tensor(b!)? gweight, "
       "Tensor(c!)? gbias, int height, int width) -> ()");
   m.def(
+      "linear_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? tq, "
+      "Tensor? tk, Tensor? tv, Tensor(a!) o, Tensor(b!)? to, Tensor(c!) state, int feature, float eps, float q_eps, "
+      "float k_eps) -> ()");
+  m.def(
+      "linear_attention_backward(Tensor go, Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, "
+      "Tensor state, Tensor(a!) gq, Tensor(b!) gk, Tensor(c!) gv, int feature, float eps, float q_eps, float k_eps) "
+      "-> ()");
+  m.def(
       "rms_norm_forward(Tensor x, Tensor? weight, Tensor? tx, Tensor? tweight, Tensor(a!) y, Tensor(b!)? ty, "
       "float eps) -> ()");
   m.def(
@@ -70,6 +84,8 @@ STABLE_TORCH_LIBRARY_IMPL(tbcm_cpu, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&tbcm::attention::backward));
   m.impl("conv_glu_forward", TORCH_BOX(&tbcm::conv_glu::forward));
   m.impl("conv_glu_backward", TORCH_BOX(&tbcm::conv_glu::backward));
+  m.impl("linear_attention_forward", TORCH_BOX(&tbcm::linear_attention::forward));
+  m.impl("linear_attention_backward", TORCH_BOX(&tbcm::linear_attention::backward));
   m.impl("rms_norm_forward", TORCH_BOX(&tbcm::rms_norm::forward));
   m.impl("rms_norm_backward", TORCH_BOX(&tbcm::rms_norm::backward));
 }

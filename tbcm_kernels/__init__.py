@@ -2,7 +2,8 @@
 
 Each op comes twice: `op(...)` is a drop-in that is correct under `torch.func.jvp`, autograd and
 `torch.compile`; `op_jvp(...)` takes and returns explicit tangents. `fuse(model)` puts them into a
-model. Importing this package starts no CUDA context and compiles nothing.
+model, and `tbcm_kernels.modules` has the layers to build one from. Importing this package starts no
+CUDA context and compiles nothing.
 """
 
 from tbcm_kernels._dispatch import implementations
@@ -12,6 +13,7 @@ from tbcm_kernels.attention import attention, attention_jvp, merge_attention
 from tbcm_kernels.conv_glu import conv_glu, conv_glu_jvp
 from tbcm_kernels.fuse import Fused, fuse
 from tbcm_kernels.linear import linear, linear_jvp
+from tbcm_kernels.linear_attention import linear_attention, linear_attention_jvp
 from tbcm_kernels.processors import JVPAttnProcessor, JVPJointAttnProcessor
 from tbcm_kernels.rms_norm import rms_norm, rms_norm_jvp
 
@@ -28,6 +30,8 @@ __all__ = [
     "fuse",
     "implementations",
     "linear",
+    "linear_attention",
+    "linear_attention_jvp",
     "linear_jvp",
     "merge_attention",
     "rms_norm",

@@ -26,6 +26,7 @@ _FAST_DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "cpu": (torch.float32, torch.bfloat16),
     "attention cpu": (torch.float32, torch.bfloat16, torch.float16),
+    "linear_attention cpu": (torch.float32, torch.bfloat16, torch.float16),
 }
 _DEVICES = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu"}
 _ONLY_ASKED_FOR = {
@@ -36,6 +37,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "adaln": ("triton", "cuda", "cpu"),
     "rms_norm": ("triton", "cpu"),
     "attention": ("triton", "cpu"),
+    "linear_attention": ("cpu",),
     "conv_glu": ("cuda", "cpu"),
     "linear": (),
 }

@@ -69,16 +69,20 @@ def _refuse(name: str) -> Callable[..., Any]:
 def lane_by_lane(op: Callable[..., Any]) -> Callable[..., Any]:
     """vmap by one call per lane: correct for every op; a kernel that shares work replaces it."""
 
-    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        lanes = [
-            op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
+    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+        lanes = [op(*_lane(list(args), in_dims, i)) for i in range(info.batch_size)]
         if isinstance(lanes[0], Tensor):
             return torch.stack(lanes), 0
-        return tuple(map(torch.stack, zip(*lanes, strict=True))), (0,) * len(lanes[0])
+        stacked = type(lanes[0])(map(torch.stack, zip(*lanes, strict=True)))
+        return stacked, type(lanes[0])(0 for _ in stacked)
 
     return rule
+
+
+def _lane(values: Any, dims: Any, i: int) -> Any:
+    if isinstance(values, list):
+        return [_lane(v, d, i) for v, d in zip(values, dims, strict=True)]
+    return values if dims is None else values.select(dims, i)
 
 
 def absent(like: Tensor) -> Tensor:
@@ -105,6 +109,14 @@ def fresh_heads(like: Tensor, shape: Sequence[int]) -> Tensor:
     if like.stride(-2) > like.stride(-3):
         return like.new_empty((*lead, tokens, heads, width)).transpose(-3, -2)
     return like.new_empty((*lead, heads, tokens, width))
+
+
+def autocast(tensors: Sequence[Tensor | None], device: str) -> list[Tensor | None]:
+    """The tensors as PyTorch's autocast gives them to a matrix product."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype, cast = torch.get_autocast_dtype(device), (torch.float32, torch.bfloat16, torch.float16)
+    return [t.to(dtype) if t is not None and t.dtype in cast else t for t in tensors]
 
 
 def wide(x: Tensor | None) -> Tensor | None:

@@ -8,22 +8,27 @@ added by the `adaln` call that normalises the sum, across block borders too. Und
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from tbcm_kernels import _dual
+from tbcm_kernels import _dispatch, _dual
 from tbcm_kernels.adaln import adaln_jvp
 from tbcm_kernels.attention import attention_jvp
 from tbcm_kernels.attention.functional import MAX_HEAD_DIM
 from tbcm_kernels.conv_glu import conv_glu_jvp
-from tbcm_kernels.linear import linear_jvp
+from tbcm_kernels.linear import lean, linear_jvp
+from tbcm_kernels.linear_attention import linear_attention_jvp
 from tbcm_kernels.rms_norm import rms_norm_jvp
 
 Pair = tuple[Tensor, Tensor | None]
+Stream = tuple[Pair, Pair, Pair]
+"""x, and the h and gate of the residual γ h that is still to be added."""
 
 
 @dataclass
@@ -105,10 +110,10 @@ def forward(
     (i+1)·k − 1, and its keys and values are computed once. `Fused.encode_text` computes them ahead.
 
     Raises:
-        ValueError: attention_kwargs, controlnet_block_samples or gradient checkpointing in use, or
-            a batch or mask that does not fit the number of prompts.
+        ValueError: attention_kwargs or controlnet_block_samples in use, or a batch or mask that
+            does not fit the number of prompts.
     """
-    _refuse(self, attention_kwargs, controlnet_block_samples)
+    _refuse(attention_kwargs, controlnet_block_samples)
     _dual.guard_levels("fuse", "the stock model")
     masks = _text_masks(encoder_attention_mask, hidden_states)
     conditions = {} if guidance is None else {"guidance": guidance}
@@ -141,11 +146,10 @@ def _check_prompts(prompts: int, images: Tensor, mask: Tensor | None) -> None:
         )
 
 
-def _refuse(model: nn.Module, attention_kwargs: object, controlnet: object) -> None:
+def _refuse(attention_kwargs: object, controlnet: object) -> None:
     for name, used in (
         ("attention_kwargs", bool(attention_kwargs)),
         ("controlnet_block_samples", controlnet is not None),
-        ("gradient checkpointing", model.gradient_checkpointing and torch.is_grad_enabled()),
     ):
         if used:
             raise ValueError(f"fuse: {name} has no fused forward; undo() and use the stock model.")
@@ -156,19 +160,57 @@ def _trunk(
     embedded: Pair, grid: tuple[int, int],
 ) -> Pair:  # fmt: skip
     """Blocks, output norm and projection. A block's last residual waits for the next norm."""
-    h: Pair = (None, None)
-    gate: Pair = (None, None)
+    stream: Stream = (x, (None, None), (None, None))
+    run = _checkpointed if model.gradient_checkpointing and torch.is_grad_enabled() else _block
     for block, k, v in zip(model.transformer_blocks, text.keys, text.values, strict=True):
-        shift1, scale1, gate1, shift2, scale2, gate2 = _chunks(block.scale_shift_table, modulation)
-        x, y = _adaln(x, h, gate, scale1, shift1, block.norm1.eps)
-        x = _gated_sum(x, gate1, _self_attention(block.attn1, y))
-        context = _cross_attention(block.attn2, x, k, v, masks)
-        x, y = _adaln(x, context, (None, None), scale2, shift2, block.norm2.eps)
-        h, gate = _gated_conv(block.ff, y, grid), gate2
+        stream = run(block, stream, k, v, modulation, masks, grid)
     both = (embedded[0][:, None], None if embedded[1] is None else embedded[1][:, None])
     shift, scale = _chunks(model.scale_shift_table, both)
-    _, y = _adaln(x, h, gate, scale, shift, model.norm_out.norm.eps)
+    _, y = _adaln(*stream, scale, shift, model.norm_out.norm.eps)
     return _linear(model.proj_out, y)
+
+
+def _block(
+    block: nn.Module, stream: Stream, k: Pair, v: Pair, modulation: Pair,
+    masks: dict[str, Tensor], grid: tuple[int, int],
+) -> Stream:  # fmt: skip
+    shift1, scale1, gate1, shift2, scale2, gate2 = _chunks(block.scale_shift_table, modulation)
+    attn = block.attn1
+    x, y = _adaln(*stream, scale1, shift1, block.norm1.eps)
+    layers = (attn.to_q, attn.to_k, attn.to_v)
+    q, *kv = _after_adaln(layers, x, y, scale1, shift1, block.norm1.eps)
+    x = _gated_sum(x, gate1, _self_attention(attn, q, *kv), attn.to_out[0])
+    context = _cross_attention(block.attn2, x, k, v, masks)
+    x, y = _adaln(x, context, (None, None), scale2, shift2, block.norm2.eps)
+    layer = _as_linear(block.ff.conv_inverted)
+    (a,) = _after_adaln((layer,), x, y, scale2, shift2, block.norm2.eps)
+    return x, _gated_conv(block.ff, a, grid), gate2
+
+
+def _checkpointed(
+    block: nn.Module, stream: Stream, k: Pair, v: Pair, modulation: Pair,
+    masks: dict[str, Tensor], grid: tuple[int, int],
+) -> Stream:  # fmt: skip
+    """A block that runs again in backward. For a semi-gradient its tangents then stay out.
+
+    So they are no arguments of the checkpointed function, which would keep them until then.
+    """
+    primals, tangents = zip(*stream, k, v, modulation, strict=True)
+    first = [tangents]
+
+    def run(*primals: Tensor | None) -> tuple[Tensor | None, ...]:
+        *stream, k, v, modulation = zip(primals, take(), strict=True)
+        out = _block(block, tuple(stream), k, v, modulation, masks, grid)
+        return tuple(zip_pairs(*out))
+
+    def once() -> Sequence[Tensor | None]:
+        return first.pop() if first else (None,) * len(tangents)
+
+    # The compiler traces once and sees for itself what backward needs.
+    again = torch.compiler.is_compiling() or not _dual.tangent_gradient_stopped()
+    take = (lambda: tangents) if again else once
+    out = checkpoint(run, *primals, use_reentrant=False, preserve_rng_state=False)
+    return tuple(zip(out[:3], out[3:], strict=True))
 
 
 def _adaln(x: Pair, h: Pair, gate: Pair, scale: Pair, shift: Pair, eps: float) -> tuple[Pair, Pair]:
@@ -208,20 +250,27 @@ def _rows_of(embedding: Tensor | None, table: Tensor) -> Tensor | None:
     return None if embedding is None else embedding.reshape(len(embedding), -1, table.shape[1])
 
 
-def _gated_sum(x: Pair, gate: Pair, h: Pair) -> Pair:
-    """x + γ h and its tangent ẋ + γ̇ h + γ ḣ."""
-    dtype = x[0].dtype
-    out = torch.addcmul(x[0], gate[0].to(dtype), h[0].to(dtype))
+def _after_adaln(
+    layers: Sequence[nn.Linear | AsLinear], x: Pair, y: Pair, scale: Pair, shift: Pair, eps: float
+) -> list[Pair]:
+    """Each layer on y = LN(x)(1 + scale) + shift."""
+    if not lean.worth_it(x[0], y[1]):
+        return [_linear(layer, y) for layer in layers]
+    impl = _dispatch.choose("adaln", "auto", x[0])
+    return lean.of_adaln(y, x[0], scale[0], shift[0], eps, layers, impl)
+
+
+def _gated_sum(x: Pair, gate: Pair, o: Pair, layer: nn.Linear) -> Pair:
+    """x + γ (o Wᵀ + b) and its tangent."""
+    if lean.worth_it(x[0], x[1], gate[1], o[1]):
+        return lean.gated_sum(x, gate, o, layer)
+    h = _linear(layer, o)
+    out = torch.addcmul(x[0], gate[0].to(x[0].dtype), h[0].to(x[0].dtype))
     with _dual.tangent_scope():
-        terms = [x[1]] if x[1] is not None else []
-        if gate[1] is not None:
-            terms.append(gate[1].to(dtype) * h[0].to(dtype))
-        if h[1] is not None:
-            terms.append(gate[0].to(dtype) * h[1].to(dtype))
-        return out, sum(terms[1:], terms[0]) if terms else None
+        return out, lean.tangent_of_gated_sum(x[1], gate, h, out.dtype)
 
 
-def _linear(layer: nn.Linear, x: Pair) -> Pair:
+def _linear(layer: nn.Linear | AsLinear, x: Pair) -> Pair:
     return linear_jvp(x[0], layer.weight, layer.bias, x[1])
 
 
@@ -229,44 +278,15 @@ def _norm(layer: nn.Module | None, x: Pair) -> Pair:
     return x if layer is None else rms_norm_jvp(x[0], layer.weight, x[1], eps=layer.eps)
 
 
-def _self_attention(attn: nn.Module, x: Pair) -> Pair:
-    q = _norm(attn.norm_q, _linear(attn.to_q, x))
-    k = _norm(attn.norm_k, _linear(attn.to_k, x))
-    v = _linear(attn.to_v, x)
-    o = linear_attention(q, k, v, attn.heads, 1e-15)
-    return _linear(attn.to_out[0], tuple(None if t is None else t.to(v[0].dtype) for t in o))
-
-
-def linear_attention(q: Pair, k: Pair, v: Pair, heads: int, eps: float) -> Pair:
-    """ReLU linear attention in fp32 over pairs [B, N, H·D].
-
-    With q, k after ReLU: S = kᵀv, z = Σ k, o = (q S) / (q z + ε), and
-    ȯ = (q̇S + qṠ − o (q̇z + qż)) / (q z + ε),  Ṡ = k̇ᵀv + kᵀv̇,  ż = Σ k̇.
-    """
-    (q, tq), (k, tk), (v, tv) = (tuple(_heads(_float(t), heads) for t in p) for p in (q, k, v))
-    tq, tk = (None if t is None else t * (p > 0) for p, t in ((q, tq), (k, tk)))
-    q, k = F.relu(q), F.relu(k)
-    state, total = k.mT @ v, k.sum(-2).unsqueeze(-1)
-    scale = 1 / (q @ total + eps)
-    o = (q @ state) * scale
-    to = None
-    with _dual.tangent_scope():
-        if any(t is not None for t in (tq, tk, tv)):
-            numerator = denominator = 0
-            if tq is not None:
-                numerator, denominator = tq @ state, tq @ total
-            if tk is not None or tv is not None:
-                parts = [tk.mT @ v] if tk is not None else []
-                parts += [k.mT @ tv] if tv is not None else []
-                numerator = numerator + q @ sum(parts[1:], parts[0])
-            if tk is not None:
-                denominator = denominator + q @ tk.sum(-2).unsqueeze(-1)
-            to = _merge((numerator - o * denominator) * scale)
-    return _merge(o), to
-
-
-def _float(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float()
+def _self_attention(attn: nn.Module, *qkv: Pair) -> Pair:
+    """Before the projection of its output."""
+    heads = (tuple(_heads(t, attn.heads) for t in p) for p in qkv)
+    norms = {
+        f"{name}_norm": None if norm is None else (norm.weight, norm.eps)
+        for name, norm in (("q", attn.norm_q), ("k", attn.norm_k))
+    }
+    o = linear_attention_jvp(*zip_pairs(*heads), **norms)
+    return tuple(None if t is None else _merge(t) for t in o)
 
 
 def _heads(x: Tensor | None, heads: int) -> Tensor | None:
@@ -304,12 +324,25 @@ def _cross_attention(attn: nn.Module, x: Pair, k: Pair, v: Pair, masks: dict[str
     return _linear(attn.to_out[0], o)
 
 
-def _gated_conv(ff: nn.Module, x: Pair, grid: tuple[int, int]) -> Pair:
-    """GLUMBConv on tokens: a 1×1 convolution is a linear map on tokens, its weight [O, I, 1, 1]."""
-    a, ta = linear_jvp(x[0], ff.conv_inverted.weight.flatten(1), ff.conv_inverted.bias, x[1])
-    depth = ff.conv_depth
-    y, ty = conv_glu_jvp(a, depth.weight, depth.bias, ta, height=grid[0], width=grid[1])
-    return linear_jvp(y, ff.conv_point.weight.flatten(1), None, ty)
+def _gated_conv(ff: nn.Module, a: Pair, grid: tuple[int, int]) -> Pair:
+    """GLUMBConv behind its first convolution, on tokens."""
+    depth, weight = ff.conv_depth, _as_linear(ff.conv_point).weight
+    y = conv_glu_jvp(a[0], depth.weight, depth.bias, a[1], height=grid[0], width=grid[1])
+    if not lean.worth_it(a[0], y[1]):
+        return linear_jvp(y[0], weight, None, y[1])
+    impl = _dispatch.choose("conv_glu", "auto", a[0])
+    return lean.of_conv_glu(y, a[0], depth, grid, weight, impl)
+
+
+class AsLinear(NamedTuple):
+    """A 1×1 convolution as the linear map on tokens that it is."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def _as_linear(conv: nn.Conv2d) -> AsLinear:
+    return AsLinear(conv.weight.flatten(1), conv.bias)
 
 
 def _patch(model: nn.Module) -> int:

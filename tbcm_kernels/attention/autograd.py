@@ -9,16 +9,15 @@ from torch import Tensor
 
 from tbcm_kernels import _dispatch
 from tbcm_kernels._library import (
-    CHUNK,
     fresh_heads,
     lane_by_lane,
     or_none,
     present_or_absent,
     register,
 )
-from tbcm_kernels.attention import buffers, reference
+from tbcm_kernels.attention import buffers
 from tbcm_kernels.attention.reference import Setting
-from tbcm_kernels.rms_norm.autograd import rms_norm_backward
+from tbcm_kernels.rms_norm.autograd import through_norm
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, "
@@ -79,29 +78,12 @@ def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]
     gq, gk, gv, gtq, gtk, gtv = map(or_none, found, (True, True, True, *there))
     q, k, _, q_weight, k_weight, tq, tk, _ = inputs
     *_, q_eps, k_eps = ctx.rest
-    gq, gqw, gtq = _through_norm(gq, gtq, q, q_weight, tq, q_eps, ctx.impl)
+    gq, gqw, gtq = through_norm(gq, gtq, q, q_weight, tq, q_eps, ctx.impl)
     if k_weight is not None and masks[1] is not None:  # hidden keys may be NaN: keep them out
         hidden = ~masks[1][:, None, :, None]
         k, tk = (None if x is None else x.masked_fill(hidden, 0) for x in (k, tk))
-    gk, gkw, gtk = _through_norm(gk, gtk, k, k_weight, tk, k_eps, ctx.impl)
+    gk, gkw, gtk = through_norm(gk, gtk, k, k_weight, tk, k_eps, ctx.impl)
     return gq, gk, gv, gqw, gkw, gtq, gtk, gtv, *none
-
-
-def _through_norm(
-    gy: Tensor, gty: Tensor | None, x: Tensor, weight: Tensor | None, tx: Tensor | None,
-    eps: float, impl: str,
-) -> Sequence[Tensor | None]:  # fmt: skip
-    """Gradients of x, the weight and tx: the kernel of rms_norm, or its reference through tx."""
-    if weight is None:
-        return gy, None, gty
-    if gty is not None:
-        return reference.norm_backward(gy, gty, x, weight, tx, eps)
-    heads = reference.heads_of_norm(x, weight)
-    if _dispatch.refusal("rms_norm", impl, x.device.type, x.dtype) is not None:
-        impl = "reference"
-    rows = (reference.merge(t, heads) for t in (gy, x))
-    gx, gw = rms_norm_backward(*rows, weight, True, CHUNK, eps, impl)
-    return reference.split(gx, heads), gw.sum(0).to(weight.dtype), None
 
 
 def _backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:

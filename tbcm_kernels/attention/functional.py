@@ -9,12 +9,12 @@ from torch import Tensor
 
 from tbcm_kernels import _dispatch, _dual
 from tbcm_kernels._dual import describe
+from tbcm_kernels._library import autocast
 from tbcm_kernels.attention import reference
 from tbcm_kernels.attention.autograd import attention_op
 from tbcm_kernels.attention.reference import Setting
+from tbcm_kernels.rms_norm.heads import Norm, norm_argument
 
-Norm = tuple[Tensor, float]
-"""Weight and eps of an RMSNorm."""
 MAX_HEAD_DIM = 256
 _TRITON_THROUGH = 128
 
@@ -173,12 +173,14 @@ def _run(
     alignment: str, scale: float | None, enable_gqa: bool, impl: str,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """(o, lse, to, tlse) of checked and canonical arguments."""
-    primals, tangents = (_autocast(x, primals[0].device.type) for x in (primals, tangents))
+    primals, tangents = (autocast(x, primals[0].device.type) for x in (primals, tangents))
     _check(op, *primals, enable_gqa, exact=impl != "reference")
     squeeze = primals[0].ndim == 3
     q, k, v = (x.unsqueeze(1) for x in primals) if squeeze else primals
     tangents = [None if t is None else t.unsqueeze(1) if squeeze else t for t in tangents]
-    norms = [_norm(op, n, x, w) for n, x, w in (("q_norm", q, q_norm), ("k_norm", k, k_norm))]
+    norms = [
+        norm_argument(op, n, x, w) for n, x, w in (("q_norm", q, q_norm), ("k_norm", k, k_norm))
+    ]
     attn_mask, key_mask = _masks(op, q, k, attn_mask, key_mask, squeeze, impl)
     if alignment not in ("upper_left", "lower_right"):
         raise ValueError(
@@ -228,14 +230,6 @@ def _choose(
     return _dispatch.fall_back("attention", q.device.type, q.dtype, reason)
 
 
-def _autocast(tensors: Sequence[Tensor | None], device: str) -> list[Tensor | None]:
-    """PyTorch's attention casts its inputs under autocast, and so does this one."""
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype, cast = torch.get_autocast_dtype(device), (torch.float32, torch.bfloat16, torch.float16)
-    return [t.to(dtype) if t is not None and t.dtype in cast else t for t in tensors]
-
-
 def _check_dropout(dropout_p: float) -> None:
     if dropout_p:
         raise ValueError(f"attention: dropout_p must be 0, got {dropout_p}; it is not supported.")
@@ -279,23 +273,6 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool, exact: bo
                 f"{op}: the head dim of {name} must be a multiple of 8 up to {MAX_HEAD_DIM}, got "
                 f'{width}; pad it, or pass impl="reference".'
             )
-
-
-def _norm(op: str, name: str, x: Tensor, norm: Norm | None) -> tuple[Tensor | None, float]:
-    if norm is None:
-        return None, 0.0
-    paired = isinstance(norm, tuple | list) and len(norm) == 2 and isinstance(norm[1], float | int)
-    if not paired or not isinstance(norm[0], Tensor):
-        raise ValueError(f"{op}: {name} must be a pair (weight tensor, eps), got {norm!r:.80}.")
-    weight, eps = norm
-    widths = (x.shape[3], x.shape[1] * x.shape[3])
-    fits = weight.ndim == 1 and weight.shape[0] in widths and weight.is_floating_point()
-    if not fits or weight.device != x.device:
-        raise ValueError(
-            f"{op}: {name} must be (weight, eps) with a floating weight of {widths[0]} elements "
-            f"(each head alone) or {widths[1]} (all heads) on {x.device}, got {describe(weight)}."
-        )
-    return weight, float(eps)
 
 
 def _masks(

@@ -10,14 +10,13 @@ product, `store` that of an output; L and μ keep at least fp32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tbcm_kernels._library import Store, differentiate, wide
-from tbcm_kernels.rms_norm import reference as rms_norm
+from tbcm_kernels._library import Store, wide
+from tbcm_kernels.rms_norm.heads import normalized
 
 
 @dataclass(frozen=True)
@@ -133,46 +132,6 @@ def backward(
         )
     found = (scale * gq, scale * gk, gv, gtq, gtk, gtv)
     return tuple(None if g is None else store(g) for g in found)
-
-
-def normalized(
-    x: Tensor, weight: Tensor | None, tx: Tensor | None, eps: float, operand: Store
-) -> tuple[Tensor, Tensor | None]:
-    """RMSNorm of x [B, H, N, D] and its tangents, over all heads or each by the weight's width.
-
-    Without a weight it is the input.
-    """
-    x, tx = wide(x), wide(tx)
-    if weight is None:
-        return x, tx
-    heads = heads_of_norm(x, weight)
-    rows = (None if t is None else merge(t, heads) for t in (x, tx))
-    y, ty = rms_norm.forward(next(rows), wide(weight), next(rows), None, eps)
-    return tuple(None if t is None else operand(split(t, heads)) for t in (y, ty))
-
-
-def norm_backward(
-    gy: Tensor | None, gty: Tensor | None, x: Tensor, weight: Tensor, tx: Tensor | None, eps: float
-) -> Sequence[Tensor | None]:
-    """Gradients of x, the weight and tx from those of the normalised x and tx."""
-    return differentiate(
-        lambda x, w, tx: normalized(x, w, tx, eps, _exact), (x, weight, tx), (gy, gty)
-    )
-
-
-def heads_of_norm(x: Tensor, weight: Tensor) -> int:
-    """How many heads of x [B, H, N, D] make a row of a norm of this weight: all, or 1."""
-    return 1 if weight.shape[0] == x.shape[-1] else x.shape[1]
-
-
-def merge(x: Tensor, heads: int) -> Tensor:
-    """[..., H, N, D] as rows of all heads, or as it is where `heads` is 1."""
-    return x if heads == 1 else x.transpose(-3, -2).reshape(*x.shape[:-3], x.shape[-2], -1)
-
-
-def split(x: Tensor, heads: int) -> Tensor:
-    """The inverse of `merge`."""
-    return x if heads == 1 else x.reshape(*x.shape[:-1], heads, -1).transpose(-3, -2)
 
 
 def _exact(x: Tensor) -> Tensor:

@@ -63,17 +63,24 @@ def _pair(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     _check(x, weight, bias)
     _dual.check_tangents("linear_jvp", x=(x, tx), weight=(weight, tweight), bias=(bias, tbias))
-    y = F.linear(x, weight, bias)
+    y = _rows(x, weight, bias)
     with _dual.tangent_scope():
         terms = []
         if tx is not None:
-            terms.append(F.linear(tx, weight))
+            terms.append(_rows(tx, weight))
         if tweight is not None:
-            terms.append(F.linear(x, tweight))
+            terms.append(_rows(x, tweight))
         if tbias is not None:
             terms.append(tbias.expand_as(y))
         ty = sum(terms[1:], terms[0]) if terms else None
     return y, ty
+
+
+def _rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` on rows: on more dimensions it saves other tensors inside `torch.func.jvp` than
+    outside, and a checkpointed function would not find them again."""
+    y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

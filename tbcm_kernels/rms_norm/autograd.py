@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from tbcm_kernels import _dispatch
 from tbcm_kernels._library import CHUNK, absent, differentiate, present_or_absent, register
-from tbcm_kernels.rms_norm import reference
+from tbcm_kernels.rms_norm import heads, reference
 
 
 def _forward(
@@ -81,3 +82,20 @@ rms_norm_backward = register(
     "-> (Tensor, Tensor)",
     _backward_kernel, _backward_fake,
 )  # fmt: skip
+
+
+def through_norm(
+    gy: Tensor, gty: Tensor | None, x: Tensor, weight: Tensor | None, tx: Tensor | None,
+    eps: float, impl: str,
+) -> Sequence[Tensor | None]:  # fmt: skip
+    """`heads.norm_backward`, by the kernel where the tangent has no cotangent."""
+    if weight is None:
+        return gy, None, gty
+    if gty is not None:
+        return heads.norm_backward(gy, gty, x, weight, tx, eps)
+    count = heads.heads_of_norm(x, weight)
+    if _dispatch.refusal("rms_norm", impl, x.device.type, x.dtype) is not None:
+        impl = "reference"
+    rows = (heads.merge(t, count) for t in (gy, x))
+    gx, gw = rms_norm_backward(*rows, weight, True, CHUNK, eps, impl)
+    return heads.split(gx, count), gw.sum(0).to(weight.dtype), None

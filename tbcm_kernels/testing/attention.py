@@ -10,6 +10,7 @@ from torch import Tensor
 import tbcm_kernels
 from tbcm_kernels._library import Store
 from tbcm_kernels.attention import reference
+from tbcm_kernels.rms_norm.heads import norm_backward
 from tbcm_kernels.testing.cases import Case
 
 Values = list[Tensor | None]
@@ -144,12 +145,12 @@ def _backward(*arguments: object) -> Values:
     gq, gk, gv, gtq, gtk, gtv = grads
     gq_weight = gk_weight = None
     if q_weight is not None:
-        gq, gq_weight, gtq = reference.norm_backward(gq, gtq, q, q_weight, tq, EPS)
+        gq, gq_weight, gtq = norm_backward(gq, gtq, q, q_weight, tq, EPS)
     if k_weight is not None:
         if setting.key_mask is not None:  # hidden keys may be NaN
             hidden = ~setting.key_mask[:, None, :, None]
             k, tk = (None if x is None else x.masked_fill(hidden, 0) for x in (k, tk))
-        gk, gk_weight, gtk = reference.norm_backward(gk, gtk, k, k_weight, tk, EPS)
+        gk, gk_weight, gtk = norm_backward(gk, gtk, k, k_weight, tk, EPS)
     found = [gq, gk, gv, gq_weight, gk_weight, gtq, gtk, gtv]
     return [
         None if x is None else torch.zeros_like(x) if g is None else g

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of each argument, in the order of the op's arguments."""
-ACTIVATIONS = {"x", "h", "a"}
+ACTIVATIONS = {"x", "h", "a", "q", "k", "v"}
 
 
 @dataclass
@@ -49,9 +49,14 @@ def _plans(op: str, dtype: torch.dtype, few: bool) -> Iterator[tuple[str, Layout
     yield "values at 30", layout, options, {"value_scale": 30.0}
     yield "slices of larger buffers", layout, options, {"sliced": True}
     yield "tangents of none", layout, options, {"moving": ()}
-    for moving in layout:
+    for moving in _movable(op, layout):
         yield f"tangent of {moving}", layout, options, {"moving": (moving,)}
     yield from subsets(layout, options, dtype)
+
+
+def _movable(op: str, layout: Iterable[str]) -> list[str]:
+    """The arguments that may have a tangent: the attentions take none of their norms' weights."""
+    return [n for n in layout if op != "linear_attention" or not n.endswith("weight")]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -109,6 +114,38 @@ def _conv_glu_subsets(
     yield "no bias", layout, options, change
 
 
+def _linear_attention_layout(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Layout, dict]:
+    batch, heads, queries, keys, width, value_width = shape
+    layout = {
+        "q": ((batch, heads, queries, width), dtype),
+        "k": ((batch, heads, keys, width), dtype),
+        "v": ((batch, heads, keys, value_width), dtype),
+        "q_weight": ((heads * width,), _wide(dtype)),
+        "k_weight": ((heads * width,), _wide(dtype)),
+    }
+    return layout, {"feature_map": "relu", "eps": 1e-15, "q_eps": 1e-5, "k_eps": 1e-5}
+
+
+def _linear_attention_subsets(
+    layout: Layout, options: dict, dtype: torch.dtype
+) -> Iterator[tuple[str, Layout, dict, dict]]:
+    each = dict.fromkeys(("q_weight", "k_weight"), (layout["q"][0][-1:], _wide(dtype)))
+    yield "norm of each head", layout | each, options, {}
+    for names in ("q k v", "q k v q_weight", "q k v k_weight"):
+        yield f"inputs {names}", layout, options, {"present": names.split()}
+    for feature_map in ("elu+1", "identity"):
+        changed = options | {"feature_map": feature_map}
+        yield f"{feature_map}", layout, changed, {"positive": feature_map == "identity"}
+        plain = {"present": ["q", "k", "v"], "positive": feature_map == "identity"}
+        yield f"{feature_map}, no norm", layout, changed, plain
+    yield "eps 1e-8", layout, options | {"eps": 1e-8}, {}
+    yield "eps 1", layout, options | {"eps": 1.0}, {"order": "heads"}
+    for names in ("q k", "k v", "q v"):
+        yield f"tangents of {names}", layout, options, {"moving": names.split()}
+    for order in ("heads", "features", "shared"):
+        yield f"order of {order}", layout, options, {"order": order}
+
+
 ROWS = [
     (2, 3, 4), (2, 5, 48), (2, 15, 127), (1, 16, 128), (2, 17, 129), (1, 33, 320), (1, 2, 1152),
     (1, 2, 2240), (2, 150, 320), (3, 7, 31), (1, 1, 8), (2, 0, 16), (0, 4, 16),
@@ -129,6 +166,13 @@ HEADS = [
     (2, 2, 2, 0, 5, 16, 16), (2, 2, 1, 5, 0, 16, 16), (2, 2, 2, 3, 7, 256, 8),
 ]  # fmt: skip
 """(B, H, Hk, N, S, D, Dv): head dims of known models, ragged lengths, shared keys, nothing."""
+LINEAR_HEADS = [
+    (2, 2, 1, 1, 16, 16), (2, 2, 5, 7, 4, 12), (1, 3, 15, 15, 8, 8), (1, 4, 63, 63, 32, 32),
+    (2, 2, 65, 64, 32, 32), (1, 2, 28, 131, 16, 40), (1, 1, 33, 31, 64, 128),
+    (1, 2, 40, 17, 112, 7), (1, 1, 20, 300, 72, 72), (1, 1, 9, 70, 256, 256),
+    (2, 4, 257, 257, 32, 32), (0, 2, 4, 5, 8, 8), (2, 2, 0, 5, 8, 8), (2, 2, 5, 1, 8, 1),
+]  # fmt: skip
+"""(B, H, N, S, D, Dv): around a tile of tokens, widths that no vector divides, nothing."""
 SUBSETS = ["", "q", "k v", "k", "v", "q k", "q v"]
 VARIANTS: dict[str, dict[str, Any]] = {
     "tangents at 0.01": {"tangent_scale": 1e-2},
@@ -182,7 +226,16 @@ OPS: dict[str, tuple[list[tuple[int, ...]], Callable, Callable]] = {
     "adaln": (ROWS, _adaln_layout, _adaln_subsets),
     "rms_norm": (ROWS, _rms_norm_layout, _rms_norm_subsets),
     "conv_glu": (GRIDS, _conv_glu_layout, _conv_glu_subsets),
+    "linear_attention": (LINEAR_HEADS, _linear_attention_layout, _linear_attention_subsets),
 }
+
+
+def op_case(
+    op: str, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", **change: Any
+) -> Case:
+    """A call of another op at a shape as its list has them."""
+    layout, options = OPS[op][1](shape, dtype)
+    return _draw(op, f"shape {shape}", layout, options, device, **change)
 
 
 def attention_case(
@@ -260,20 +313,25 @@ def _mask(what: str, sizes: dict[str, int], dtype: torch.dtype, device: str) -> 
 def _draw(
     op: str, name: str, layout: Layout, options: dict, device: str, *,
     present: list[str] | None = None, moving: list[str] | None = None, sliced: bool = False,
-    tangent_scale: float = 1.0, value_scale: float = 1.0,
+    tangent_scale: float = 1.0, value_scale: float = 1.0, order: str = "", positive: bool = False,
 ) -> Case:  # fmt: skip
     present = list(layout) if present is None else present
-    moving = present if moving is None else moving
+    moving = _movable(op, present) if moving is None else moving
+    order = "sliced" if sliced else order or ("tokens" if op == "linear_attention" else "")
 
     def tensors(names: list[str], factor: Callable[[str], float]) -> list[Tensor | None]:
-        return [
-            _random(shape, dtype, device, factor(n), sliced and n in ACTIVATIONS)
-            if n in names
-            else None
+        drawn = [
+            _random(shape, dtype, device, factor(n), False) if n in names else None
             for n, (shape, dtype) in layout.items()
+        ]
+        return [
+            _ordered(x, order) if x is not None and n in ACTIVATIONS else x
+            for n, x in zip(layout, drawn, strict=True)
         ]
 
     primals = tensors(present, lambda n: value_scale if n in ACTIVATIONS else 1.0)
+    if positive:  # features that need no map
+        primals = [None if p is None else p.abs() for p in primals]
     tangents = tensors(moving, lambda _: tangent_scale)
     return Case(op, name, list(layout), primals, tangents, options)
 

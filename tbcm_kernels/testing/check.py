@@ -12,7 +12,7 @@ from torch import Tensor
 import tbcm_kernels
 from tbcm_kernels import _dispatch
 from tbcm_kernels._library import Store
-from tbcm_kernels.testing import attention
+from tbcm_kernels.testing import attention, linear_attention
 from tbcm_kernels.testing.cases import Case
 from tbcm_kernels.testing.compare import faults
 
@@ -44,12 +44,27 @@ def run(case: Case, impl: str) -> Values:
     """Outputs, tangents and gradients of one implementation."""
     if case.op == "attention":
         return attention.run(case, impl)
-    function = getattr(tbcm_kernels, f"{case.op}_jvp")
     with torch.no_grad():
-        pair = function(*case.primals, *case.tangents, **case.options, impl=impl)
+        pair = call(case, case.primals, case.tangents, impl)
     leaves = [None if p is None else p.detach().requires_grad_() for p in case.primals]
-    outputs = function(*leaves, **case.options, impl=impl)
+    outputs = call(case, leaves, [None] * len(leaves), impl)
     return [*pair, *_gradients(outputs, leaves, _cotangents(case, outputs))]
+
+
+def call(case: Case, primals: Values, tangents: Values, impl: str = "auto") -> Values:
+    """The op's `_jvp` function on such inputs, with the options of the case."""
+    if case.op == "linear_attention":
+        return linear_attention.call(case, primals, tangents, impl)
+    function = getattr(tbcm_kernels, f"{case.op}_jvp")
+    return list(function(*primals, *tangents, **case.options, impl=impl))
+
+
+def _forward(case: Case, primals: Values, tangents: Values) -> Values:
+    """The same from the reference."""
+    if case.op == "linear_attention":
+        return linear_attention.forward(case, primals, tangents)
+    outputs = _reference(case.op).forward(*primals, *tangents, **case.options)
+    return _complete(case, outputs, primals, tangents)
 
 
 def _names(case: Case) -> list[str]:
@@ -62,14 +77,10 @@ def _names(case: Case) -> list[str]:
 def _truth(case: Case) -> Values:
     if case.op == "attention":
         return attention.expected(case, attention.exact, attention.exact)
-    reference = _reference(case.op)
     primals, tangents = _doubles(case.primals), _doubles(case.tangents)
-    exact = _complete(
-        case, reference.forward(*primals, *tangents, **case.options), primals, tangents
-    )
+    exact = _forward(case, primals, tangents)
     leaves = [None if p is None else p.requires_grad_() for p in primals]
-    outputs = reference.forward(*leaves, *[None] * len(leaves), **case.options)
-    outputs = _complete(case, outputs, leaves, [None] * len(leaves))
+    outputs = _forward(case, leaves, [None] * len(leaves))
     return [*exact, *_gradients(outputs, leaves, _cotangents(case, outputs))]
 
 
@@ -81,22 +92,21 @@ def _baseline(case: Case, impl: str) -> Values:
     if case.op == "attention":
         values = attention.expected(case, _cpu, operand=_operand(case, impl))
         return [None if x is None else x.double() for x in values]
-    reference = _reference(case.op)
     primals, tangents = ([_cpu(v) for v in vs] for vs in (case.primals, case.tangents))
-    exact = _complete(
-        case, reference.forward(*primals, *tangents, **case.options), primals, tangents
-    )
-    plain = reference.forward(*primals, *[None] * len(primals), **case.options)
-    plain = _complete(case, plain, primals, [None] * len(primals))
-    grads = _backward(case, primals, plain, _cotangents(case, plain), reference)
+    exact = _forward(case, primals, tangents)
+    plain = _forward(case, primals, [None] * len(primals))
+    grads = _backward(case, primals, plain, _cotangents(case, plain), _reference(case.op))
     grads = [None if p is None else g.to(p.dtype) for g, p in zip(grads, case.primals, strict=True)]
     return [None if o is None else o.double() for o in (*exact, *grads)]
 
 
 def _noise(case: Case, truth: Values, impl: str) -> Values:
-    """Attention subtracts nearly equal numbers, which the other ops do not."""
+    """The attentions subtract nearly equal numbers, which the other ops do not."""
     if case.op == "attention":
         return attention.noise(case, truth, _operand(case, impl))
+    if case.op == "linear_attention":
+        cotangent = _cotangents(case, truth[:1])[0].cpu().double()
+        return linear_attention.noise(case, truth, cotangent)
     return [None] * len(truth)
 
 
@@ -125,6 +135,8 @@ def _backward(
         ga, gw, gb = reference.backward(cotangents[0], *primals, *needs, **case.options)
         gw = gw.sum(0).t().reshape(primals[1].shape)
         return [ga, gw, None if gb is None else gb.sum(0)]
+    if case.op == "linear_attention":
+        return linear_attention.backward(case, primals, cotangents[0])
     _, h, gate, scale, shift = primals
     needs = [m is not None for m in (gate, scale, shift)]
     gout = cotangents[0] if h is not None else None

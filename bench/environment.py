@@ -1,0 +1,56 @@
+"""What a figure depends on besides the shape: machine, versions, source."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import timing
+
+ROOT = Path(__file__).parents[1]
+Row = dict[str, Any]
+
+
+def environment(device: str, dtype: torch.dtype) -> Row:
+    """What a figure depends on besides the code."""
+    cuda = device == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"cpu {platform.machine()}",
+        "driver": _driver() if cuda else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "copy_gb_s": timing.copy_bandwidth(device) / 1e9,
+        "matmul_tflop_s": timing.matmul_peak(device, dtype) / 1e12,
+    }
+
+
+def source_hash(folder: str) -> str:
+    """Twelve digits that change with the kernels in a folder of the library, "**" for all."""
+    files = [*(ROOT / "tbcm_kernels").glob(f"{folder}/*.py"), *(ROOT / "csrc").glob("*")]
+    shared = [ROOT / "tbcm_kernels" / name for name in ("_triton.py", "_library.py")]
+    digest = hashlib.sha256()
+    for file in sorted(files) + shared:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0] or None

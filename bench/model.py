@@ -1,0 +1,233 @@
+"""`python -m bench.model`: a whole SANA transformer, fused against stock diffusers.
+
+Random weights at SANA's widths, fewer layers where asked. Timed are the value; value and tangent;
+and a student's step, which is a tangent and the gradient of the value: two passes of the stock
+model, one of the fused, both as the trainer has them. Where the models disagree nothing is timed.
+bfloat16 runs under autocast, as in training, and the casts of weights then count as saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import SanaTransformer2DModel
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import tbcm_kernels
+from bench import timing
+from bench.environment import Row, environment, source_hash
+from tbcm import objective
+
+HEADS = {"digits": (4, 4, 32), "sana-0.6b": (36, 16, 72), "sana-1.6b": (70, 20, 112)}
+"""Heads of linear attention, 32 wide each; heads of cross-attention and their width."""
+PASSES = ("forward", "jvp", "step")
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model's forward on inputs, and how it takes a step."""
+
+    model_forward: Callable[..., tuple[Tensor]]
+    pair: Callable[..., tuple[Tensor, Tensor]]
+    """Value with its graph and tangent, from `tbcm.objective`."""
+    weights: dict[str, Tensor]
+    inputs: list[Tensor]
+    """x, t, velocity, text, mask, guidance."""
+    dtype: torch.dtype
+
+    def net(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor, guidance: Tensor) -> Tensor:
+        """The model as `tbcm.objective` calls it."""
+        narrow = self.dtype != torch.float32
+        with torch.autocast(x.device.type, self.dtype) if narrow else nullcontext():
+            named = {"guidance": guidance, "encoder_attention_mask": mask, "return_dict": False}
+            return self.model_forward(x, text, t, **named)[0]
+
+    @torch.no_grad()
+    def forward(self) -> Tensor:
+        """The value."""
+        x, t, _, *condition = self.inputs
+        return self.net(x / objective.SIGMA_DATA, t, *condition)
+
+    @torch.no_grad()
+    def jvp(self) -> tuple[Tensor, Tensor]:
+        """Value and tangent along the trajectory."""
+        x, t, velocity, *condition = self.inputs
+        with sdpa_kernel(SDPBackend.MATH):  # the other backends have no forward-mode derivative
+            return torch.func.jvp(
+                lambda x, t: self.net(x, t, *condition), (x / objective.SIGMA_DATA, t),
+                objective.tangents(t, velocity),
+            )  # fmt: skip
+
+    def graph(self) -> tuple[Tensor, Tensor]:
+        """Value with its graph, and tangent."""
+        return self.pair(self.net, *self.inputs)
+
+    def step(self) -> list[Tensor]:
+        """Value, tangent and the gradients of Σ value · velocity."""
+        value, tangent = self.graph()
+        loss = (value * self.inputs[2]).sum()
+        return [value.detach(), tangent, *torch.autograd.grad(loss, list(self.weights.values()))]
+
+    def saved_bytes(self) -> int:
+        """What the graph keeps for backward, each storage once, weights not counted."""
+        packed = []
+
+        def pack(x: Tensor) -> Tensor:
+            x = x.detach()
+            packed.append(weakref.ref(x))
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            _graph = self.graph()
+        kept = [x for ref in packed if (x := ref()) is not None]  # not what only a tangent needed
+        sizes = {s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in kept)}
+        own = {p.untyped_storage().data_ptr() for p in self.weights.values()}
+        return sum(size for address, size in sizes.items() if address not in own)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser("python -m bench.model", description=__doc__)
+    parser.add_argument("--model", choices=HEADS, default="sana-0.6b")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--latent", type=int, default=32, help="side in pixels, a token each")
+    parser.add_argument("--text", type=int, default=300, help="tokens of a prompt")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--seconds", type=float, default=60.0, help="for all passes together")
+    parser.add_argument("--json", type=Path, help="file to append a JSON line to")
+    args = parser.parse_args(argv)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return args
+
+
+def students(args: argparse.Namespace) -> dict[str, Student]:
+    """One model with random weights as diffusers has it, and as `fuse` makes it."""
+    torch.manual_seed(0)
+    heads, cross_heads, cross_width = HEADS[args.model]
+    model = SanaTransformer2DModel(
+        num_attention_heads=heads, attention_head_dim=32, num_cross_attention_heads=cross_heads,
+        cross_attention_head_dim=cross_width, cross_attention_dim=32 * heads, caption_channels=2304,
+        num_layers=args.layers, mlp_ratio=2.5, patch_size=1, sample_size=args.latent,
+        qk_norm="rms_norm_across_heads", guidance_embeds=True,
+    ).to(args.device)  # fmt: skip
+    image = (args.batch, model.config.in_channels, args.latent, args.latent)
+    inputs = [
+        torch.randn(image), torch.linspace(0.4, 1.2, args.batch), torch.randn(image),
+        torch.randn(args.batch, args.text, 2304),
+        torch.ones(args.batch, args.text, dtype=torch.long), torch.full((args.batch,), 0.45),
+    ]  # fmt: skip
+    stock = Student(
+        model.forward, objective.two_passes, dict(model.named_parameters()),
+        [v.to(args.device) for v in inputs], getattr(torch, args.dtype),
+    )  # fmt: skip
+    fused = tbcm_kernels.fuse(model).model  # a forward of its own; the stock one stays callable
+    return {
+        "stock": stock,
+        "fused": replace(stock, model_forward=fused.forward, pair=objective.one_pass),
+    }
+
+
+def disagreement(stock: Student, fused: Student) -> list[str]:
+    """Where the fused model is further from the stock one in fp32 than rounding takes it.
+
+    That is TOLERANCE, or twice as far as the stock model itself is in the dtype that is timed.
+    """
+    few = [v[:2] for v in stock.inputs]
+    exact = replace(stock, dtype=torch.float32)
+    results = (replace(s, inputs=few).step() for s in (exact, stock, fused))
+    found = []
+    for name, e, s, f in zip(("value", "tangent", *stock.weights), *results, strict=True):
+        if e.ndim == 1:  # gradients of vectors may be zero but for rounding, as the keys' bias has
+            continue
+        limit = max(TOLERANCE, 2 * distance(s, e))
+        if not (off := distance(f, e)) <= limit:
+            found.append(f"{name}: off by {off:.3g} where {limit:.3g} is the limit")
+    return found
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖ / ‖b‖."""
+    return float((a - b).norm() / b.norm())
+
+
+def measure(models: dict[str, Student], args: argparse.Namespace) -> Row:
+    """Time and peak memory of every pass, all in turns, and what a step keeps for backward.
+
+    That is in units u = B · N · C numbers of the dtype, a tensor of the residual stream.
+    """
+    passes = {(m, what): getattr(s, what) for m, s in models.items() for what in PASSES}
+    peaks = {key: timing.peak_memory(call, args.device) for key, call in passes.items()}
+    clocks = {k: partial(timing.seconds, call, args.device) for k, call in passes.items()}
+    samples = timing.interleave(clocks, args.seconds)
+    width = 32 * HEADS[args.model][0]
+    unit = args.batch * args.latent**2 * width * models["stock"].dtype.itemsize
+    return {
+        name: {
+            **{
+                what: {**timing.summary(samples[name, what]), "peak_mb": peaks[name, what]}
+                for what in PASSES
+            },
+            "saved_u_per_block": student.saved_bytes() / unit / args.layers,
+            "rounds": len(samples[name, "step"]),
+        }
+        for name, student in models.items()
+    }
+
+
+def ratios(row: Row) -> Row:
+    """What the milestones are stated in."""
+    return {
+        "jvp_over_forward": {m: row[m]["jvp"]["us"] / row[m]["forward"]["us"] for m in row},
+        "step_speedup": row["stock"]["step"]["us"] / row["fused"]["step"]["us"],
+    }
+
+
+def report(row: Row) -> str:
+    """A row for people."""
+    lines = [f"{row['model']}, {row['layers']} layers, B = {row['batch']}, {row['dtype']}"]
+    for name in ("stock", "fused"):
+        for what in PASSES:
+            r = row[name][what]
+            spread = f"[{r['p20_us'] / 1e3:.1f}, {r['p80_us'] / 1e3:.1f}]"
+            peak = "" if r["peak_mb"] is None else f"  peak {r['peak_mb']:.0f} MiB"
+            lines.append(f"{name}  {what:<8} {r['us'] / 1e3:>9.1f} ms {spread}{peak}")
+        lines.append(
+            f"{name}  jvp / forward {row['jvp_over_forward'][name]:.2f}, saved for backward "
+            f"{row[name]['saved_u_per_block']:.1f} u per block"
+        )
+    return "\n".join([*lines, f"step x{row['step_speedup']:.2f}"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the figures and append them to a file; 1 where the models disagree."""
+    args = parse(argv)
+    models = students(args)
+    about = {k: v for k, v in vars(args).items() if k not in ("json", "seconds", "device")}
+    row = {**about, "source": source_hash("**")}
+    if found := disagreement(**models):
+        row["faults"] = found
+        print("The fused model is wrong here and is not timed.", *found, sep="\n")
+    else:
+        figures = measure(models, args)
+        row |= {**figures, **ratios(figures)} | environment(args.device, models["stock"].dtype)
+        print(report(row))
+    if args.json:
+        with args.json.open("a") as file:
+            print(json.dumps(row), file=file)
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,203 @@
+// Operands [B, H, N, D] of both attentions: read as fp32 rows of any element type, normalised on the way
+// from row statistics; and the tiles that they are read into.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "bindings.h"
+#include "gemm.h"
+
+namespace tbcm {
+
+constexpr int64_t MAX_WIDTH = 256;
+
+enum class Type { f32, bf16, f16 };
+
+// An operand [T, B, H, N, D] of any element type; tangents have T lanes, primals one.
+struct Operand {
+  char* data = nullptr;
+  Type type = Type::f32;
+  int64_t lane = 0, batch = 0, head = 0, token = 0, width = 0;  // strides in elements
+  explicit operator bool() const { return data != nullptr; }
+  TBCM_INLINE int64_t offset(int64_t l, int64_t b, int64_t h, int64_t n) const {
+    return l * lane + b * batch + h * head + n * token;
+  }
+};
+
+// Row `at` as floats, with zeros up to a whole number of lanes.
+TBCM_INLINE void read(float* dst, const Operand& x, int64_t at) {
+  switch (x.type) {
+    case Type::f32: load(dst, reinterpret_cast<const float*>(x.data) + at, x.width); break;
+    case Type::bf16: load(dst, reinterpret_cast<const bfloat16*>(x.data) + at, x.width); break;
+    case Type::f16: load(dst, reinterpret_cast<const float16*>(x.data) + at, x.width); break;
+  }
+  for (int64_t d = x.width; d < round_up(x.width, LANES); ++d) dst[d] = 0;
+}
+
+template <class T>
+TBCM_INLINE void write_as(T* dst, const float* src, float factor, int64_t n) {
+#pragma omp simd
+  for (int64_t d = 0; d < n; ++d) narrow(src[d] * factor, &dst[d]);
+}
+
+TBCM_INLINE void write(const Operand& x, int64_t at, const float* src, float factor) {
+  switch (x.type) {
+    case Type::f32: write_as(reinterpret_cast<float*>(x.data) + at, src, factor, x.width); break;
+    case Type::bf16: write_as(reinterpret_cast<bfloat16*>(x.data) + at, src, factor, x.width); break;
+    case Type::f16: write_as(reinterpret_cast<float16*>(x.data) + at, src, factor, x.width); break;
+  }
+}
+
+// RMSNorm of the rows of an operand, by each head or over all: r, and m = mean(x tx) of each lane.
+struct Norm {
+  const float* weight = nullptr;  // [D], or [H, D] over all heads
+  bool all_heads = false;
+  std::vector<float> r, m;  // [B, H or 1, N] and [T, B, H or 1, N]
+};
+
+// A primal and its tangents as the products read them: normalised, zero where hidden.
+struct Input {
+  Operand x, tx;
+  int64_t heads = 0, tokens = 0, batch = 0;
+  const uint8_t* seen = nullptr;  // [B, N], or null: all
+  Norm norm;
+
+  TBCM_INLINE int64_t statistic(int64_t l, int64_t b, int64_t h, int64_t n) const {
+    return norm.all_heads ? (l * batch + b) * tokens + n : ((l * batch + b) * heads + h) * tokens + n;
+  }
+  TBCM_INLINE int64_t padded() const { return round_up(x.width, LANES); }
+
+  TBCM_INLINE bool clear(float* dst, int64_t b, int64_t n) const {
+    if (n < tokens && !(seen && !seen[b * tokens + n])) return false;
+    for (int64_t d = 0; d < padded(); ++d) dst[d] = 0;
+    return true;
+  }
+
+  TBCM_INLINE void normalize(float* dst, int64_t b, int64_t h, int64_t n) const {
+    if (!norm.weight) return;
+    const float* w = norm.weight + (norm.all_heads ? h * x.width : 0);
+    const float r = norm.r[statistic(0, b, h, n)];
+    for (int64_t d = 0; d < x.width; ++d) dst[d] *= w[d] * r;
+  }
+
+  // Row n of the primal; n may lie beyond the end.
+  TBCM_INLINE void primal(float* dst, int64_t b, int64_t h, int64_t n) const {
+    if (clear(dst, b, n)) return;
+    read(dst, x, x.offset(0, b, h, n));
+    normalize(dst, b, h, n);
+  }
+
+  // Row n of a lane of the tangent: w r (tx - x r^2 m) where there is a norm.
+  TBCM_INLINE void tangent(float* dst, int64_t l, int64_t b, int64_t h, int64_t n) const {
+    if (clear(dst, b, n)) return;
+    read(dst, tx, tx.offset(l, b, h, n));
+    if (norm.weight) {
+      float row[MAX_WIDTH];
+      read(row, x, x.offset(0, b, h, n));
+      const float r = norm.r[statistic(0, b, h, n)], drift = r * r * norm.m[statistic(l, b, h, n)];
+      for (int64_t d = 0; d < x.width; ++d) dst[d] -= row[d] * drift;
+    }
+    normalize(dst, b, h, n);
+  }
+
+  TBCM_INLINE void row(float* dst, bool moving, int64_t l, int64_t b, int64_t h, int64_t n) const {
+    if (moving) tangent(dst, l, b, h, n);
+    else primal(dst, b, h, n);
+  }
+};
+
+// Consecutive pieces of a thread's scratch, each on a cache line.
+struct Arena {
+  float* at;
+  TBCM_INLINE float* take(int64_t floats) {
+    float* piece = at;
+    at += round_up(floats, LANES);
+    return piece;
+  }
+  static float* begin(int64_t floats) {
+    const auto address = reinterpret_cast<uintptr_t>(scratch(floats + LANES));
+    return reinterpret_cast<float*>((address + 63) / 64 * 64);
+  }
+};
+
+struct Piece {
+  float** pointer;
+  int64_t floats;
+};
+
+// The sum of all sizes; with an arena, points to the pieces too.
+template <int count>
+TBCM_INLINE int64_t take(Arena* arena, const Piece (&pieces)[count]) {
+  int64_t total = 0;
+  for (const Piece& piece : pieces) {
+    total += round_up(piece.floats, LANES);
+    if (arena) *piece.pointer = arena->take(piece.floats);
+  }
+  return total;
+}
+
+// In fp64: D = G.O is subtracted from GV', which is nearly the same where few keys are seen.
+TBCM_INLINE float dot(const float* a, const float* b, int64_t n) {
+  double total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t j = 0; j < n; ++j) total += double(a[j]) * b[j];
+  return float(total);
+}
+
+TBCM_INLINE void zero(float* x, int64_t n) { std::memset(x, 0, n * sizeof(float)); }
+
+TBCM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline Type type_of(const Tensor& x) {
+  using torch::headeronly::ScalarType;
+  return x.scalar_type() == ScalarType::BFloat16 ? Type::bf16 : x.scalar_type() == ScalarType::Half ? Type::f16 : Type::f32;
+}
+
+// [B, H, N, D], or [T, B, H, N, D]; the Python adapter has made the last stride 1.
+inline Operand operand(const Tensor& x) {
+  const int64_t d = x.dim() - 4;
+  return {pointer<char>(x), type_of(x), d ? x.stride(0) : 0, x.stride(d), x.stride(d + 1), x.stride(d + 2), x.size(d + 3)};
+}
+
+inline Operand operand(const Maybe& x) { return x ? operand(*x) : Operand{}; }
+
+// The row statistics of an input's norm: r of each row, and mean(x tx) of each lane, for some rows.
+TBCM_CLONES static void measure_rows(Input& in, int64_t lanes, float eps, int64_t begin, int64_t end) {
+  const int64_t heads = in.norm.all_heads ? 1 : in.heads, summed = in.norm.all_heads ? in.heads : 1;
+  const int64_t rows = in.batch * heads * in.tokens, width = in.x.width * summed;
+  float x[MAX_WIDTH], tx[MAX_WIDTH];
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t n = row % in.tokens, h = row / in.tokens % heads, b = row / in.tokens / heads;
+    for (int64_t l = -1; l < (in.tx ? lanes : 0); ++l) {
+      float total = 0;
+      for (int64_t s = 0; s < summed; ++s) {
+        read(x, in.x, in.x.offset(0, b, h + s, n));
+        if (l >= 0) read(tx, in.tx, in.tx.offset(l, b, h + s, n));
+        total += dot(x, l >= 0 ? tx : x, in.x.width);
+      }
+      if (l < 0) in.norm.r[row] = 1 / __builtin_sqrtf(total / float(width) + eps);
+      else in.norm.m[l * rows + row] = total / float(width);
+    }
+  }
+}
+
+inline void measure(Input& in, int64_t lanes, double eps) {
+  const int64_t rows = in.batch * (in.norm.all_heads ? 1 : in.heads) * in.tokens;
+  in.norm.r.resize(rows);
+  in.norm.m.resize(in.tx ? lanes * rows : 0);
+  const int64_t cost = in.x.width * (in.norm.all_heads ? in.heads : 1) * (1 + lanes);
+  parallel(rows, cost, [&](int64_t begin, int64_t end) { measure_rows(in, lanes, float(eps), begin, end); });
+}
+
+inline Input input(const Tensor& x, const Maybe& tx, const Maybe& weight, int64_t lanes, double eps) {
+  Input in{operand(x), operand(tx), x.size(1), x.size(2), x.size(0)};
+  if (weight) {
+    in.norm.weight = pointer<const float>(*weight);
+    in.norm.all_heads = weight->size(0) != x.size(3);
+    measure(in, lanes, eps);
+  }
+  return in;
+}
+
+}  // namespace tbcm

@@ -1,0 +1,257 @@
+"""Linear maps inside a fused block that save for backward only what the block holds anyway.
+
+`F.linear` keeps its input for the gradient of its weight. Here that input is computed again in
+backward, by the memory-bound kernel that made it, from tensors that the kernel has saved already:
+
+    of_adaln       y = LN(x)(1 + scale) + shift      keeps x, not y
+    of_conv_glu    y = conv_glu(a)                   keeps a, not y
+    gated_sum      x + γ (o Wᵀ + b)                  keeps o, not h = o Wᵀ + b
+
+The last needs h for the gradient of the gate, γ [B, 1, C]. With M = gᵀo of one sample, the product
+that the weight's gradient is a sum of, no h is needed:
+
+    gW = Σ_B γ ∘ M      gγ = rowsum(W ∘ M) + b ∘ Σ_N g
+
+Tangents are computed without a graph: these functions are for the semi-gradient, and for no
+tangents at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tbcm_kernels import _dual
+from tbcm_kernels._library import autocast, register
+from tbcm_kernels.adaln.autograd import adaln_op
+from tbcm_kernels.conv_glu.autograd import conv_glu_op
+
+Pair = tuple[Tensor, Tensor | None]
+LONG = 256
+"""Tokens per sample from which activations are worth computing again."""
+
+
+def worth_it(x: Tensor, *tangents: Tensor | None) -> bool:
+    """Whether x [B, N, C] is long, something is saved for it, and its tangents need no graph."""
+    if x.shape[1] < LONG or not torch.is_grad_enabled():
+        return False
+    return _dual.tangent_gradient_stopped() or not _dual.present(tangents)
+
+
+def of_adaln(
+    y: Pair, x: Tensor, scale: Tensor, shift: Tensor, eps: float, layers: Sequence[nn.Linear],
+    impl: str,
+) -> list[Pair]:  # fmt: skip
+    """Each layer on y = LN(x)(1 + scale) + shift, for y made by `adaln` in the implementation."""
+    weights, biases = _parameters(layers, y[0])
+    values = linear_of_adaln(_like(y[0], weights), x, scale, shift, eps, weights, biases, impl)
+    return _with_tangents(values, y[1], weights)
+
+
+def of_conv_glu(
+    y: Pair, a: Tensor, depth: nn.Conv2d, grid: tuple[int, int], weight: Tensor, impl: str
+) -> Pair:
+    """y Wᵀ for y = conv_glu(a) in the implementation."""
+    (weight,) = autocast((weight,), y[0].device.type)
+    value = linear_of_conv_glu(
+        _like(y[0], [weight]), a, depth.weight, depth.bias, *grid, weight, impl
+    )
+    return _with_tangents([value], y[1], [weight])[0]
+
+
+def gated_sum(x: Pair, gate: Pair, o: Pair, layer: nn.Linear) -> Pair:
+    """x + γ (o Wᵀ + b) and its tangent, for a gate γ [B, 1, C]."""
+    weights, biases = _parameters([layer], o[0])
+    out, h = gated_linear(x[0], gate[0], _like(o[0], weights), weights[0], *(biases or [None]))
+    with torch.no_grad():
+        th = None if o[1] is None else F.linear(_like(o[1], weights), weights[0])
+        return out, tangent_of_gated_sum(x[1], gate, (h, th), out.dtype)
+
+
+def tangent_of_gated_sum(tx: Tensor | None, gate: Pair, h: Pair, dtype: torch.dtype) -> Any:
+    """ẋ + γ̇ h + γ ḣ."""
+    terms = [] if tx is None else [tx]
+    if gate[1] is not None:
+        terms.append(gate[1].to(dtype) * h[0].to(dtype))
+    if h[1] is not None:
+        terms.append(gate[0].to(dtype) * h[1].to(dtype))
+    return sum(terms[1:], terms[0]) if terms else None
+
+
+def _parameters(layers: Sequence[nn.Linear], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights, and the biases if there are any, as autocast has them."""
+    device = x.device.type
+    weights = autocast([layer.weight for layer in layers], device)
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return weights, autocast(biases, device)
+
+
+def _like(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    return x.to(weights[0].dtype) if torch.is_autocast_enabled(x.device.type) else x
+
+
+def _with_tangents(values: Sequence[Tensor], ty: Tensor | None, weights: Sequence[Tensor]) -> Any:
+    if ty is None:
+        return [(v, None) for v in values]
+    with torch.no_grad():
+        ty = _like(ty, weights)
+        return [(v, F.linear(ty, w)) for v, w in zip(values, weights, strict=True)]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.flatten(0, -2)
+
+
+def _linears(y: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
+    return [F.linear(y, w, biases[i] if biases else None) for i, w in enumerate(weights)]
+
+
+def _through_linears(
+    grads: Sequence[Tensor | None], weights: Sequence[Tensor], needs: tuple[bool, Any, Any],
+    again: Callable[[], Tensor],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:  # fmt: skip
+    """Gradients of y, of the weights and of the biases; `again` gives y."""
+    need_y, need_weights, need_biases = needs
+    gy = None
+    for g, w in zip(grads, weights, strict=True):
+        if g is not None and need_y:
+            gy = _rows(g) @ w if gy is None else torch.addmm(gy, _rows(g), w)
+    y = _rows(again()) if any(need_weights) else None
+    gws = [
+        _rows(g).mT @ y if g is not None and n else None
+        for g, n in zip(grads, need_weights, strict=True)
+    ]
+    gbs = [
+        _rows(g).sum(0) if g is not None and n else None
+        for g, n in zip(grads, need_biases, strict=False)
+    ]
+    return gy, gws, gbs
+
+
+def _adaln_forward(
+    y: Tensor, x: Tensor, scale: Tensor, shift: Tensor, eps: float, weights: list[Tensor],
+    biases: list[Tensor], impl: str,
+) -> list[Tensor]:  # fmt: skip
+    return _linears(y, weights, biases)
+
+
+def _adaln_fake(
+    y: Tensor, x: Tensor, scale: Tensor, shift: Tensor, eps: float, weights: list[Tensor],
+    biases: list[Tensor], impl: str,
+) -> list[Tensor]:  # fmt: skip
+    return [y.new_empty((*y.shape[:-1], w.shape[0])) for w in weights]
+
+
+def _adaln_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    y, x, scale, shift, ctx.eps, weights, _, ctx.impl = inputs
+    ctx.set_materialize_grads(False)
+    ctx.dtype, ctx.shape = y.dtype, y.shape
+    ctx.save_for_backward(x, scale, shift, *weights)
+
+
+def _adaln_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    x, scale, shift, *weights = ctx.saved_tensors
+
+    def again() -> Tensor:
+        nothing = [None] * 5
+        op = adaln_op(x, None, None, scale, shift, *nothing, ctx.eps, False, ctx.impl)
+        return op[1].to(ctx.dtype)
+
+    needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:7])
+    gy, gws, gbs = _through_linears(grads, weights, needs, again)
+    gy = None if gy is None else gy.view(ctx.shape)
+    return gy, None, None, None, None, gws, gbs, None
+
+
+linear_of_adaln = register(
+    "linear_of_adaln",
+    "(Tensor y, Tensor x, Tensor scale, Tensor shift, float eps, Tensor[] weights, "
+    "Tensor[] biases, str impl) -> Tensor[]",
+    _adaln_forward, _adaln_fake, _adaln_setup, _adaln_backward,
+)  # fmt: skip
+
+
+def _conv_forward(y: Tensor, *rest: Any) -> Tensor:
+    return F.linear(y, rest[-2])
+
+
+def _conv_fake(y: Tensor, *rest: Any) -> Tensor:
+    return y.new_empty((*y.shape[:-1], rest[-2].shape[0]))
+
+
+def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, a, depth, bias, height, width, weight, ctx.impl = inputs
+    ctx.dtype, ctx.shape, ctx.grid = y.dtype, y.shape, (height, width)
+    ctx.save_for_backward(a, depth, bias, weight)
+
+
+def _conv_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    a, depth, bias, weight = ctx.saved_tensors
+
+    def again() -> Tensor:
+        op = conv_glu_op(a, depth, bias, None, None, None, *ctx.grid, False, ctx.impl)
+        return op[0].to(ctx.dtype)
+
+    needs = (ctx.needs_input_grad[0], [ctx.needs_input_grad[6]], [])
+    gy, (gw,), _ = _through_linears([g], [weight], needs, again)
+    gy = None if gy is None else gy.view(ctx.shape)
+    return gy, None, None, None, None, None, gw, None
+
+
+linear_of_conv_glu = register(
+    "linear_of_conv_glu",
+    "(Tensor y, Tensor a, Tensor depth, Tensor? bias, int height, int width, Tensor weight, "
+    "str impl) -> Tensor",
+    _conv_forward, _conv_fake, _conv_setup, _conv_backward,
+)  # fmt: skip
+
+
+def _gated_forward(
+    x: Tensor, gate: Tensor, o: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    h = F.linear(o, weight, bias)
+    return torch.addcmul(x, gate.to(x.dtype), h.to(x.dtype)), h
+
+
+def _gated_fake(
+    x: Tensor, gate: Tensor, o: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), o.new_empty((*o.shape[:-1], weight.shape[0]))
+
+
+def _gated_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, gate, o, weight, bias = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(gate, o, weight, bias)
+
+
+def _gated_backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if g is None:
+        return (None,) * 5
+    gate, o, weight, bias = ctx.saved_tensors
+    _, need_gate, need_o, need_weight, need_bias = ctx.needs_input_grad
+    narrow = g.to(o.dtype)
+    scaled = narrow * gate.to(o.dtype)
+    go = scaled @ weight if need_o else None
+    gb = _rows(scaled).sum(0) if need_bias else None
+    if not (need_gate or need_weight):
+        return g, None, go, None, gb
+    gates, gw = [], 0
+    for one, row, tokens in zip(narrow, gate.flatten(0, 1), o, strict=True):
+        m = one.mT @ tokens
+        gw = gw + row.unsqueeze(1) * m
+        of_bias = 0 if bias is None else bias * one.sum(0)
+        gates.append((weight * m).sum(1) + of_bias)
+    ggate = torch.stack(gates).view(gate.shape).to(gate.dtype)
+    return g, ggate, go, gw.to(weight.dtype), gb
+
+
+gated_linear = register(
+    "gated_linear",
+    "(Tensor x, Tensor gate, Tensor o, Tensor weight, Tensor? bias) -> (Tensor, Tensor)",
+    _gated_forward, _gated_fake, _gated_setup, _gated_backward,
+)  # fmt: skip

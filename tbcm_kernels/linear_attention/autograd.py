@@ -1,0 +1,99 @@
+"""The ops tbcm::linear_attention and its backward: schemas, fakes, what backward saves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from tbcm_kernels import _dispatch
+from tbcm_kernels._library import differentiate, fresh_heads, present_or_absent, register
+from tbcm_kernels.linear_attention import buffers, reference
+from tbcm_kernels.linear_attention.reference import Setting
+from tbcm_kernels.rms_norm.autograd import through_norm
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight"
+_SETTING = "str feature_map, float eps, float q_eps, float k_eps"
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    *setting, _, impl = rest
+    kernel = _dispatch.implementation("linear_attention", impl).forward
+    o, to, state = kernel(q, k, v, q_weight, k_weight, tq, tk, tv, Setting(*setting))
+    if impl == "reference":  # in the memory layout that the fake promises
+        o, to = (None if x is None else _in_order(q, x) for x in (o, to))
+    return present_or_absent(q, (o, to, state))
+
+
+def _in_order(like: Tensor, x: Tensor) -> Tensor:
+    return fresh_heads(like, x.shape).copy_(x)
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    moving = any(t is not None for t in (tq, tk, tv))
+    return present_or_absent(q, buffers.outputs(q, v, moving))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *setting, through, ctx.impl = inputs[8:]
+    ctx.set_materialize_grads(False)
+    ctx.setting = tuple(setting)
+    ctx.through = through and any(t is not None for t in inputs[5:8])
+    kept = inputs[5:8] if ctx.through else (output[2],)
+    ctx.save_for_backward(*inputs[:5], *kept)
+
+
+def _backward(
+    ctx: Any, go: Tensor | None, gto: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if ctx.through:
+        # Exact through the tangent by differentiating the reference; the kernels take the rest.
+        found = differentiate(
+            lambda *inputs: reference.forward(*inputs, Setting(*ctx.setting))[:2],
+            ctx.saved_tensors, (go, gto),
+        )  # fmt: skip
+        return (*found, *[None] * 6)
+    if go is None:
+        return (None,) * 14
+    q, k, v, q_weight, k_weight, state = ctx.saved_tensors
+    inputs = (q, k, v, q_weight, k_weight)
+    gq, gk, gv = linear_attention_backward(go, *inputs, state, *ctx.setting, ctx.impl)
+    *_, q_eps, k_eps = ctx.setting
+    gq, gqw, _ = through_norm(gq, None, q, q_weight, None, q_eps, ctx.impl)
+    gk, gkw, _ = through_norm(gk, None, k, k_weight, None, k_eps, ctx.impl)
+    return gq, gk, gv, gqw, gkw, *[None] * 9
+
+
+def _backward_kernel(
+    go: Tensor, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None,
+    k_weight: Tensor | None, state: Tensor, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    *setting, impl = rest
+    kernel = _dispatch.implementation("linear_attention", impl).backward
+    found = kernel(go, q, k, v, q_weight, k_weight, state, Setting(*setting))
+    if impl == "reference":
+        found = tuple(_in_order(x, g) for x, g in zip((q, k, v), found, strict=True))
+    return found
+
+
+def _backward_fake(go: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return buffers.gradients(q, k, v)
+
+
+linear_attention_op = register(
+    "linear_attention",
+    f"({_INPUTS}, Tensor? tq, Tensor? tk, Tensor? tv, {_SETTING}, bool through, str impl) "
+    "-> (Tensor, Tensor, Tensor)",
+    _forward, _forward_fake, _setup, _backward,
+)  # fmt: skip
+linear_attention_backward = register(
+    "linear_attention_backward",
+    f"(Tensor go, {_INPUTS}, Tensor state, {_SETTING}, str impl) -> (Tensor, Tensor, Tensor)",
+    _backward_kernel, _backward_fake,
+)  # fmt: skip

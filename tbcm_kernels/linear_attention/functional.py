@@ -1,0 +1,172 @@
+"""Public functions of linear attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tbcm_kernels import _dispatch, _dual
+from tbcm_kernels._dual import describe
+from tbcm_kernels.linear_attention import reference
+from tbcm_kernels.linear_attention.autograd import linear_attention_op
+from tbcm_kernels.linear_attention.reference import FEATURE_MAPS, Setting
+from tbcm_kernels.rms_norm.heads import Norm, norm_argument
+
+MAX_HEAD_DIM = 256
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: str = "relu",
+    eps: float = 1e-15,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+    is_causal: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Linear attention with a normaliser, as SANA's ReLU attention.
+
+        S = φ(k)ᵀ [v, 1],  n = φ(q) S,  o = n_v / (n_1 + eps)
+
+    Args:
+        q: [B, H, N, D]; any strides, so that a transposed [B, N, H, D] is not copied. fp32, bf16,
+            fp16 or fp64, the same for q, k, v.
+        k, v: [B, H, S, D] and [B, H, S, Dv]. D and Dv are at most 256.
+        feature_map: φ: "relu", "elu+1", or "identity" for q and k that are features already.
+        eps: added to the normaliser; 1e-15 in diffusers, 1e-8 in NVlabs' SANA.
+        q_norm, k_norm: (weight, eps) of an RMSNorm that is applied before φ, in the op, from row
+            statistics: weight [D] for each head alone, or [H·D] over all heads.
+        is_causal: must be False: there is no causal form yet.
+        impl: "auto", "cpu", "triton" or "reference" (plain PyTorch, any head dim, any order of
+            backward).
+
+    Returns:
+        o [B, H, N, Dv] in q's dtype and memory order.
+
+    Raises:
+        ValueError: a shape, dtype, device or option that does not fit, or an `impl` that cannot
+            run here.
+        RuntimeError: nested forward mode, torch.func.grad, a double backward, or a tangent of a
+            norm weight.
+
+    Precision: arithmetic and state in fp32 (fp64 for fp64), also under autocast; rounded once at
+    the end, and where a norm is fused, its output's gradient on the way. Triton's products of bf16
+    and fp16 inputs round their factors to TF32, which has more digits than either.
+    Cost: 4·B·H·N·D·Dv FLOPs; reads q, k, v, writes o. Saves q, k, v and S, fp32 [B, H, D, Dv + 1].
+    Source: arXiv 2006.16236; with ReLU, arXiv 2205.14756 and SANA, arXiv 2410.10629.
+    """
+    primals, tangents = _dual.unpack(q, k, v)
+    if _dual.in_dual_level():
+        _refuse_moving_norms(q_norm, k_norm)
+    o, to = _run(
+        "linear_attention", primals, tangents, feature_map, eps, q_norm, k_norm, is_causal, impl
+    )
+    return _dual.pack(o, to)
+
+
+def linear_attention_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tq: Tensor | None = None,
+    tk: Tensor | None = None,
+    tv: Tensor | None = None,
+    *,
+    feature_map: str = "relu",
+    eps: float = 1e-15,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+    is_causal: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """`linear_attention` with explicit tangents, value and tangent in one pass.
+
+        Ṡ = (φ′(k) tk)ᵀ [v, 1] + φ(k)ᵀ [tv, 0],  ṅ = φ′(q) tq S + φ(q) Ṡ
+        to = (ṅ_v − o ṅ_1) / (n_1 + eps)
+
+    Args: those of `linear_attention`, with the tangents of q, k, v after them; None is a zero
+        tangent.
+
+    Returns:
+        (o, to); to is None where tq, tk, tv all are, and does not require grad under
+        `stop_tangent_gradient()`.
+
+    Raises: as `linear_attention`; ValueError for a tangent that does not match its primal,
+        RuntimeError for a forward-AD dual among the arguments.
+
+    Cost: 12·B·H·N·D·Dv FLOPs; reads q, k, v and their tangents, writes o, to. Backward through to
+    is exact, by differentiating the reference, and then saves all inputs.
+    """
+    weights = [norm[0] for norm in (q_norm, k_norm) if isinstance(norm, tuple)]
+    _dual.refuse_duals("linear_attention_jvp", q, k, v, tq, tk, tv, *weights)
+    _dual.check_tangents("linear_attention_jvp", q=(q, tq), k=(k, tk), v=(v, tv))
+    return _run(
+        "linear_attention_jvp", (q, k, v), (tq, tk, tv), feature_map, eps, q_norm, k_norm,
+        is_causal, impl,
+    )  # fmt: skip
+
+
+def _run(
+    op: str, primals: Sequence[Tensor], tangents: Sequence[Tensor | None], feature_map: str,
+    eps: float, q_norm: Norm | None, k_norm: Norm | None, is_causal: bool, impl: str,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    _check(op, *primals, feature_map, is_causal, exact=impl != "reference")
+    q, k, _ = primals
+    q_weight, q_eps = norm_argument(op, "q_norm", q, q_norm)
+    k_weight, k_eps = norm_argument(op, "k_norm", k, k_norm)
+    if stopped := _dual.tangent_gradient_stopped():
+        tangents = _dual.detached(*tangents)
+    inputs = (*primals, q_weight, k_weight, *tangents)
+    setting = (feature_map, float(eps), q_eps, k_eps)
+    if impl == "reference":
+        o, to, _ = reference.forward(*inputs, Setting(*setting))
+        return o, to.detach() if stopped and to is not None else to
+    _dual.guard_levels("linear_attention")
+    chosen = _dispatch.choose("linear_attention", impl, q)
+    o, to, _ = linear_attention_op(*inputs, *setting, not stopped, chosen)
+    if not _dual.present(tangents):
+        return o, None
+    return o, to.detach() if stopped else to
+
+
+def _refuse_moving_norms(*norms: Norm | None) -> None:
+    for norm in norms:
+        if isinstance(norm, tuple) and _dual.unpack(norm[0])[1][0] is not None:
+            raise RuntimeError(
+                "linear_attention: a norm weight carries a tangent, which the kernels do not take: "
+                "detach it, or leave out the argument and apply rms_norm before."
+            )
+
+
+def _check(
+    op: str, q: Tensor, k: Tensor, v: Tensor, feature_map: str, is_causal: bool, exact: bool
+) -> None:
+    if is_causal:
+        raise ValueError(f"{op}: is_causal must be False; there is no causal form yet.")
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(
+            f"{op}: feature_map must be one of {', '.join(FEATURE_MAPS)}, got {feature_map!r}."
+        )
+    if q.ndim != 4 or not q.dtype.is_floating_point:
+        raise ValueError(f"{op}: q must be floating [B, H, N, D], got {describe(q)}.")
+    for name, x in (("k", k), ("v", v)):
+        if x.ndim != 4 or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{op}: {name} must be [B, H, S, D] with q's dtype and device, got {describe(x)} "
+                f"for {describe(q)}."
+            )
+    if k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3] or v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"{op}: k must be [B, H, S, D] and v [B, H, S, Dv] with q's B, H and D, got "
+            f"{list(k.shape)} and {list(v.shape)} for q {list(q.shape)}."
+        )
+    for name, width in (("q and k", q.shape[3]), ("v", v.shape[3])):
+        if exact and not 0 < width <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"{op}: the head dim of {name} must be from 1 to {MAX_HEAD_DIM}, got {width}; pass "
+                f'impl="reference".'
+            )

@@ -1,0 +1,77 @@
+"""RMSNorm of [..., H, N, D] inside attention: of each head alone, or of a row over all heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tbcm_kernels._dual import describe
+from tbcm_kernels._library import Store, differentiate, wide
+from tbcm_kernels.rms_norm import reference
+
+Norm = tuple[Tensor, float]
+"""Weight and eps of an RMSNorm."""
+
+
+def normalized(
+    x: Tensor, weight: Tensor | None, tx: Tensor | None, eps: float, store: Store | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The norm and its tangent in plain PyTorch, at least fp32; x itself without a weight.
+
+    The weight is [D], for each head, or [H·D], over all heads.
+    """
+    x, tx = wide(x), wide(tx)
+    if weight is None:
+        return x, tx
+    heads = heads_of_norm(x, weight)
+    rows = (None if t is None else merge(t, heads) for t in (x, tx))
+    y, ty = reference.forward(next(rows), wide(weight), next(rows), None, eps)
+    store = store or (lambda t: t)
+    return tuple(None if t is None else store(split(t, heads)) for t in (y, ty))
+
+
+def norm_backward(
+    gy: Tensor | None, gty: Tensor | None, x: Tensor, weight: Tensor, tx: Tensor | None, eps: float
+) -> Sequence[Tensor | None]:
+    """Gradients of x, the weight and tx from those of the normalised x and tx."""
+    return differentiate(lambda x, w, tx: normalized(x, w, tx, eps), (x, weight, tx), (gy, gty))
+
+
+def heads_of_norm(x: Tensor, weight: Tensor) -> int:
+    """How many heads of x [B, H, N, D] make a row of a norm of this weight: all, or 1."""
+    return 1 if weight.shape[0] == x.shape[-1] else x.shape[1]
+
+
+def merge(x: Tensor, heads: int) -> Tensor:
+    """[..., H, N, D] as rows of all heads, or as it is where `heads` is 1."""
+    return x if heads == 1 else x.transpose(-3, -2).flatten(-2)
+
+
+def split(x: Tensor, heads: int) -> Tensor:
+    """The inverse of `merge`."""
+    if heads == 1:
+        return x
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(-3, -2)
+
+
+def norm_argument(op: str, name: str, x: Tensor, norm: Norm | None) -> tuple[Tensor | None, float]:
+    """Weight and eps of the norm of x [B, H, N, D] that an argument gives, if it does.
+
+    Raises:
+        ValueError: not a pair of a weight and eps, or a weight that fits neither D nor H·D.
+    """
+    if norm is None:
+        return None, 0.0
+    paired = isinstance(norm, tuple | list) and len(norm) == 2 and isinstance(norm[1], float | int)
+    if not paired or not isinstance(norm[0], Tensor):
+        raise ValueError(f"{op}: {name} must be a pair (weight tensor, eps), got {norm!r:.80}.")
+    weight, eps = norm
+    widths = (x.shape[3], x.shape[1] * x.shape[3])
+    fits = weight.ndim == 1 and weight.shape[0] in widths and weight.is_floating_point()
+    if not fits or weight.device != x.device:
+        raise ValueError(
+            f"{op}: {name} must be (weight, eps) with a floating weight of {widths[0]} elements "
+            f"(each head alone) or {widths[1]} (all heads) on {x.device}, got {describe(weight)}."
+        )
+    return weight, float(eps)

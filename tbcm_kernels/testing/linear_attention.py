@@ -1,0 +1,82 @@
+"""What is particular about judging linear attention: norms as arguments, and cancellation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import tbcm_kernels
+from tbcm_kernels._library import Store
+from tbcm_kernels.linear_attention import reference
+from tbcm_kernels.linear_attention.reference import Setting
+from tbcm_kernels.rms_norm.heads import norm_backward
+from tbcm_kernels.testing.cases import Case
+
+Values = list[Tensor | None]
+
+
+def call(case: Case, primals: Values, tangents: Values, impl: str) -> Values:
+    """The public function; the weights of the norms come with their eps."""
+    options = dict(case.options)
+    for name, weight in zip(("q_norm", "k_norm"), primals[3:], strict=True):
+        eps = options.pop(f"{name[0]}_eps")
+        options[name] = None if weight is None else (weight, eps)
+    function = tbcm_kernels.linear_attention_jvp
+    return list(function(*primals[:3], *tangents[:3], **options, impl=impl))
+
+
+def forward(
+    case: Case, primals: Values, tangents: Values, operand: Store = reference.exact
+) -> Values:
+    """o and its tangent from the reference."""
+    setting = Setting(**case.options)
+    return list(reference.forward(*primals, *tangents[:3], setting, operand=operand)[:2])
+
+
+def backward(case: Case, primals: Values, go: Tensor, operand: Store = reference.exact) -> Values:
+    """Gradients of q, k, v and the weights from the reference, in its explicit form."""
+    setting = Setting(**case.options)
+    state = reference.forward(*primals, None, None, None, setting)[2]
+    gq, gk, gv = reference.backward(go, *primals, state, setting, operand=operand)
+    q, k, _, q_weight, k_weight = primals
+    gq, gq_weight = _through_norm(gq, q, q_weight, setting.q_eps)
+    gk, gk_weight = _through_norm(gk, k, k_weight, setting.k_eps)
+    return [gq, gk, gv, gq_weight, gk_weight]
+
+
+def _through_norm(
+    g: Tensor, x: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    if weight is None:
+        return g, None
+    gx, gw, _ = norm_backward(g, None, x, weight, None, eps)
+    return gx.to(g.dtype), gw
+
+
+def noise(case: Case, truth: Values, go: Tensor) -> Values:
+    """How far the truth moves, in RMS, where every factor of a product is off by a unit.
+
+    The unit is that of fp32 arithmetic times 0.29 √D: each step of a sum of D terms rounds it by up
+    to half a unit, in RMS 0.29; at least two for 16-bit inputs, whose products the baseline happens
+    to compute exactly.
+    """
+    generator = torch.Generator().manual_seed(7)
+    q = case.primals[0]
+    unit = torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps
+    unit *= max(2 if q.dtype.itemsize < 4 else 1, 0.29 * q.shape[3] ** 0.5)
+    draws = 6
+
+    def disturbed(x: Tensor) -> Tensor:
+        return x * (1 + unit * (torch.randint(2, x.shape, generator=generator) * 2 - 1))
+
+    primals, tangents = (
+        [None if x is None else x.detach().cpu().double() for x in xs]
+        for xs in (case.primals, case.tangents)
+    )
+    squares = [None if t is None else torch.zeros_like(t) for t in truth]
+    for _ in range(draws):
+        moved = forward(case, primals, tangents, disturbed) + backward(case, primals, go, disturbed)
+        for total, m, t in zip(squares, moved, truth, strict=True):
+            if total is not None:
+                total += torch.nan_to_num(m.detach() - t).square() / draws
+    return [None if x is None else x.sqrt() for x in squares]

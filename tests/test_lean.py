@@ -1,0 +1,116 @@
+"""Linear maps that compute their input again in backward, against those that save it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tbcm_kernels as tk
+from tbcm_kernels.linear import lean
+
+B, H, W, C, K = 2, 16, 17, 12, 24
+N = H * W
+
+
+def _leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(s).requires_grad_() for s in shapes]
+
+
+def _adaln(bias: bool, save: bool, moving: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs, and what is differentiated."""
+    x, scale, shift = leaves = _leaves((B, N, C), (B, 1, C), (B, 1, C))
+    layers = [nn.Linear(C, width, bias) for width in (C, K, C)]
+    tx = torch.randn(B, N, C) if moving else None
+    _, y, _, ty = tk.adaln_jvp(x, None, None, scale, shift, tx)
+    if save:
+        pairs = [tk.linear_jvp(y, layer.weight, layer.bias, ty) for layer in layers]
+    else:
+        pairs = lean.of_adaln((y, ty), x, scale, shift, 1e-6, layers, "cpu")
+    return [v for pair in pairs for v in pair], leaves + [p for m in layers for p in m.parameters()]
+
+
+def _conv_glu(bias: bool, save: bool, moving: bool) -> tuple[list[Tensor], list[Tensor]]:
+    (a, weight) = leaves = _leaves((B, N, 2 * K), (C, K))
+    depth = nn.Conv2d(2 * K, 2 * K, 3, padding=1, groups=2 * K, bias=bias)
+    ta = torch.randn(B, N, 2 * K) if moving else None
+    pair = tk.conv_glu_jvp(a, depth.weight, depth.bias, ta, height=H, width=W)
+    if save:
+        pair = tk.linear_jvp(pair[0], weight, None, pair[1])
+    else:
+        pair = lean.of_conv_glu(pair, a, depth, (H, W), weight, "cpu")
+    return list(pair), leaves + list(depth.parameters())
+
+
+def _gated(bias: bool, save: bool, moving: bool) -> tuple[list[Tensor], list[Tensor]]:
+    x, gate, o = leaves = _leaves((B, N, C), (B, 1, C), (B, N, K))
+    layer = nn.Linear(K, C, bias)
+    tx, tgate, to = (torch.randn(v.shape) if moving else None for v in leaves)
+    if save:
+        h, th = tk.linear_jvp(o, layer.weight, layer.bias, to)
+        out = x + gate * h
+        tout = tx + tgate * h + gate * th if moving else None
+    else:
+        out, tout = lean.gated_sum((x, tx), (gate, tgate), (o, to), layer)
+    return [out, tout], leaves + list(layer.parameters())
+
+
+@pytest.mark.parametrize("moving", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("function", [_adaln, _conv_glu, _gated])
+def test_same_values_tangents_and_gradients(function, bias: bool, moving: bool, need) -> None:
+    need("cpu")
+    found = []
+    for save in (True, False):
+        torch.manual_seed(3)
+        with tk.stop_tangent_gradient():
+            outputs, inputs = function(bias, save, moving)
+        values = [v for v in outputs if v is not None]
+        loss = sum((v * v.detach().cos()).sum() for v in outputs[::2])
+        found.append([*values, *torch.autograd.grad(loss, inputs)])
+    assert len(found[0]) >= 4
+    for got, want in zip(*found, strict=True):
+        assert (got - want).abs().max() <= 2e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("frozen", ["weight", "gate", "o", "weight gate", "bias"])
+def test_frozen_inputs_of_the_gated_sum(frozen: str) -> None:
+    names = ["x", "gate", "o", "weight", "bias"]
+    values = _leaves((B, N, C), (B, 1, C), (B, N, K), (C, K), (C,))
+    for name, v in zip(names, values, strict=True):
+        v.requires_grad_(name not in frozen.split())
+    wanted = [v for v in values if v.requires_grad]
+    x, gate, o, weight, bias = values
+    got = torch.autograd.grad(lean.gated_linear(*values)[0].sin().sum(), wanted)
+    plain = x + gate * nn.functional.linear(o, weight, bias)
+    for a, b in zip(got, torch.autograd.grad(plain.sin().sum(), wanted), strict=True):
+        assert (a - b).abs().max() <= 2e-5 * b.abs().max()
+
+
+def test_opcheck() -> None:
+    x, scale, shift, a, depth = _leaves(
+        (B, N, C), (B, 1, C), (B, 1, C), (B, N, 2 * K), (2 * K, 1, 3, 3)
+    )
+    y = tk.adaln(x, None, None, scale, shift)[1].detach().requires_grad_()
+    z = tk.conv_glu(a, depth, height=H, width=W).detach().requires_grad_()
+    weights, biases = _leaves((C, C), (K, C)), _leaves((C,), (K,))
+    (weight,) = _leaves((C, K))
+    gate = torch.randn(B, 1, C, requires_grad=True)
+    for op, arguments in (
+        (lean.linear_of_adaln, (y, x, scale, shift, 1e-6, weights, biases, "reference")),
+        (lean.linear_of_adaln, (y, x, scale, shift, 1e-6, weights, [], "reference")),
+        (lean.linear_of_conv_glu, (z, a, depth, None, H, W, weight, "reference")),
+        (lean.gated_linear, (x, gate, z, weight, None)),
+    ):
+        torch.library.opcheck(op, arguments)
+
+
+def test_only_long_sequences_under_a_semi_gradient() -> None:
+    x, t = torch.randn(2, 1, lean.LONG, 4)
+    assert lean.worth_it(x) and not lean.worth_it(x[:, 1:])
+    assert not lean.worth_it(x, t)
+    with tk.stop_tangent_gradient():
+        assert lean.worth_it(x, t)
+        with torch.no_grad():
+            assert not lean.worth_it(x, t)

@@ -1,0 +1,243 @@
+"""The fused SANA model as training uses it: true widths, bf16, saved bytes, checkpointing, DDP."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import socket
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwAD
+from diffusers import SanaTransformer2DModel
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import tbcm_kernels as tk
+
+WIDTHS = {"0.6B": (36, 16, 72), "1.6B": (70, 20, 112)}
+"""Heads of linear attention (32 wide), heads of cross-attention and their width."""
+Result = tuple[Tensor, Tensor, dict[str, Tensor]]
+
+
+def _model(heads: int, cross: int, cross_width: int, layers: int = 2) -> SanaTransformer2DModel:
+    torch.manual_seed(0)
+    return SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=heads, attention_head_dim=32,
+        num_layers=layers, num_cross_attention_heads=cross, cross_attention_head_dim=cross_width,
+        cross_attention_dim=heads * 32, caption_channels=24, mlp_ratio=2.5, sample_size=16,
+        patch_size=1, qk_norm="rms_norm_across_heads", guidance_embeds=True,
+    )  # fmt: skip
+
+
+def _inputs(side: int = 16, text: int = 20, batch: int = 1) -> tuple[Tensor, ...]:
+    """x, t, text, mask, guidance; then tangents of x and t, and a cotangent."""
+    torch.manual_seed(1)
+    x, tx, cotangent = torch.randn(3, batch, 4, side, side + 2)
+    t, tt = torch.linspace(0.3, 0.9, batch), torch.full((batch,), 0.7)
+    mask = (torch.arange(text) < text - 3).float().expand(batch, text).clone()
+    guidance = torch.full((batch,), 0.45)
+    return x, t, torch.randn(batch, text, 24), mask, guidance, tx, tt, cotangent
+
+
+def _dual_pass(model: Callable, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    x, t, text, mask, guidance, tx, tt, _ = inputs
+
+    def function(x: Tensor, t: Tensor) -> Tensor:
+        return model(
+            x, encoder_hidden_states=text, timestep=t, encoder_attention_mask=mask,
+            guidance=guidance, return_dict=False,
+        )[0]  # fmt: skip
+
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.func.jvp(function, (x, t), (tx, tt))
+
+
+def _step(
+    model: torch.nn.Module, inputs: tuple[Tensor, ...], dual_pass: Callable = _dual_pass
+) -> Result:
+    """Value, tangent and all gradients of a projection of the value: a semi-gradient step."""
+    model.zero_grad()
+    with tk.stop_tangent_gradient():
+        value, tangent = dual_pass(model, inputs)
+    value.backward(inputs[-1].to(value.dtype))
+    grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+    return value.detach(), tangent.detach(), grads
+
+
+def _to(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(x.to(dtype) for x in inputs)
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    return (got.double() - want).square().mean().sqrt().item()
+
+
+@pytest.fixture
+def exact_stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock linear attention casts to fp32; here fp64 stays fp64."""
+    narrow = torch.Tensor.float
+    keep = lambda x: x if x.dtype == torch.float64 else narrow(x)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "float", keep)
+
+
+@pytest.mark.usefixtures("exact_stock")
+@pytest.mark.parametrize("size", WIDTHS)
+def test_no_further_from_the_truth_than_stock(size: str) -> None:
+    """In fp32 and bf16, where stock in fp64 on the same rounded weights and inputs is the truth."""
+    low = _model(*WIDTHS[size]).bfloat16()
+    inputs = _to(_inputs(), torch.bfloat16)
+    truth = _step(copy.deepcopy(low).double(), _to(inputs, torch.float64))
+    for dtype in (torch.bfloat16, torch.float32):
+        model = low.to(dtype)
+        stock = _step(model, _to(inputs, dtype))
+        with tk.fuse(model):
+            fused = _step(model, _to(inputs, dtype))
+        assert fused[0].dtype == fused[1].dtype == dtype
+        names = ("value", "tangent", *truth[2])
+        rows = zip(names, *(_flat(r) for r in (fused, stock, truth)), strict=True)
+        errors = {n: (_error(f, t), _error(s, t)) for n, f, s, t in rows}
+        worse = {n: e for n, e in errors.items() if e[0] > 1.25 * e[1]}
+        # Keys' biases cancel in softmax: their true gradient is zero and both hold rounding.
+        assert {n for n in worse if not n.endswith("attn2.to_k.bias")} == set(), (dtype, worse)
+
+
+def _flat(result: Result) -> list[Tensor]:
+    return [*result[:2], *result[2].values()]
+
+
+def test_a_block_saves_sixteen_residual_streams() -> None:
+    """Bytes kept for backward by one block of SANA 0.6B with 1024 tokens and 300 of text."""
+    inputs = _inputs(side=31, text=300)  # 31 x 33 = 1023 tokens
+    kept = []
+    for layers in (1, 2):
+        model = _model(*WIDTHS["0.6B"], layers=layers)
+        with tk.fuse(model):
+            kept.append(_saved_bytes(model, inputs))
+    stream = 31 * 33 * 1152 * 4
+    assert 12 < (kept[1] - kept[0]) / stream <= 16
+
+
+def _saved_bytes(model: torch.nn.Module, inputs: tuple[Tensor, ...]) -> int:
+    """Of the storages that autograd holds, parameters not counted."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        if not x._is_zerotensor():
+            storage = x.untyped_storage()
+            storages.setdefault(storage.data_ptr(), storage)  # held, so that no address returns
+        return x
+
+    x, t, text, mask, guidance, tx, tt, _ = inputs
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+        tk.stop_tangent_gradient(),
+        fwAD.dual_level(),
+    ):
+        model(
+            fwAD.make_dual(x, tx), encoder_hidden_states=text, timestep=fwAD.make_dual(t, tt),
+            encoder_attention_mask=mask, guidance=guidance,
+        )  # fmt: skip
+    return sum(s.nbytes() for address, s in storages.items() if address not in own)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("side", [3, 16])
+def test_checkpointing_gives_the_same_bits(side: int, compiled: bool) -> None:
+    """Below and above the length from which inputs of linear maps are computed again."""
+    model, inputs = _model(2, 2, 16), _inputs(side=side, batch=2)
+    with tk.fuse(model):
+        want = _step(model, inputs)
+        model.enable_gradient_checkpointing()
+        torch._dynamo.reset()
+        compiler = torch.compile(backend="aot_eager", fullgraph=True, disable=not compiled)
+        got = _step(model, inputs, compiler(_dual_pass))
+    for a, b in zip(_flat(got), _flat(want), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_checkpointing_computes_primals_alone_again_and_saves_the_rest() -> None:
+    model, inputs = _model(2, 2, 16, layers=4), _inputs(side=8)
+    counts, kept = [], []
+    with tk.fuse(model):
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.enable_gradient_checkpointing()
+            kept.append(_saved_bytes(model, inputs))
+            with tk.stop_tangent_gradient(), FlopCounterMode(display=False) as forward:
+                value, _ = _dual_pass(model, inputs)
+            with FlopCounterMode(display=False) as backward:
+                value.sum().backward()
+            counts.append(backward.get_total_flops())
+    again = (counts[1] - counts[0]) / forward.get_total_flops()
+    assert 0.3 < again < 0.52  # a dual pass is two products where a primal one is one
+    assert kept[1] < 0.35 * kept[0]
+
+
+def test_checkpointing_through_the_tangent() -> None:
+    model, inputs = _model(2, 2, 16), _inputs(side=3)
+    found = []
+    with tk.fuse(model):
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.enable_gradient_checkpointing()
+            value, tangent = _dual_pass(model, inputs)
+            loss = value.square().sum() + tangent.square().sum()
+            found.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+    for a, b in zip(*found, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_autocast_agrees_with_fp32_as_stock_does() -> None:
+    """fp32 weights under bf16 autocast, 288 tokens; linear attention stays fp32."""
+    model, inputs = _model(4, 2, 64), _inputs(batch=2)
+    truth = _step(model, inputs)
+    with torch.autocast(inputs[0].device.type, torch.bfloat16):
+        stock = _step(model, inputs)
+        with tk.fuse(model):
+            fused = _step(model, inputs)
+    errors = {
+        n: (_error(f, t.double()), _error(s, t.double()))
+        for n, f, s, t in zip(
+            ("value", "tangent", *truth[2]), _flat(fused), _flat(stock), _flat(truth), strict=True
+        )
+        if not n.endswith("attn2.to_k.bias")
+    }
+    assert {n: e for n, e in errors.items() if e[0] > 1.25 * e[1]} == {}
+
+
+def _free_port() -> int:
+    with contextlib.closing(socket.socket()) as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def _distributed(rank: int, port: int, path: str) -> None:
+    """One of two processes: half of the batch each, gradients averaged by DDP."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=2
+    )
+    model = _model(2, 2, 16)
+    tk.fuse(model)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    inputs = _inputs(batch=2)
+    half = tuple(x[rank : rank + 1] for x in inputs)
+    result = _step(wrapped, half)
+    if rank == 0:
+        torch.save({n.removeprefix("module."): g for n, g in result[2].items()}, path)
+    torch.distributed.destroy_process_group()
+
+
+def test_data_parallel_processes_average_gradients(tmp_path) -> None:
+    path = str(tmp_path / "gradients.pt")
+    torch.multiprocessing.spawn(_distributed, (_free_port(), path), nprocs=2)
+    model = _model(2, 2, 16)
+    with tk.fuse(model):
+        want = _step(model, _inputs(batch=2))[2]
+    for name, got in torch.load(path).items():
+        largest = want[name].abs().max()
+        assert (2 * got - want[name]).abs().max() <= 1e-4 * largest + 1e-7, name

@@ -1,20 +1,32 @@
 """Builds the optional compiled extension; everything else about the package is in pyproject.toml.
 
 TBCM_BUILD_CPU=auto|0|1: auto builds where PyTorch and a C++ compiler are at hand, and otherwise
-installs without the extension; 1 fails with the reason.
+installs without the extension; 1 fails with the reason. TBCM_BUILD_CUDA=auto|0|1: the same for the
+CUDA kernels in it, which need nvcc and no GPU.
 """
 
+import hashlib
 import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = sorted(str(p) for p in Path("csrc").glob("*.cpp"))
+SOURCES = sorted(str(p) for p in Path("csrc").glob("*.cpp") if p.stem != "cuda_registration")
+CUDA_SOURCES = sorted(Path("csrc").glob("*.cu"))
 HEADERS = sorted(str(p) for p in Path("csrc").glob("*.h"))
 STABLE_ABI = 0x020A000000000000  # PyTorch 2.10, the oldest supported
 CHOICE = os.environ.get("TBCM_BUILD_CPU", "auto")
+CUDA_CHOICE = os.environ.get("TBCM_BUILD_CUDA", "auto")
+FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-g0", "-Wall"]
+TARGETS = [
+    "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a",
+    "-gencode=arch=compute_90,code=compute_90",  # what later GPUs compile when they load it
+]  # fmt: skip
 
 
 class OptionalBuild(build_ext):
@@ -23,14 +35,13 @@ class OptionalBuild(build_ext):
     def build_extensions(self) -> None:
         try:
             self._configure()
+            if CUDA_CHOICE != "0":
+                self._add_cuda()
             super().build_extensions()
         except Exception as reason:  # any failure of a toolchain: compiler, headers, linker
-            if CHOICE == "1":
+            if "1" in (CHOICE, CUDA_CHOICE):
                 raise
-            print(
-                f"tbcm-kernels: installing without the compiled extension: {reason}",
-                file=sys.stderr,
-            )
+            say(f"installing without the compiled extension: {reason}")
             self.extensions = []
 
     def get_outputs(self) -> list[str]:
@@ -53,17 +64,90 @@ class OptionalBuild(build_ext):
                 ("Py_LIMITED_API", "0x030a0000"),
             ]
             extension.extra_compile_args += [
-                "-std=c++20", "-O3", "-fopenmp-simd", "-fvisibility=hidden", "-g0", "-Wall",
-                "-Wno-unknown-pragmas", "-Wno-psabi",
+                *FLAGS, "-fopenmp-simd", "-Wno-unknown-pragmas", "-Wno-psabi",
             ]  # fmt: skip
 
+    def _add_cuda(self) -> None:
+        try:
+            nvcc = find_nvcc()
+            objects = compile_cuda(nvcc, Path(self.build_temp))
+        except (OSError, RuntimeError) as reason:
+            if CUDA_CHOICE == "1":
+                raise
+            say(f"building without CUDA kernels: {reason}")
+            return
+        hashes = " ".join(f"{source.stem}:{source_hash(source)}" for source in CUDA_SOURCES)
+        for extension in self.extensions:
+            extension.sources.append("csrc/cuda_registration.cpp")
+            extension.define_macros.append(("TBCM_CUDA_SOURCES", f'"{hashes}"'))
+            extension.extra_objects += objects
+            extension.library_dirs += library_directories(nvcc)
+            extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
 
+
+def find_nvcc() -> str:
+    """nvcc on PATH or in CUDA_HOME."""
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")
+    nvcc = shutil.which("nvcc") or shutil.which(home)
+    if nvcc is None:
+        raise RuntimeError("nvcc is neither on PATH nor in CUDA_HOME")
+    return nvcc
+
+
+def compile_cuda(nvcc: str, directory: Path) -> list[str]:
+    """Compile all CUDA sources at the same time and return their objects."""
+    directory.mkdir(parents=True, exist_ok=True)
+    host = ",".join([*FLAGS[2:], "-fPIC", "-Wno-unknown-pragmas"])
+    objects = [str(directory / f"{source.stem}.cuda.o") for source in CUDA_SOURCES]
+    running = [
+        subprocess.Popen(
+            [nvcc, *FLAGS[:2], "-Xcompiler", host, *TARGETS, "-c", str(source), "-o", made]
+        )
+        for source, made in zip(CUDA_SOURCES, objects, strict=True)
+    ]
+    if any([process.wait() for process in running]):
+        raise RuntimeError(f"{nvcc} failed")
+    return objects
+
+
+def library_directories(nvcc: str) -> list[str]:
+    """Where nvcc itself looks for the CUDA runtime."""
+    told = subprocess.run([nvcc, "--dryrun", "-o", "x", "x.o"], capture_output=True, text=True)
+    return re.findall(r'"-L([^"]+)"', told.stderr)
+
+
+def source_hash(source: Path) -> str:
+    """Twelve digits that change with a source and the headers of ours that it includes."""
+    digest = hashlib.sha256()
+    for file in includes(source):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def includes(source: Path) -> list[Path]:
+    """The source and, each once, the headers beside it that it includes, in order."""
+    found = [source]
+    for file in found:
+        names = re.findall(r'^#include "(.+)"', file.read_text(), re.MULTILINE)
+        found += [source.with_name(n) for n in names if source.with_name(n) not in found]
+    return found
+
+
+def say(sentence: str) -> None:
+    print(f"tbcm-kernels: {sentence}", file=sys.stderr)
+
+
+if CHOICE == "0" and CUDA_CHOICE == "1":
+    sys.exit("TBCM_BUILD_CUDA=1 needs the extension that TBCM_BUILD_CPU=0 leaves out.")
 setup(
     ext_modules=[]
     if CHOICE == "0"
     else [
-        Extension("tbcm_kernels._C", SOURCES, depends=HEADERS, py_limited_api=True, language="c++")
+        Extension(
+            "tbcm_kernels._C", SOURCES, depends=[*HEADERS, *map(str, CUDA_SOURCES)],
+            py_limited_api=True, language="c++",
+        )
     ],
     cmdclass={"build_ext": OptionalBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+)  # fmt: skip

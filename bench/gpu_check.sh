@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Proof and timings on a machine with a GPU and no network: bench/gpu_check.sh [OUTDIR]
-# Needs PyTorch with CUDA and Triton; pytest for the tests, diffusers for the tests of fuse().
+# Needs PyTorch with CUDA, Triton and nvcc; pytest for the tests, diffusers for the tests of fuse().
 # OUTDIR (bench/results/<GPU>) gets a log of every step and the benchmark's rows, written as they come.
 # A step that fails does not stop the others; the exit code is then 1, and 2 without a GPU.
 # DEVICE=cpu tries the script itself on a machine without one. PYTHON chooses the interpreter.
@@ -51,10 +51,13 @@ bench() { # bench NAME ARGUMENTS...
 echo "== $(date -u +%FT%TZ) $name" >>"$out/steps.log"
 command -v nvidia-smi >/dev/null && nvidia-smi >"$out/nvidia-smi.log"
 
-step build 120 env TBCM_BUILD_CPU=1 "$PYTHON" setup.py build_ext --inplace --force
+cuda=auto
+[[ $DEVICE == cuda ]] && cuda=1
+step build 150 env TBCM_BUILD_CPU=1 TBCM_BUILD_CUDA=$cuda "$PYTHON" setup.py build_ext --inplace --force
 step versions 60 "$PYTHON" -m tbcm_kernels
+[[ $DEVICE == cuda ]] &&
+    step proofs-cuda 60 "$PYTHON" -m tbcm_kernels.testing --impl cuda --record "$out/proofs.jsonl"
 step proofs 100 "$PYTHON" -m tbcm_kernels.testing
-
 if has pytest; then
     pytest=("$PYTHON" -m pytest -p no:cacheprovider)
     step tests-attention 120 env TBCM_TEST_DEVICE="$DEVICE" "${pytest[@]}" tests/test_attention*.py
@@ -72,6 +75,7 @@ fi
 if [[ $DEVICE == cuda ]]; then
     bench attention --op attention --shape sd3-1024 --shape flux-1024 --shape sana-0.6b-1024
     bench adaln-0.6b --op adaln --shape sana-0.6b-1024
+    bench conv_glu --op conv_glu --shape sana-0.6b-1024 --shape sana-1.6b-1024
     bench rms_norm-0.6b --op rms_norm --shape sana-0.6b-1024
     bench adaln-1.6b --op adaln --op rms_norm --shape sana-1.6b-1024
     bench linear --op linear --shape sana-0.6b-1024 --shape sana-1.6b-1024
@@ -87,6 +91,15 @@ if has diffusers; then
     step bench-step 120 "$PYTHON" -c "$code"
 else
     skip bench-step "no diffusers"
+fi
+
+if [[ $DEVICE == cuda ]] && sanitizer=$(command -v compute-sanitizer); then
+    for tool in memcheck racecheck; do # without PyTorch's cache, every allocation has an end
+        step "$tool" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" \
+            --error-exitcode 1 "$PYTHON" -m tbcm_kernels.testing --impl cuda --few
+    done
+else
+    skip sanitizer "no GPU, or no compute-sanitizer"
 fi
 
 exit $failed

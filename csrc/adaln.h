@@ -1,10 +1,35 @@
-// Arithmetic of gate + residual + LayerNorm + modulate, element by element, for host and device.
+// Operands and arithmetic of gate + residual + LayerNorm + modulate, for host and device.
 // x' = x + gate h;  xhat = r (x' - mean x');  y = xhat (1 + scale) + shift;  r = (var x' + eps)^-1/2.
 #pragma once
 
 #include "vector.h"
 
 namespace tbcm::adaln {
+
+template <class T>
+struct Forward {
+  Rows<const T> x, h, tx, th;
+  Rows<const float> gate, scale, shift, tgate, tscale, tshift;
+  Rows<T> out, y, tout, ty;
+  int64_t batch, tokens, width;
+  float eps;
+};
+
+template <class T>
+struct Backward {
+  Rows<const T> gout, gy, x, h;  // x is the residual sum x' that forward stored
+  Rows<const float> gate, scale;
+  Rows<T> gx, gh;
+  Rows<float> ggate, gscale, gshift;  // [B, chunks, C], each chunk the sum over its tokens
+  int64_t batch, tokens, width, chunk;
+  float eps;
+};
+
+// On a GPU, in adaln.cu: queues the kernel on a CUDA stream; null, or what is wrong.
+template <class T>
+const char* launch(const Forward<T>& p, void* stream);
+template <class T>
+const char* launch(const Backward<T>& p, void* stream);
 
 TBCM_HD float normalise(float x, float mean, float r) { return r * (x - mean); }
 

@@ -1,18 +1,8 @@
 // CPU kernels of adaln: one row at a time in fp32 scratch that stays in L1.
-#include "adaln.h"
-#include "bindings.h"
+#include "adaln_bindings.h"
 
 namespace tbcm::adaln {
 namespace {
-
-template <class T>
-struct Forward {
-  Rows<const T> x, h, tx, th;
-  Rows<const float> gate, scale, shift, tgate, tscale, tshift;
-  Rows<T> out, y, tout, ty;
-  int64_t batch, tokens, width;
-  float eps;
-};
 
 struct Statistics {
   float mean, r;
@@ -89,16 +79,6 @@ TBCM_INLINE void forward_rows(const Forward<T>& p, int64_t begin, int64_t end) {
 TBCM_RUN(Forward, forward_rows)
 
 template <class T>
-struct Backward {
-  Rows<const T> gout, gy, x, h;  // x is the residual sum x' that forward stored
-  Rows<const float> gate, scale;
-  Rows<T> gx, gh;
-  Rows<float> ggate, gscale, gshift;  // [B, chunks, C], each chunk the sum over its tokens
-  int64_t batch, tokens, width, chunk;
-  float eps;
-};
-
-template <class T>
 TBCM_INLINE void backward_row(const Backward<T>& p, int64_t b, int64_t n, int64_t c, float* v, float* g, const float* zero) {
   const int64_t width = p.width;
   if (p.gy) {
@@ -151,41 +131,32 @@ TBCM_INLINE void backward_chunks(const Backward<T>& p, int64_t begin, int64_t en
 TBCM_RUN(Backward, backward_chunks)
 
 template <class T>
-void forward_as(const Tensor& x, const Maybe& h, const Maybe& gate, const Maybe& scale, const Maybe& shift,
-                const Maybe& tx, const Maybe& th, const Maybe& tgate, const Maybe& tscale, const Maybe& tshift,
-                const Maybe& out, const Tensor& y, const Maybe& tout, const Maybe& ty, double eps) {
-  const Forward<T> p{rows<const T>(x), rows<const T>(h), rows<const T>(tx), rows<const T>(th),
-                     rows<const float>(gate), rows<const float>(scale), rows<const float>(shift),
-                     rows<const float>(tgate), rows<const float>(tscale), rows<const float>(tshift),
-                     rows<T>(out), rows<T>(y), rows<T>(tout), rows<T>(ty),
-                     x.size(0), x.size(1), x.size(2), float(eps)};
+void over_rows(const Forward<T>& p) {
   parallel(p.batch * p.tokens, p.width, [&](int64_t a, int64_t z) { run(p, a, z); });
 }
 
 template <class T>
-void backward_as(const Maybe& gout, const Maybe& gy, const Tensor& x, const Maybe& h, const Maybe& gate,
-                 const Maybe& scale, const Tensor& gx, const Maybe& gh, const Maybe& ggate, const Maybe& gscale,
-                 const Maybe& gshift, int64_t chunk, double eps) {
-  const Backward<T> p{rows<const T>(gout), rows<const T>(gy), rows<const T>(x), rows<const T>(h),
-                      rows<const float>(gate), rows<const float>(scale), rows<T>(gx), rows<T>(gh),
-                      rows<float>(ggate), rows<float>(gscale), rows<float>(gshift),
-                      x.size(0), x.size(1), x.size(2), chunk, float(eps)};
-  const int64_t chunks = (p.tokens + chunk - 1) / chunk;
-  parallel(p.batch * chunks, p.width * chunk, [&](int64_t a, int64_t z) { run(p, a, z); });
+void over_chunks(const Backward<T>& p) {
+  const int64_t chunks = (p.tokens + p.chunk - 1) / p.chunk;
+  parallel(p.batch * chunks, p.width * p.chunk, [&](int64_t a, int64_t z) { run(p, a, z); });
 }
 
 }  // namespace
 
 void forward(Tensor x, Maybe h, Maybe gate, Maybe scale, Maybe shift, Maybe tx, Maybe th, Maybe tgate, Maybe tscale,
              Maybe tshift, Maybe out, Tensor y, Maybe tout, Maybe ty, double eps) {
-  const auto call = is_bf16(x) ? forward_as<bfloat16> : forward_as<float>;
-  call(x, h, gate, scale, shift, tx, th, tgate, tscale, tshift, out, y, tout, ty, eps);
+  const auto call = [&]<class T>(T) {
+    over_rows(operands<T>(x, h, gate, scale, shift, tx, th, tgate, tscale, tshift, out, y, tout, ty, eps));
+  };
+  is_bf16(x) ? call(bfloat16{}) : call(float{});
 }
 
 void backward(Maybe gout, Maybe gy, Tensor x, Maybe h, Maybe gate, Maybe scale, Tensor gx, Maybe gh, Maybe ggate,
               Maybe gscale, Maybe gshift, int64_t chunk, double eps) {
-  const auto call = is_bf16(x) ? backward_as<bfloat16> : backward_as<float>;
-  call(gout, gy, x, h, gate, scale, gx, gh, ggate, gscale, gshift, chunk, eps);
+  const auto call = [&]<class T>(T) {
+    over_chunks(operands<T>(gout, gy, x, h, gate, scale, gx, gh, ggate, gscale, gshift, chunk, eps));
+  };
+  is_bf16(x) ? call(bfloat16{}) : call(float{});
 }
 
 }  // namespace tbcm::adaln

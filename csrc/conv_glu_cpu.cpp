@@ -1,7 +1,6 @@
 // CPU kernels of conv_glu. A task is one image and sixteen channel pairs: its activations fit a
 // zero-bordered plane in cache, so that the 3x3 stencil reads memory once and needs no edge cases.
-#include "bindings.h"
-#include "conv_glu.h"
+#include "conv_glu_bindings.h"
 #include "lanes.h"
 
 namespace tbcm::conv_glu {
@@ -26,23 +25,13 @@ TBCM_INLINE Lanes stencil(const Plane& p, const Lanes* w, int64_t y, int64_t x, 
   return sum;
 }
 
-template <class T>
-struct Shape {
-  int64_t batch, height, width, channels;  // channels of the output; the input has twice as many
-  const float *weight, *bias;              // [9, 2 channels] and [2 channels] or null
-  TBCM_INLINE int64_t blocks() const { return (channels + LANES - 1) / LANES; }
-  // Taps and bias of the sixteen channels that start at `c`, of which n are there.
-  TBCM_INLINE void taps(int64_t c, int64_t n, Lanes* w, Lanes* b) const {
-    for (int64_t tap = 0; tap < 9; ++tap) w[tap] = get(weight + tap * 2 * channels + c, n);
-    *b = bias ? get(bias + c, n) : Lanes{};
-  }
-};
+TBCM_INLINE int64_t blocks(const Shape& p) { return (p.channels + LANES - 1) / LANES; }
 
-template <class T>
-struct Forward : Shape<T> {
-  const T *a, *ta;
-  T *y, *ty;
-};
+// Taps and bias of the sixteen channels that start at `c`, of which n are there.
+TBCM_INLINE void taps(const Shape& p, int64_t c, int64_t n, Lanes* w, Lanes* b) {
+  for (int64_t tap = 0; tap < 9; ++tap) w[tap] = get(p.weight + tap * 2 * p.channels + c, n);
+  *b = p.bias ? get(p.bias + c, n) : Lanes{};
+}
 
 // Fills u = silu(a), and silu'(a) ta where there is a tangent, of one half of the channels.
 template <class T>
@@ -59,11 +48,11 @@ TBCM_INLINE void activate(const Forward<T>& p, int64_t b, int64_t c, int64_t n, 
 
 template <class T>
 TBCM_INLINE void forward_task(const Forward<T>& p, int64_t task, const Plane* u, const Plane* tu) {
-  const int64_t b = task / p.blocks(), c = task % p.blocks() * LANES;
+  const int64_t b = task / blocks(p), c = task % blocks(p) * LANES;
   const int64_t n = p.channels - c < LANES ? p.channels - c : LANES;
   Lanes w[2][9], bias[2];
   for (int64_t half = 0; half < 2; ++half) {
-    p.taps(c + half * p.channels, n, w[half], &bias[half]);
+    taps(p, c + half * p.channels, n, w[half], &bias[half]);
     activate(p, b, c + half * p.channels, n, u[half], tu[half]);
   }
   for (int64_t y = 0; y < p.height; ++y)
@@ -98,18 +87,11 @@ TBCM_INLINE void forward_tasks(const Forward<T>& p, int64_t begin, int64_t end) 
 
 TBCM_RUN(Forward, forward_tasks)
 
-template <class T>
-struct Backward : Shape<T> {
-  const T *a, *gy;
-  T* ga;
-  float *gweight, *gbias;  // [B, 9, 2 channels] and [B, 2 channels], or null
-};
-
 // From u and gy: the gradients of c1 and c2 into their planes.
 template <class T>
 TBCM_INLINE void gradient_of_c(const Backward<T>& p, int64_t b, int64_t c, int64_t n, const Plane* u, const Plane* gc) {
   Lanes w[2][9], bias[2];
-  for (int64_t half = 0; half < 2; ++half) p.taps(c + half * p.channels, n, w[half], &bias[half]);
+  for (int64_t half = 0; half < 2; ++half) taps(p, c + half * p.channels, n, w[half], &bias[half]);
   for (int64_t y = 0; y < p.height; ++y)
     for (int64_t x = 0; x < p.width; ++x) {
       const Lanes c1 = bias[0] + stencil(u[0], w[0], y, x, 1), c2 = bias[1] + stencil(u[1], w[1], y, x, 1);
@@ -142,7 +124,7 @@ TBCM_INLINE void gradient_of_taps(const Backward<T>& p, int64_t b, int64_t c, in
 
 template <class T>
 TBCM_INLINE void backward_task(const Backward<T>& p, int64_t task, const Plane* u, const Plane* gc) {
-  const int64_t b = task / p.blocks(), c = task % p.blocks() * LANES;
+  const int64_t b = task / blocks(p), c = task % blocks(p) * LANES;
   const int64_t n = p.channels - c < LANES ? p.channels - c : LANES;
   for (int64_t half = 0; half < 2; ++half)
     for (int64_t y = 0; y < p.height; ++y)
@@ -156,7 +138,7 @@ TBCM_INLINE void backward_task(const Backward<T>& p, int64_t task, const Plane* 
     const int64_t first = c + half * p.channels;
     if (p.gweight || p.gbias) gradient_of_taps(p, b, first, n, u[half], gc[half]);
     Lanes w[9], bias;
-    p.taps(first, n, w, &bias);
+    taps(p, first, n, w, &bias);
     for (int64_t y = 0; y < p.height; ++y)
       for (int64_t x = 0; x < p.width; ++x) {
         const int64_t at = ((b * p.height + y) * p.width + x) * 2 * p.channels + first;
@@ -178,39 +160,22 @@ TBCM_RUN(Backward, backward_tasks)
 
 template <class P>
 void over_tasks(const P& p) {
-  parallel(p.batch * p.blocks(), 2 * LANES * p.height * p.width, [&](int64_t a, int64_t z) { run(p, a, z); });
-}
-
-template <class T>
-Shape<T> shape(const Tensor& a, const Tensor& weight, const Maybe& bias, int64_t height, int64_t width) {
-  return {a.size(0), height, width, a.size(2) / 2, pointer<const float>(weight), pointer<const float>(bias)};
-}
-
-template <class T>
-void forward_as(const Tensor& a, const Tensor& weight, const Maybe& bias, const Maybe& ta, const Tensor& y,
-                const Maybe& ty, int64_t height, int64_t width) {
-  over_tasks(Forward<T>{shape<T>(a, weight, bias, height, width), pointer<const T>(a), pointer<const T>(ta),
-                        pointer<T>(y), pointer<T>(ty)});
-}
-
-template <class T>
-void backward_as(const Tensor& gy, const Tensor& a, const Tensor& weight, const Maybe& bias, const Tensor& ga,
-                 const Maybe& gweight, const Maybe& gbias, int64_t height, int64_t width) {
-  over_tasks(Backward<T>{shape<T>(a, weight, bias, height, width), pointer<const T>(a), pointer<const T>(gy),
-                         pointer<T>(ga), pointer<float>(gweight), pointer<float>(gbias)});
+  parallel(p.batch * blocks(p), 2 * LANES * p.height * p.width, [&](int64_t a, int64_t z) { run(p, a, z); });
 }
 
 }  // namespace
 
 void forward(Tensor a, Tensor weight, Maybe bias, Maybe ta, Tensor y, Maybe ty, int64_t height, int64_t width) {
-  const auto call = is_bf16(a) ? forward_as<bfloat16> : forward_as<float>;
-  call(a, weight, bias, ta, y, ty, height, width);
+  const auto call = [&]<class T>(T) { over_tasks(operands<T>(a, weight, bias, ta, y, ty, height, width)); };
+  is_bf16(a) ? call(bfloat16{}) : call(float{});
 }
 
 void backward(Tensor gy, Tensor a, Tensor weight, Maybe bias, Tensor ga, Maybe gweight, Maybe gbias, int64_t height,
               int64_t width) {
-  const auto call = is_bf16(a) ? backward_as<bfloat16> : backward_as<float>;
-  call(gy, a, weight, bias, ga, gweight, gbias, height, width);
+  const auto call = [&]<class T>(T) {
+    over_tasks(operands<T>(gy, a, weight, bias, ga, gweight, gbias, height, width));
+  };
+  is_bf16(a) ? call(bfloat16{}) : call(float{});
 }
 
 }  // namespace tbcm::conv_glu

@@ -123,6 +123,10 @@ STABLE_TORCH_LIBRARY_IMPL(tbcm_cpu, CPU, m) {
 }
 
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
-  return PyModule_Create(&module);
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  PyObject* module = PyModule_Create(&definition);
+#ifdef TBCM_CUDA_SOURCES  // "op:hash op:hash", where the CUDA kernels were built
+  if (module) PyModule_AddStringConstant(module, "cuda", TBCM_CUDA_SOURCES);
+#endif
+  return module;
 }

@@ -1,4 +1,4 @@
-// Element types and loop helpers shared by the CPU kernels.
+// Element types shared by all kernels, and loop helpers of those for CPUs.
 #pragma once
 
 #include <cstdint>
@@ -33,23 +33,31 @@ struct bfloat16 {
   uint16_t bits;
 };
 
-TBCM_INLINE float widen(float x) { return x; }
+TBCM_HD float widen(float x) { return x; }
 
-TBCM_INLINE float widen(bfloat16 x) {
-  uint32_t u = uint32_t(x.bits) << 16;
+TBCM_HD float widen(bfloat16 x) {
   float f;
+#if defined(__CUDA_ARCH__)
+  asm("mov.b32 %0, {0, %1};" : "=f"(f) : "h"(x.bits));
+#else
+  uint32_t u = uint32_t(x.bits) << 16;
   std::memcpy(&f, &u, sizeof f);
+#endif
   return f;
 }
 
-TBCM_INLINE void narrow(float x, float* out) { *out = x; }
+TBCM_HD void narrow(float x, float* out) { *out = x; }
 
 // Round to nearest even; a NaN stays a NaN.
-TBCM_INLINE void narrow(float x, bfloat16* out) {
+TBCM_HD void narrow(float x, bfloat16* out) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out->bits) : "f"(x));
+#else
   uint32_t u;
   std::memcpy(&u, &x, sizeof u);
   uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   out->bits = uint16_t(x != x ? 0x7fc0u : rounded);
+#endif
 }
 
 struct float16 {
@@ -57,21 +65,28 @@ struct float16 {
 };
 
 // The exponent is shifted by a product, which also makes subnormal numbers normal.
-TBCM_INLINE float widen(float16 x) {
+TBCM_HD float widen(float16 x) {
+  float f;
+#if defined(__CUDA_ARCH__)
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x.bits));
+#else
   const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
   const uint32_t special = (x.bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
-  float f;
   std::memcpy(&f, &magnitude, sizeof f);
   f *= 5.192296858534828e33f;  // 2^112
   uint32_t u;
   std::memcpy(&u, &f, sizeof u);
   u |= special | uint32_t(x.bits & 0x8000u) << 16;
   std::memcpy(&f, &u, sizeof f);
+#endif
   return f;
 }
 
 // Round to nearest even; too large becomes infinite, and a NaN stays a NaN.
-TBCM_INLINE void narrow(float x, float16* out) {
+TBCM_HD void narrow(float x, float16* out) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out->bits) : "f"(x));
+#else
   uint32_t u, small;
   std::memcpy(&u, &x, sizeof u);
   const uint32_t sign = u >> 16 & 0x8000u;
@@ -84,6 +99,7 @@ TBCM_INLINE void narrow(float x, float16* out) {
   uint32_t bits = u < 0x38800000u ? small - 0x3f000000u : normal;
   bits = u >= 0x477ff000u ? 0x7c00u : bits;
   out->bits = uint16_t(sign | (u > 0x7f800000u ? 0x7e00u : bits));
+#endif
 }
 
 template <class T>
@@ -119,8 +135,8 @@ template <class T>
 struct Rows {
   T* data = nullptr;
   int64_t stride_b = 0, stride_n = 0;
-  explicit operator bool() const { return data != nullptr; }
-  TBCM_INLINE T* at(int64_t b, int64_t n) const {
+  TBCM_HD explicit operator bool() const { return data != nullptr; }
+  TBCM_HD T* at(int64_t b, int64_t n) const {
     return data ? data + b * stride_b + n * stride_n : nullptr;
   }
 };

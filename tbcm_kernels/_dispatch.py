@@ -2,13 +2,17 @@
 
 `impl="auto"` takes the best one that can run the given tensors; where it must fall back to the
 plain PyTorch reference it says so once. An explicit `impl` runs that implementation or raises.
+"auto" takes a CUDA C++ kernel only where a GPU has passed all proofs with the same source, which
+proofs.json records (`python -m bench.proofs` makes it from the rows of such runs).
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import json
 import warnings
+from importlib.resources import files
 from types import ModuleType
 
 import torch
@@ -16,24 +20,25 @@ from torch import Tensor
 
 from tbcm_kernels._dual import constant_under_compile
 
-IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "cuda", "cpu", "reference")
 _FAST_DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "cpu": (torch.float32, torch.bfloat16),
     "attention cpu": (torch.float32, torch.bfloat16, torch.float16),
     "linear_attention cpu": (torch.float32, torch.bfloat16, torch.float16),
 }
-_DEVICES = {"triton": "cuda", "cpu": "cpu"}
+_DEVICES = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu"}
 _ONLY_ASKED_FOR = {
     ("attention", "triton", torch.float32): "exact fp32 products spill registers; ask by impl",
 }
 """What "auto" leaves out, and why."""
 OPS: dict[str, tuple[str, ...]] = {
-    "adaln": ("triton", "cpu"),
+    "adaln": ("triton", "cuda", "cpu"),
     "rms_norm": ("triton", "cpu"),
     "attention": ("triton", "cpu"),
     "linear_attention": ("cpu",),
-    "conv_glu": ("cpu",),
+    "conv_glu": ("cuda", "cpu"),
     "linear": (),
     "tangent_loss": ("triton", "cpu"),
     "trigflow": ("triton", "cpu"),
@@ -44,13 +49,18 @@ OPS: dict[str, tuple[str, ...]] = {
 @functools.cache
 def missing(impl: str) -> str | None:
     """Why `impl` cannot run in this installation, in one clause; None where it can."""
-    if impl == "cpu":
+    if impl in ("cpu", "cuda"):
         try:
-            importlib.import_module("tbcm_kernels._C")
+            extension = importlib.import_module("tbcm_kernels._C")
         except ImportError as error:
             return (
                 f"the compiled extension is not there ({error}); install a C++ compiler and run "
                 f"pip install --no-build-isolation tbcm-kernels"
+            )
+        if impl == "cuda" and not hasattr(extension, "cuda"):
+            return (
+                "the compiled extension was built without CUDA; with nvcc on PATH run "
+                "TBCM_BUILD_CUDA=1 pip install --no-build-isolation tbcm-kernels"
             )
     if impl == "triton":
         try:
@@ -71,6 +81,26 @@ def refusal(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         return f"it takes {names} and these are {str(dtype).removeprefix('torch.')}"
     return missing(impl)
+
+
+@functools.cache
+def source(op: str) -> str:
+    """The op and the hash of its CUDA sources that the extension was built from."""
+    sources = importlib.import_module("tbcm_kernels._C").cuda.split()
+    return next(s for s in sources if s.startswith(f"{op}:"))
+
+
+@functools.cache
+def _unproved(op: str, impl: str) -> str | None:
+    """Why "auto" leaves out a CUDA C++ kernel that can run; None where it is proved."""
+    if impl != "cuda":
+        return None
+    if source(op) in json.loads(files("tbcm_kernels").joinpath("proofs.json").read_text()):
+        return None
+    return (
+        "its source has not passed on a GPU yet; `python -m tbcm_kernels.testing` tries it on "
+        'yours and impl="cuda" runs it'
+    )
 
 
 def choose(op: str, impl: str, x: Tensor) -> str:
@@ -99,6 +129,7 @@ def _choice(op: str, impl: str, device: str, dtype: torch.dtype) -> tuple[str | 
     for candidate in OPS[op]:
         reason = refusal(op, candidate, device, dtype)
         reason = reason or _ONLY_ASKED_FOR.get((op, candidate, dtype))
+        reason = reason or _unproved(op, candidate)
         if device == _DEVICES[candidate] and reason is None:
             _notice_unproved(candidate)
             return candidate, "available"

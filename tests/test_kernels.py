@@ -34,6 +34,7 @@ COMBINATIONS = [
     ),
     *(("cpu", "cpu", d) for d in (torch.float32, torch.bfloat16)),
     *(("triton", DEVICE, d) for d in TRITON_DTYPES),
+    *(("cuda", DEVICE, d) for d in TRITON_DTYPES if GPU),
 ]
 
 

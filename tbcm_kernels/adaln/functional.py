@@ -34,7 +34,8 @@ def adaln(
         gate, scale, shift: modulations that broadcast to x, such as [B, 1, C] per sample or
             [B, N, C] per token, of any floating dtype; None is 1, 0, 0.
         eps: added to the variance.
-        impl: "auto", "cpu", "triton" or "reference" (plain PyTorch, differentiable to any order).
+        impl: "auto", "cpu", "cuda", "triton" or "reference" (plain PyTorch, differentiable to any
+            order).
 
     Returns:
         (x', y), both of x's shape and dtype. Without h, x' is x itself.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tbcm_kernels import _C  # noqa: F401  (loading it registers the kernels)
 from tbcm_kernels._library import fresh
+from tbcm_kernels.conv_glu.buffers import parameters
 
 
 def forward(
@@ -18,7 +19,7 @@ def forward(
     ty = None if ta is None else fresh(y)
     ta = None if ta is None else ta.contiguous()
     torch.ops.tbcm_cpu.conv_glu_forward(
-        a.contiguous(), _taps(weight), _floats(bias), ta, y, ty, height, width
+        a.contiguous(), *parameters(weight, bias), ta, y, ty, height, width
     )
     return y, ty
 
@@ -33,15 +34,6 @@ def backward(
     gw = torch.empty(batch, 9, channels, dtype=torch.float32) if needs_weight else None
     gb = torch.empty(batch, channels, dtype=torch.float32) if needs_bias else None
     torch.ops.tbcm_cpu.conv_glu_backward(
-        gy.contiguous(), a.contiguous(), _taps(weight), _floats(bias), ga, gw, gb, height, width
+        gy.contiguous(), a.contiguous(), *parameters(weight, bias), ga, gw, gb, height, width
     )
     return ga, gw, gb
-
-
-def _taps(weight: Tensor) -> Tensor:
-    """[2K, 1, 3, 3] as fp32 rows of taps [9, 2K]."""
-    return weight.flatten(1).to(torch.float32).t().contiguous()
-
-
-def _floats(b: Tensor | None) -> Tensor | None:
-    return None if b is None else b.to(torch.float32).contiguous()

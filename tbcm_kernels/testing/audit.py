@@ -1,8 +1,9 @@
-"""Static audit of the Triton kernels: compile every shipped config without a GPU, read its cubin.
+"""Static audit of the GPU kernels: compile every shipped config without a GPU, read its cubin.
 
 `python -m tbcm_kernels.testing.audit [PATTERN]` prints a JSON line for each config whose name
 matches and each architecture that it ships for, and exits 1 where one spills, asks for more shared
-memory than there is or misses the tensor cores that it is made for, or where none matches.
+memory than there is or misses the tensor cores that it is made for, or where none matches. Names
+of the CUDA C++ kernels, which need nvcc and a checkout, start with "cuda".
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tbcm_kernels.testing import audit_cuda
 
 if TYPE_CHECKING:
     from tbcm_kernels._triton import AuditCase
@@ -113,7 +116,11 @@ def main(pattern: str = "") -> int:
         if re.search(pattern, case.name)
         for architecture in case.architectures or ARCHITECTURES
     ]
-    failed = not work
+    reports = _cuda_reports(pattern)
+    failed = not work and not reports
+    for report in reports:
+        print(json.dumps(asdict(report)), flush=True)
+        failed |= report.spilled > 0
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         for report, failure in pool.map(_audit, work):
             print(json.dumps(asdict(report)), flush=True)
@@ -121,6 +128,17 @@ def main(pattern: str = "") -> int:
                 failed = True
                 print(f"{report.name} on sm_{report.architecture}: {failure}", file=sys.stderr)
     return int(failed)
+
+
+def _cuda_reports(pattern: str) -> list[Report]:
+    """Reports of the CUDA C++ kernels whose name matches; compiled only where one can."""
+    if not re.search(pattern, "cuda") and "cuda" not in pattern:
+        return []
+    if reason := audit_cuda.missing():
+        print(f"no CUDA C++ kernels: {reason}", file=sys.stderr)
+        return []
+    reports = (Report(**row) for row in audit_cuda.compile_sources())
+    return [report for report in reports if re.search(pattern, report.name)]
 
 
 def _audit(work: tuple[str, int]) -> tuple[Report, str | None]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,31 +35,50 @@ class Proof:
             f"{result}"
         )
 
+    def row(self) -> dict[str, Any]:
+        """What is recorded of it; the source is that of a CUDA kernel."""
+        gpu = self.device == "cuda"
+        return {
+            "op": self.op, "impl": self.impl,
+            "source": _dispatch.source(self.op) if self.impl == "cuda" else None,
+            "device": torch.cuda.get_device_name() if gpu else f"cpu {platform.machine()}",
+            "dtype": str(self.dtype).removeprefix("torch."), "cases": self.cases,
+            "faults": self.faults, "torch": torch.__version__,
+        }  # fmt: skip
 
-def proofs() -> Iterator[Proof]:
-    """Proofs of every op that has a kernel, in each implementation, device and dtype found here."""
+
+def proofs(only: str | None = None, few: bool = False) -> Iterator[Proof]:
+    """Proofs of every op that has a kernel, in each implementation, device and dtype found here.
+
+    Args:
+        only: the one implementation to prove.
+        few: on few shapes.
+    """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for op, kernels in _dispatch.OPS.items():
         for impl in (*kernels, "reference") if kernels else ():
+            if only not in (None, impl):
+                continue
             for device in devices:
                 for dtype in DTYPES:
                     if _runs(op, impl, device, dtype):
-                        yield prove(op, impl, device, dtype)
+                        yield prove(op, impl, device, dtype, few)
 
 
-def prove(op: str, impl: str, device: str, dtype: torch.dtype) -> Proof:
+def prove(op: str, impl: str, device: str, dtype: torch.dtype, few: bool = False) -> Proof:
     """Run all shipped cases: the error policy of `compare.py`, and the same bits twice.
 
     Args:
         op: name of an op that has a kernel, such as "adaln".
-        impl: "cpu", "triton" or "reference".
+        impl: "cpu", "cuda", "triton" or "reference".
         device: "cpu" or "cuda".
         dtype: of the op's main inputs.
+        few: on few shapes.
 
     Returns:
         The proof; its `faults` is empty where all cases pass.
     """
-    tried = list(cases(op, dtype, device))
+    tried = list(cases(op, dtype, device, few))
     found = [fault for case in tried for fault in _faults(case, impl)]
     return Proof(op, impl, device, dtype, len(tried), found)
 

@@ -1,0 +1,30 @@
+// The operands of adaln's kernels from PyTorch's tensors.
+#pragma once
+
+#include "adaln.h"
+#include "bindings.h"
+
+namespace tbcm::adaln {
+
+template <class T>
+Forward<T> operands(const Tensor& x, const Maybe& h, const Maybe& gate, const Maybe& scale, const Maybe& shift,
+                    const Maybe& tx, const Maybe& th, const Maybe& tgate, const Maybe& tscale, const Maybe& tshift,
+                    const Maybe& out, const Tensor& y, const Maybe& tout, const Maybe& ty, double eps) {
+  return {rows<const T>(x), rows<const T>(h), rows<const T>(tx), rows<const T>(th),
+          rows<const float>(gate), rows<const float>(scale), rows<const float>(shift),
+          rows<const float>(tgate), rows<const float>(tscale), rows<const float>(tshift),
+          rows<T>(out), rows<T>(y), rows<T>(tout), rows<T>(ty),
+          x.size(0), x.size(1), x.size(2), float(eps)};
+}
+
+template <class T>
+Backward<T> operands(const Maybe& gout, const Maybe& gy, const Tensor& x, const Maybe& h, const Maybe& gate,
+                     const Maybe& scale, const Tensor& gx, const Maybe& gh, const Maybe& ggate, const Maybe& gscale,
+                     const Maybe& gshift, int64_t chunk, double eps) {
+  return {rows<const T>(gout), rows<const T>(gy), rows<const T>(x), rows<const T>(h),
+          rows<const float>(gate), rows<const float>(scale), rows<T>(gx), rows<T>(gh),
+          rows<float>(ggate), rows<float>(gscale), rows<float>(gshift),
+          x.size(0), x.size(1), x.size(2), chunk, float(eps)};
+}
+
+}  // namespace tbcm::adaln

@@ -1,0 +1,21 @@
+"""What the adapters of the CUDA kernels share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tbcm_kernels import _C  # noqa: F401  (loading it registers the kernels)
+
+
+@contextlib.contextmanager
+def stream_of(x: Tensor) -> Iterator[int]:
+    """The current stream of the tensor's device, which is the current device meanwhile."""
+    if not x.is_cuda:  # the tests run the kernels' sources on the host
+        yield 0
+        return
+    with torch.cuda.device(x.device):
+        yield torch.cuda.current_stream().cuda_stream

@@ -1,0 +1,51 @@
+"""What the compiled kernels of adaln read and fill."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tbcm_kernels._library import fresh
+
+Tensors = tuple[Tensor | None, ...]
+
+
+def forward_buffers(
+    x: Tensor, h: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    tx: Tensor | None, th: Tensor | None, tgate: Tensor | None, tscale: Tensor | None,
+    tshift: Tensor | None,
+) -> tuple[Tensors, Tensors]:  # fmt: skip
+    """Operands of forward as rows of unit stride, and the outputs: x', y, ẋ', ẏ."""
+    tangent_in = any(t is not None for t in (tx, th, tgate))
+    tangent_out = tangent_in or tscale is not None or tshift is not None
+    there = (h is not None, True, h is not None and tangent_in, tangent_out)
+    inputs = (
+        rows(x), rows(h), floats(gate, x), floats(scale, x), floats(shift, x), rows(tx), rows(th),
+        floats(tgate, x), floats(tscale, x), floats(tshift, x),
+    )  # fmt: skip
+    return inputs, tuple(fresh(x) if t else None for t in there)
+
+
+def backward_buffers(
+    gout: Tensor | None, gy: Tensor | None, out: Tensor, h: Tensor | None, gate: Tensor | None,
+    scale: Tensor | None, needs_gate: bool, needs_scale: bool, needs_shift: bool, chunk: int,
+) -> tuple[Tensors, Tensors]:  # fmt: skip
+    """Operands of backward, and the gradients of x, h, gate, scale, shift that it fills."""
+    batch, tokens, width = out.shape
+    shape = (batch, -(-tokens // chunk), width)
+    there = (needs_gate, needs_scale and gy is not None, needs_shift and gy is not None)
+    sums = (
+        torch.empty(shape, dtype=torch.float32, device=out.device) if t else None for t in there
+    )
+    inputs = (rows(gout), rows(gy), rows(out), rows(h), floats(gate, out), floats(scale, out))
+    return inputs, (fresh(out), fresh(out) if gate is not None else None, *sums)
+
+
+def rows(x: Tensor | None) -> Tensor | None:
+    """The tensor with unit stride along C; a view where it has that already."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def floats(m: Tensor | None, x: Tensor) -> Tensor | None:
+    """A modulation as fp32 rows that broadcast over x by zero strides."""
+    return None if m is None else rows(m.to(torch.float32)).expand(x.shape)

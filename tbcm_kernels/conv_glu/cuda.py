@@ -1,0 +1,50 @@
+"""The CUDA kernels of conv_glu (csrc/conv_glu.cu): allocates the outputs and calls them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tbcm_kernels._cuda import stream_of
+from tbcm_kernels._library import fresh
+from tbcm_kernels.conv_glu.buffers import parameters
+
+TILE = 32
+"""Rows and columns of an image whose parameter gradients a block sums, as in csrc/conv_glu.h."""
+
+
+def forward(
+    a: Tensor, weight: Tensor, bias: Tensor | None, ta: Tensor | None, tweight: Tensor | None,
+    tbias: Tensor | None, height: int, width: int,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """See reference.forward; tangents of weight and bias never come here."""
+    y = a.new_empty((*a.shape[:2], a.shape[2] // 2))
+    ty = None if ta is None else fresh(y)
+    ta = None if ta is None else ta.contiguous()
+    with stream_of(a) as stream:
+        torch.ops.tbcm_cuda.conv_glu_forward(
+            a.contiguous(), *parameters(weight, bias), ta, y, ty, height, width, stream
+        )
+    return y, ty
+
+
+def backward(
+    gy: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs_weight: bool,
+    needs_bias: bool, height: int, width: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """See reference.backward."""
+    batch, _, channels = a.shape
+    parts = -(-height // TILE) * (-(-width // (TILE - 2)) if width > TILE else 1)
+    ga = fresh(a)
+    gw, gb = (
+        torch.empty(batch, parts, *taps, channels, dtype=torch.float32, device=a.device)
+        if needed
+        else None
+        for taps, needed in (((9,), needs_weight), ((), needs_bias))
+    )
+    with stream_of(a) as stream:
+        torch.ops.tbcm_cuda.conv_glu_backward(
+            gy.contiguous(), a.contiguous(), *parameters(weight, bias), ga, gw, gb, height, width,
+            stream,
+        )  # fmt: skip
+    return ga, None if gw is None else gw.sum(1), None if gb is None else gb.sum(1)

@@ -1,0 +1,134 @@
+// Runs CUDA kernels on the host: the threads of a block are fibers that take turns, and wait for one
+// another where they exchange values. Included before a kernel's source, in place of nvcc.
+//
+// Every other launch runs the threads in reverse, so that a missing barrier shows: a case launches three
+// kernels, so its second run meets the other order and gives other bits.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__ static
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __maxnreg__(...)
+
+struct float2 {
+  float x, y;
+};
+struct dim3 {
+  unsigned x;
+};
+using cudaStream_t = void*;
+using cudaError_t = int;
+constexpr cudaError_t cudaSuccess = 0;
+inline const char* cudaGetErrorString(cudaError_t) { return ""; }
+
+inline dim3 blockIdx, blockDim, threadIdx;
+
+namespace fibers {
+
+constexpr int WARP = 32, STACK = 1 << 16;
+
+struct Fiber {
+  ucontext_t start;
+  jmp_buf at;
+  std::vector<char> stack = std::vector<char>(STACK);
+  bool started, done;
+  int waits;  // for how many threads: those of its warp, or of its block
+};
+
+inline std::vector<Fiber> all;
+inline std::vector<float> exchanged;
+inline std::function<void()> body;
+inline jmp_buf scheduler;
+inline int current;
+
+inline void wait(int threads) {
+  all[current].waits = threads;
+  if (!_setjmp(all[current].at)) _longjmp(scheduler, 1);
+}
+
+inline void enter() {
+  body();
+  all[current].done = true;
+  _longjmp(scheduler, 1);
+}
+
+inline void resume(int thread) {
+  Fiber& f = all[thread];
+  current = thread;
+  threadIdx.x = unsigned(thread);
+  f.waits = 0;
+  if (_setjmp(scheduler)) return;
+  if (f.started) _longjmp(f.at, 1);
+  f.started = true;
+  getcontext(&f.start);
+  f.start.uc_stack.ss_sp = f.stack.data();
+  f.start.uc_stack.ss_size = STACK;
+  makecontext(&f.start, enter, 0);
+  setcontext(&f.start);
+}
+
+// Whether all threads that this one waits for have come as far; those that have ended count.
+inline bool ready(int thread, int threads) {
+  const int waits = all[thread].waits, group = waits > 0 ? waits : 1, first = thread / group * group;
+  for (int i = first; i < first + group && i < threads; ++i)
+    if (!all[i].done && all[i].waits != waits) return false;
+  return true;
+}
+
+inline void run_block(int threads, bool reversed) {
+  for (int i = 0; i < threads; ++i) all[i].started = all[i].done = false, all[i].waits = 0;
+  for (int left = threads; left > 0;) {
+    std::vector<int> able;  // decided before anyone moves on
+    for (int i = 0; i < threads; ++i)
+      if (!all[i].done && ready(i, threads)) able.push_back(i);
+    if (reversed) std::reverse(able.begin(), able.end());
+    if (able.empty()) __builtin_trap();  // threads that wait for one another for ever
+    for (const int i : able) {
+      resume(i);
+      left -= all[i].done;
+    }
+  }
+}
+
+}  // namespace fibers
+
+// WITHOUT_BARRIERS is the planted fault that the proofs must find.
+inline void __syncthreads() {
+  static const bool without = std::getenv("WITHOUT_BARRIERS") != nullptr;
+  if (!without) fibers::wait(int(blockDim.x));
+}
+
+inline float __shfl_xor_sync(unsigned, float v, int lanes) {
+  const int me = fibers::current;
+  fibers::exchanged[me] = v;
+  fibers::wait(fibers::WARP);
+  const float got = fibers::exchanged[me ^ lanes];
+  fibers::wait(fibers::WARP);
+  return got;
+}
+
+inline bool reversed = false;
+
+template <class P>
+cudaError_t cudaLaunchKernel(void (*kernel)(P), dim3 blocks, dim3 threads, void** arguments, size_t, cudaStream_t) {
+  reversed = !reversed;
+  blockDim = threads;
+  if (fibers::all.size() < threads.x) fibers::all.resize(threads.x);
+  fibers::exchanged.resize(threads.x);
+  fibers::body = [=] { kernel(*static_cast<P*>(arguments[0])); };
+  for (blockIdx.x = 0; blockIdx.x < blocks.x; ++blockIdx.x) fibers::run_block(int(threads.x), reversed);
+  return cudaSuccess;
+}

@@ -1,0 +1,111 @@
+"""The CUDA kernels without a GPU: what nvcc makes of them, and their own source run on the host."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import proofs
+from tbcm_kernels import _dispatch
+from tbcm_kernels.testing import audit_cuda
+
+ROOT = Path(__file__).parents[1]
+OPS = ["adaln", "conv_glu"]
+DTYPES = ["float32", "bfloat16", "float16"]
+# Half of a multiprocessor's threads in forward; the sums of backward need more.
+REGISTERS = {
+    "adaln forward": 64, "adaln backward": 96, "conv_glu forward": 112, "conv_glu backward": 128,
+    "conv_glu forward bf16 V=8": 64, "conv_glu forward tangent bf16 V=8": 64,
+}  # fmt: skip
+
+
+@pytest.mark.skipif(audit_cuda.missing() is not None, reason=str(audit_cuda.missing()))
+def test_no_spills_and_few_registers() -> None:
+    rows = list(audit_cuda.compile_sources())
+    assert {row["architecture"] for row in rows} == {80, 90}
+    assert len(rows) == 2 * (12 + 18)
+    assert [row for row in rows if row["spilled"]] == []
+    for kernel, limit in REGISTERS.items():
+        found = [row["registers"] for row in rows if row["name"].startswith(f"cuda {kernel}")]
+        assert found and max(found) <= limit, kernel
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CUDA sources and their registration, compiled for the host."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    root, made = Path(torch.__file__).parent, tmp_path_factory.mktemp("host")
+    flags = ["-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}"]
+    flags += [f"-I{root / 'include'}", "-DTORCH_TARGET_VERSION=0x020A000000000000ULL"]
+    flags += ["-DTBCM_DEVICE=CPU", "-include", str(ROOT / "tests" / "cuda_on_host.h")]
+    sources = [*(ROOT / "csrc" / f"{op}.cu" for op in OPS), ROOT / "csrc/cuda_registration.cpp"]
+    objects = [made / f"{source.stem}.o" for source in sources]
+    running = [
+        subprocess.Popen([compiler, *flags, "-x", "c++", "-c", source, "-o", target])
+        for source, target in zip(sources, objects, strict=True)
+    ]
+    assert not any([process.wait() for process in running])
+    target = made / "kernels.so"
+    link = [compiler, "-shared", *objects, f"-L{root / 'lib'}", "-ltorch_cpu", "-o", target]
+    subprocess.run(link, check=True)
+    return target
+
+
+def proved(library: Path, *dtypes: str, **environment: str) -> list[str]:
+    """What the proofs print, a line for each op and dtype and one for each fault."""
+    run = subprocess.run(
+        [sys.executable, ROOT / "tests" / "prove_on_host.py", library, *dtypes],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
+
+
+def test_kernels_are_right_on_the_host(library: Path) -> None:
+    """Every case in fp32, bf16 and fp16, outputs and gradients, twice with the same bits."""
+    lines = proved(library, *DTYPES)
+    assert len(lines) == 6 and all(line.endswith("passed") for line in lines), "\n".join(lines)
+
+
+def test_missing_barriers_are_found(library: Path) -> None:
+    lines = proved(library, "bfloat16", WITHOUT_BARRIERS="1")
+    assert len(lines) > len(OPS) and not any(line.endswith("passed") for line in lines)
+
+
+def test_proofs_need_every_dtype_and_no_fault() -> None:
+    about = {"impl": "cuda", "device": "a GPU", "date": "2026-01-01"}
+
+    def rows(source: str, dtypes: list[str], **change: object) -> list[dict]:
+        return [about | {"source": source, "dtype": d, "faults": []} | change for d in dtypes]
+
+    table = proofs.table([
+        *rows("adaln:1", DTYPES), *rows("adaln:2", DTYPES[:2]), *rows("adaln:3", DTYPES),
+        *rows("adaln:3", DTYPES[:1], faults=["y: too far off"]),
+        *rows("adaln:4", DTYPES, impl="cpu"),
+    ])  # fmt: skip
+    assert table == {"adaln:1": {"device": "a GPU", "date": "2026-01-01"}}
+
+
+def test_only_proved_kernels_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """impl="auto" leaves out a CUDA kernel without a proof, and says how to prove it."""
+    monkeypatch.setattr(_dispatch, "refusal", lambda op, impl, *_: None)
+    monkeypatch.setattr(_dispatch, "source", lambda op: f"{op}:1")
+    _dispatch._unproved.cache_clear()
+    with pytest.warns(UserWarning, match=r"reference.*cuda: its source.*tbcm_kernels\.testing"):
+        _dispatch._notice_fallback.cache_clear()
+        assert _dispatch._choice("conv_glu", "auto", "cuda", torch.bfloat16)[0] == "reference"
+    assert _dispatch._choice("conv_glu", "cuda", "cuda", torch.bfloat16)[0] == "cuda"
+    monkeypatch.setattr(_dispatch.json, "loads", lambda text: {"conv_glu:1": {}})
+    _dispatch._unproved.cache_clear()
+    assert _dispatch._choice("conv_glu", "auto", "cuda", torch.bfloat16)[0] == "cuda"
+    _dispatch._unproved.cache_clear()

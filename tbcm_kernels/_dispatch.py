@@ -32,7 +32,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "adaln": ("triton", "cpu"),
     "rms_norm": ("triton", "cpu"),
     "attention": ("triton", "cpu"),
-    "linear_attention": ("cpu",),
+    "linear_attention": ("triton", "cpu"),
     "conv_glu": ("cpu",),
     "linear": (),
 }

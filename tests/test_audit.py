@@ -10,7 +10,10 @@ import sys
 import pytest
 
 # The widest and the most used configs; `python -m tbcm_kernels.testing.audit` compiles all.
-PATTERN = r"bf16 C=(1152|2240)( full)? |attention bf16 D=72 (forward|keys|queries) tangent q "
+PATTERN = (
+    r"bf16 C=(1152|2240)( full)? |^attention bf16 D=72 (forward|keys|queries) tangent q "
+    r"|linear_attention bf16 D=32 "
+)
 
 
 def test_no_spills() -> None:
@@ -25,5 +28,6 @@ def test_no_spills() -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     reports = [json.loads(line) for line in run.stdout.splitlines()]
     assert {r["architecture"] for r in reports} == {80, 90, 100}
-    assert {r["name"].split()[0] for r in reports} >= {"adaln", "attention", "rms_norm"}
+    ops = {r["name"].split()[0] for r in reports}
+    assert ops >= {"adaln", "attention", "linear_attention", "rms_norm"}
     assert [r for r in reports if r["spilled"]] == []

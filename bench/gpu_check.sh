@@ -64,7 +64,7 @@ if has pytest; then
     step tests-kernels 120 "${pytest[@]}" tests/test_kernels.py
     step tests-silence 90 env TBCM_TEST_DEVICE="$DEVICE" "${pytest[@]}" tests/test_silence.py
     if has diffusers; then
-        step tests-fuse 90 env TBCM_TEST_DEVICE="$DEVICE" "${pytest[@]}" tests/test_fuse.py
+        step tests-fuse 90 env TBCM_TEST_DEVICE="$DEVICE" "${pytest[@]}" tests/test_fuse.py tests/test_sana_training.py
     else
         skip tests-fuse "no diffusers"
     fi
@@ -75,6 +75,7 @@ fi
 if [[ $DEVICE == cuda ]]; then
     bench attention --op attention --shape sd3-1024 --shape flux-1024 --shape sana-0.6b-1024
     bench adaln-0.6b --op adaln --shape sana-0.6b-1024
+    bench linear_attention --op linear_attention --shape sana-0.6b-1024 --shape sana-1.6b-1024
     bench conv_glu --op conv_glu --shape sana-0.6b-1024 --shape sana-1.6b-1024
     bench rms_norm-0.6b --op rms_norm --shape sana-0.6b-1024
     bench adaln-1.6b --op adaln --op rms_norm --shape sana-1.6b-1024

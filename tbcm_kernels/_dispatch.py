@@ -37,7 +37,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "adaln": ("triton", "cuda", "cpu"),
     "rms_norm": ("triton", "cpu"),
     "attention": ("triton", "cpu"),
-    "linear_attention": ("cpu",),
+    "linear_attention": ("triton", "cpu"),
     "conv_glu": ("cuda", "cpu"),
     "linear": (),
     "tangent_loss": ("triton", "cpu"),

@@ -14,6 +14,8 @@ from tbcm_kernels.linear_attention.reference import FEATURE_MAPS, Setting
 from tbcm_kernels.rms_norm.heads import Norm, norm_argument
 
 MAX_HEAD_DIM = 256
+TRITON_WIDEST = {2: 128, 4: 32}
+"""Head dims that "auto" gives to Triton, by bytes of an element."""
 
 
 def linear_attention(
@@ -54,8 +56,8 @@ def linear_attention(
             norm weight.
 
     Precision: arithmetic and state in fp32 (fp64 for fp64), also under autocast; rounded once at
-    the end, and where a norm is fused, its output's gradient on the way. Triton's products of bf16
-    and fp16 inputs round their factors to TF32, which has more digits than either.
+    the end, and where a norm is fused, its output's gradient on the way. Triton's products are of
+    sums of two halves: 16 digits for bf16 and fp16 inputs, 22 for fp32.
     Cost: 4·B·H·N·D·Dv FLOPs; reads q, k, v, writes o. Saves q, k, v and S, fp32 [B, H, D, Dv + 1].
     Source: arXiv 2006.16236; with ReLU, arXiv 2205.14756 and SANA, arXiv 2410.10629.
     """
@@ -115,7 +117,7 @@ def _run(
     eps: float, q_norm: Norm | None, k_norm: Norm | None, is_causal: bool, impl: str,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     _check(op, *primals, feature_map, is_causal, exact=impl != "reference")
-    q, k, _ = primals
+    q, k, v = primals
     q_weight, q_eps = norm_argument(op, "q_norm", q, q_norm)
     k_weight, k_eps = norm_argument(op, "k_norm", k, k_norm)
     if stopped := _dual.tangent_gradient_stopped():
@@ -126,11 +128,21 @@ def _run(
         o, to, _ = reference.forward(*inputs, Setting(*setting))
         return o, to.detach() if stopped and to is not None else to
     _dual.guard_levels("linear_attention")
-    chosen = _dispatch.choose("linear_attention", impl, q)
+    chosen = _choose(impl, q, v)
     o, to, _ = linear_attention_op(*inputs, *setting, not stopped, chosen)
     if not _dual.present(tangents):
         return o, None
     return o, to.detach() if stopped else to
+
+
+def _choose(impl: str, q: Tensor, v: Tensor) -> str:
+    """The implementation; Triton's spill at large head dims."""
+    chosen = _dispatch.choose("linear_attention", impl, q)
+    widest = TRITON_WIDEST[q.dtype.itemsize] if chosen == "triton" else MAX_HEAD_DIM
+    if impl != "auto" or max(q.shape[3], v.shape[3]) <= widest:
+        return chosen
+    reason = f"triton: head dims above {widest} spill registers; ask by impl"
+    return _dispatch.fall_back("linear_attention", q.device.type, q.dtype, reason)
 
 
 def _refuse_moving_norms(*norms: Norm | None) -> None:

@@ -58,11 +58,12 @@ def cases() -> Iterator[AuditCase]:
     """Every kernel of every op at the widths of SANA and of the built-in case."""
     from tbcm_kernels.adaln import triton as adaln
     from tbcm_kernels.attention import triton as attention
+    from tbcm_kernels.linear_attention import triton as linear_attention
     from tbcm_kernels.rms_norm import triton as rms_norm
     from tbcm_kernels.tangent_loss import triton as tangent_loss
     from tbcm_kernels.trigflow import triton as trigflow
 
-    for module in (adaln, rms_norm, attention, tangent_loss, trigflow):
+    for module in (adaln, rms_norm, attention, linear_attention, tangent_loss, trigflow):
         yield from module.audit_cases()
 
 

@@ -61,7 +61,8 @@ TBCM_INLINE void forward_block(const Forward& p, const ForwardTiles& t, int64_t 
     rescale<typename Isa::Vector>(s, p.scale, padded);
     hide(p, s, b, h, i + r, j, n);
     const float block = greatest<typename Isa::Vector>(s, padded), top = block > t.top[r] ? block : t.top[r];
-    const float shift = top == HIDDEN ? 0 : top, fade = std::exp(t.top[r] - shift);
+    const float shift = top == HIDDEN ? 0 : top;
+    const float fade = t.top[r] == HIDDEN ? 1 : std::exp(t.top[r] - shift);  // 1: there is nothing yet
     t.total[r] = t.total[r] * fade + exponentiate<typename Isa::Vector>(s, shift, padded);
     t.top[r] = top;
     if (fade == 1) continue;

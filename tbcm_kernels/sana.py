@@ -271,6 +271,8 @@ def _gated_sum(x: Pair, gate: Pair, o: Pair, layer: nn.Linear) -> Pair:
 
 
 def _linear(layer: nn.Linear | AsLinear, x: Pair) -> Pair:
+    if x[1] is None and not torch.is_grad_enabled():
+        return F.linear(x[0], layer.weight, layer.bias), None
     return linear_jvp(x[0], layer.weight, layer.bias, x[1])
 
 

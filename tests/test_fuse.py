@@ -306,9 +306,6 @@ def test_refuses_unknown_models_and_arguments() -> None:
     with tk.fuse(model):
         with pytest.raises(ValueError, match="controlnet"):
             model(**_inputs(model), controlnet_block_samples=(torch.zeros(1),))
-        model.enable_gradient_checkpointing()
-        with pytest.raises(ValueError, match="checkpointing"):
-            model(**_inputs(model))
 
 
 def test_compiles_in_one_graph() -> None:

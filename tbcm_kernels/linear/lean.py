@@ -74,12 +74,11 @@ def gated_sum(x: Pair, gate: Pair, o: Pair, layer: nn.Linear) -> Pair:
 
 def tangent_of_gated_sum(tx: Tensor | None, gate: Pair, h: Pair, dtype: torch.dtype) -> Any:
     """ẋ + γ̇ h + γ ḣ."""
-    terms = [] if tx is None else [tx]
-    if gate[1] is not None:
-        terms.append(gate[1].to(dtype) * h[0].to(dtype))
-    if h[1] is not None:
-        terms.append(gate[0].to(dtype) * h[1].to(dtype))
-    return sum(terms[1:], terms[0]) if terms else None
+    for one, other in ((gate[1], h[0]), (gate[0], h[1])):
+        if one is not None and other is not None:
+            one, other = one.to(dtype), other.to(dtype)
+            tx = one * other if tx is None else torch.addcmul(tx, one, other)
+    return tx
 
 
 def _parameters(layers: Sequence[nn.Linear], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:

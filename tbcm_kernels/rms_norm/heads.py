@@ -45,7 +45,10 @@ def heads_of_norm(x: Tensor, weight: Tensor) -> int:
 
 def merge(x: Tensor, heads: int) -> Tensor:
     """[..., H, N, D] as rows of all heads, or as it is where `heads` is 1."""
-    return x if heads == 1 else x.transpose(-3, -2).flatten(-2)
+    if heads == 1:
+        return x
+    x = x.transpose(-3, -2)
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
 def split(x: Tensor, heads: int) -> Tensor:

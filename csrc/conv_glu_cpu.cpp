@@ -76,11 +76,12 @@ TBCM_INLINE void forward_task(const Forward<T>& p, int64_t task, const Plane* u,
     }
 }
 
-// Four zero-bordered planes in the thread's scratch.
-TBCM_INLINE void prepare(int64_t height, int64_t width, Plane* planes) {
+// Zero-bordered planes in the thread's scratch.
+template <int count>
+TBCM_INLINE void prepare(int64_t height, int64_t width, Plane (&planes)[count]) {
   const int64_t size = Plane::floats(height, width);
-  float* buffer = scratch(4 * size);
-  for (int64_t i = 0; i < 4; ++i) {
+  float* buffer = scratch(count * size);
+  for (int64_t i = 0; i < count; ++i) {
     planes[i] = {buffer + i * size, height, width};
     clear(planes[i]);
   }
@@ -131,7 +132,7 @@ TBCM_INLINE void gradient_of_taps(const Backward<T>& p, int64_t b, int64_t c, in
 }
 
 template <class T>
-TBCM_INLINE void backward_task(const Backward<T>& p, int64_t task, const Plane* u, const Plane* gc) {
+TBCM_INLINE void backward_task(const Backward<T>& p, int64_t task, const Plane* u, const Plane* gc, const Plane* slope) {
   const int64_t b = task / blocks(p), c = task % blocks(p) * LANES;
   const int64_t n = p.channels - c < LANES ? p.channels - c : LANES;
   for (int64_t half = 0; half < 2; ++half)
@@ -139,7 +140,9 @@ TBCM_INLINE void backward_task(const Backward<T>& p, int64_t task, const Plane* 
       for (int64_t x = 0; x < p.width; ++x) {
         const int64_t at = ((b * p.height + y) * p.width + x) * 2 * p.channels + c + half * p.channels;
         const Lanes a = get_ahead(p.a + at, n);
-        put(u[half].at(y, x), a * logistic(a).s);
+        const Logistic l = logistic(a);
+        put(u[half].at(y, x), a * l.s);
+        put(slope[half].at(y, x), silu_slope(a, l.s, l.rest));
       }
   gradient_of_c(p, b, c, n, u, gc);
   for (int64_t half = 0; half < 2; ++half) {
@@ -150,18 +153,16 @@ TBCM_INLINE void backward_task(const Backward<T>& p, int64_t task, const Plane* 
     for (int64_t y = 0; y < p.height; ++y)
       for (int64_t x = 0; x < p.width; ++x) {
         const int64_t at = ((b * p.height + y) * p.width + x) * 2 * p.channels + first;
-        const Lanes a = get(p.a + at, n);
-        const Logistic l = logistic(a);
-        put(p.ga + at, stencil(gc[half], w, y, x, -1) * silu_slope(a, l.s, l.rest), n);
+        put(p.ga + at, stencil(gc[half], w, y, x, -1) * get(slope[half].at(y, x)), n);
       }
   }
 }
 
 template <class T>
 TBCM_INLINE void backward_tasks(const Backward<T>& p, int64_t begin, int64_t end) {
-  Plane planes[4];
+  Plane planes[6];
   prepare(p.height, p.width, planes);
-  for (int64_t task = begin; task < end; ++task) backward_task(p, task, planes, planes + 2);
+  for (int64_t task = begin; task < end; ++task) backward_task(p, task, planes, planes + 2, planes + 4);
 }
 
 TBCM_RUN(Backward, backward_tasks)

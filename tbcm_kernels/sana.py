@@ -196,7 +196,7 @@ def _checkpointed(
     So they are no arguments of the checkpointed function, which would keep them until then.
     """
     primals, tangents = zip(*stream, k, v, modulation, strict=True)
-    first = [tangents]
+    first, later = [tangents], (None,) * len(tangents)
 
     def run(*primals: Tensor | None) -> tuple[Tensor | None, ...]:
         *stream, k, v, modulation = zip(primals, take(), strict=True)
@@ -204,7 +204,7 @@ def _checkpointed(
         return tuple(zip_pairs(*out))
 
     def once() -> Sequence[Tensor | None]:
-        return first.pop() if first else (None,) * len(tangents)
+        return first.pop() if first else later
 
     # The compiler traces once and sees for itself what backward needs.
     again = torch.compiler.is_compiling() or not _dual.tangent_gradient_stopped()

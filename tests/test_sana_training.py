@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import socket
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tbcm_kernels as tk
+from tbcm_kernels import sana
 
 WIDTHS = {"0.6B": (36, 16, 72), "1.6B": (70, 20, 112)}
 """Heads of linear attention (32 wide), heads of cross-attention and their width."""
@@ -175,6 +178,29 @@ def test_checkpointing_computes_primals_alone_again_and_saves_the_rest() -> None
     again = (counts[1] - counts[0]) / forward.get_total_flops()
     assert 0.3 < again < 0.52  # a dual pass is two products where a primal one is one
     assert kept[1] < 0.35 * kept[0]
+
+
+def test_checkpointing_keeps_no_tangents(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = _model(2, 2, 16), _inputs()
+    model.enable_gradient_checkpointing()
+    block, seen = sana._block, []
+
+    def watched(block_: torch.nn.Module, stream: sana.Stream, *rest: object) -> sana.Stream:
+        seen.extend(weakref.ref(tangent) for _, tangent in stream if tangent is not None)
+        return block(block_, stream, *rest)
+
+    monkeypatch.setattr(sana, "_block", watched)
+    x, t, text, mask, guidance, tx, tt, _ = inputs
+    with tk.fuse(model), tk.stop_tangent_gradient(), fwAD.dual_level():
+        value = model(
+            fwAD.make_dual(x, tx), encoder_hidden_states=text, timestep=fwAD.make_dual(t, tt),
+            encoder_attention_mask=mask, guidance=guidance, return_dict=False,
+        )[0]  # fmt: skip
+        value = fwAD.unpack_dual(value).primal
+    gc.collect()
+    assert len(seen) > 2 and [t for t in seen if t() is not None] == []
+    value.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_checkpointing_through_the_tangent() -> None:

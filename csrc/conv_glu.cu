@@ -118,15 +118,16 @@ template <class T, int V, bool TANGENT>
 __global__ void __launch_bounds__(THREADS, 2) forward_kernel(const Forward<T> p) {
   constexpr int DUAL = 1 + TANGENT;
   __shared__ Borders<V> borders[2][DUAL][2];
+  __shared__ Pack<float, V> taps[2][9][WARP];
   const Place t(p, 1, V);
-  float w[2][V][9], bias[2][V];
+  float bias[2][V];
   Row u[DUAL][2][V];
   Sums c[DUAL][2][V];
   Pack<T, V> a[DUAL][2][PX] = {};
   each<2 * V>([&](int part) {
     const int half = part / V, j = part % V, channel = half * t.pairs + t.channel + j;
     each<9>([&](int tap) {
-      w[half][j][tap] = t.width ? p.weight[tap * 2 * p.channels + channel] : 0.f;
+      taps[half][tap][t.lane].values[j] = t.width ? p.weight[tap * 2 * p.channels + channel] : 0.f;
     });
     bias[half][j] = t.width && p.bias ? p.bias[channel] : 0.f;
     c[0][half][j].set(bias[half][j]);
@@ -156,9 +157,9 @@ __global__ void __launch_bounds__(THREADS, 2) forward_kernel(const Forward<T> p)
       if (y < t.height) {
         parts([&](int half, int j) {
           each<PX>([&](int i) {
-            const Silu s = silu<T>(widen(a[0][half][i].values[j]));
+            const Silu s = silu<T>(widen(a[0][half][i], j));
             u[0][half][j][i + 1] = s.value;
-            if (TANGENT) u[TANGENT][half][j][i + 1] = s.slope * widen(a[TANGENT][half][i].values[j]);
+            if (TANGENT) u[TANGENT][half][j][i + 1] = s.slope * widen(a[TANGENT][half][i], j);
           });
         });
         each<2 * DUAL>([&](int i) { borders[k % 2][i / 2][i % 2].put(t, u[i / 2][i % 2]); });
@@ -167,9 +168,16 @@ __global__ void __launch_bounds__(THREADS, 2) forward_kernel(const Forward<T> p)
       __syncthreads();
       if (y < t.height) {
         each<2 * DUAL>([&](int i) { borders[k % 2][i / 2][i % 2].get(t, u[i / 2][i % 2]); });
-        parts([&](int half, int j) {
-          c[0][half][j].add(k, u[0][half][j], w[half][j], bias[half][j]);
-          if (TANGENT) c[TANGENT][half][j].add(k, u[TANGENT][half][j], w[half][j], 0.f);
+        each<2>([&](int half) {
+          float w[V][9];
+          each<9>([&](int tap) {
+            const Pack<float, V> ws = taps[half][tap][t.lane];
+            each<V>([&](int j) { w[j][tap] = ws.values[j]; });
+          });
+          each<V>([&](int j) {
+            c[0][half][j].add(k, u[0][half][j], w[j], bias[half][j]);
+            if (TANGENT) c[TANGENT][half][j].add(k, u[TANGENT][half][j], w[j], 0.f);
+          });
         });
       }
       if (y++ <= t.y0) return;

@@ -4,8 +4,8 @@
 // Beside 3, 6 and 5 elements of memory for each pixel and channel pair stand 18, 36 and 54 multiply-adds
 // and three sigmoids, so instructions count as much as bytes. Hence silu(a) is computed once and stays in
 // registers; only the outer pixels of a thread pass through shared memory, to the threads beside it; and
-// the row is added into three rows of sums. Loops over rows are unrolled by RING, so that rows of registers
-// turn by their names, without moves.
+// the row is added into three rows of sums. Loops over rows are unrolled by RING, so that a row of registers
+// becomes the one above without moves.
 #include "conv_glu.h"
 #include "cuda.h"
 
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int PX = 4;  // pixels of a thread, side by side
 constexpr int WARPS = int(TILE) / PX, THREADS = WARPS * WARP;  // of a block, at most
-constexpr int RING = 4;
+constexpr int RING = 4;  // rows of u, and of its slope, that backward holds
 
 // silu(x) = x s and its derivative s + silu(x) (1 - s), for s = sigmoid(x).
 struct Silu {
@@ -46,7 +46,7 @@ struct Tiling {
 
 // Where this block and this thread stand.
 struct Place : Tiling {
-  int height, pairs, lane, warp, strip, image, channel, x, begin, end, width, y0, y1;
+  int height, pairs, lane, warp, strip, image, channel, begin, x, width, own, y0, y1;
   TBCM_D Place(const Shape& p, int reach, int channels)
       : Tiling(p, reach, channels), height(p.height), pairs(p.channels) {
     const int tile = blockIdx.x / deep;
@@ -55,15 +55,15 @@ struct Place : Tiling {
     strip = tile % (across * down);
     image = tile / (across * down);
     channel = (blockIdx.x % deep * WARP + lane) * channels;
-    width = channel < pairs ? int(p.width) : 0;
     begin = strip % across * columns;
-    end = begin + columns < width ? begin + columns : width;
+    width = channel < pairs ? int(p.width) : 0;
+    own = width - begin < columns ? (width > begin ? width - begin : 0) : columns;
     x = begin - margin + warp * PX;
     y0 = strip / across * int(TILE);
     y1 = y0 + int(TILE) < height ? y0 + int(TILE) : height;
   }
   TBCM_D bool inside(int i) const { return unsigned(x + i) < unsigned(width); }
-  TBCM_D bool owned(int i) const { return x + i >= begin && x + i < end; }
+  TBCM_D bool owned(int i) const { return unsigned(x - begin + i) < unsigned(own); }
   // The thread's first pixel in row y.
   TBCM_D int64_t pixel(const Shape& p, int y) const { return (image * p.height + y) * p.width + x; }
 };
@@ -115,15 +115,16 @@ struct Sums {
 };
 
 template <class T, int V, bool TANGENT>
-__global__ void __launch_bounds__(THREADS, 2) forward_kernel(const Forward<T> p) {
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 1 : 2) forward_kernel(const Forward<T> p) {
+  using Pixel = Pack<T, V>;
   constexpr int DUAL = 1 + TANGENT;
   __shared__ Borders<V> borders[2][DUAL][2];
-  __shared__ Pack<float, V> taps[2][9][WARP];
+  __shared__ Pack<float, V> taps[2][9][WARP];  // read again for each row: the registers are needed for sums
   const Place t(p, 1, V);
   float bias[2][V];
   Row u[DUAL][2][V];
   Sums c[DUAL][2][V];
-  Pack<T, V> a[DUAL][2][PX] = {};
+  Pixel a[DUAL][2][PX] = {};
   each<2 * V>([&](int part) {
     const int half = part / V, j = part % V, channel = half * t.pairs + t.channel + j;
     each<9>([&](int tap) {
@@ -135,32 +136,28 @@ __global__ void __launch_bounds__(THREADS, 2) forward_kernel(const Forward<T> p)
   });
   each<4 * DUAL>([&](int i) { borders[i % 2][i / 4][i / 2 % 2].clear(t); });
   int y = t.y0 > 0 ? t.y0 - 1 : 0;
-  const int64_t step = p.width * p.channels;
+  const int pitch = t.pairs / V;
+  const int64_t step = p.width * pitch, write = t.pixel(p, t.y0) * p.channels + t.channel;
   const int64_t read = t.pixel(p, y) * 2 * p.channels + t.channel;
-  const int64_t write = t.pixel(p, t.y0) * p.channels + t.channel;
-  const T *next = p.a + read, *tnext = p.ta + read;  // row y + 1 of a, once the first is read
-  T *out = p.y + write, *tout = p.ty + write;
+  const Pixel* next[] = {reinterpret_cast<const Pixel*>(p.a + read), reinterpret_cast<const Pixel*>(p.ta + read)};
+  Pixel* out[] = {reinterpret_cast<Pixel*>(p.y + write), reinterpret_cast<Pixel*>(p.ty + write)};
   const auto fetch = [&]() {
     each<PX>([&](int i) {
-      if (t.inside(i)) each<2>([&](int half) {
-          a[0][half][i] = *reinterpret_cast<const Pack<T, V>*>(ahead(next, 2 * i + half, t.pairs));
-          if (TANGENT) a[TANGENT][half][i] = *reinterpret_cast<const Pack<T, V>*>(ahead(tnext, 2 * i + half, t.pairs));
+      if (t.inside(i)) each<2 * DUAL>([&](int part) {
+          a[part / 2][part % 2][i] = *ahead(next[part / 2], 2 * i + part % 2, pitch);
         });
     });
-    next += 2 * step;
-    tnext += 2 * step;
+    each<DUAL>([&](int d) { next[d] += 2 * step; });
   };
   fetch();
   while (y <= t.y1) each<RING>([&](int k) {
       if (y > t.y1) return;
-      const auto parts = [&](const auto& f) { each<2 * V>([&](int part) { f(part / V, part % V); }); };
       if (y < t.height) {
-        parts([&](int half, int j) {
-          each<PX>([&](int i) {
-            const Silu s = silu<T>(widen(a[0][half][i], j));
-            u[0][half][j][i + 1] = s.value;
-            if (TANGENT) u[TANGENT][half][j][i + 1] = s.slope * widen(a[TANGENT][half][i], j);
-          });
+        each<2 * V * PX>([&](int part) {
+          const int half = part % 2, j = part / 2 % V, i = part / 2 / V;
+          const Silu s = silu<T>(widen(a[0][half][i], j));
+          u[0][half][j][i + 1] = s.value;
+          if (TANGENT) u[TANGENT][half][j][i + 1] = s.slope * widen(a[TANGENT][half][i], j);
         });
         each<2 * DUAL>([&](int i) { borders[k % 2][i / 2][i % 2].put(t, u[i / 2][i % 2]); });
         if (y + 1 < t.height) fetch();
@@ -182,22 +179,19 @@ __global__ void __launch_bounds__(THREADS, 2) forward_kernel(const Forward<T> p)
       }
       if (y++ <= t.y0) return;
       each<PX>([&](int i) {
-        Pack<T, V> value, tangent;
+        Pixel y[2];
         each<V>([&](int j) {
           const float c1 = c[0][0][j].rows[k][i];
           const Silu gate = silu<T>(c[0][1][j].rows[k][i]);
-          narrow(c1 * gate.value, &value.values[j]);
+          narrow(c1 * gate.value, &y[0].values[j]);
           if (TANGENT) {
             const float tc1 = c[TANGENT][0][j].rows[k][i], tc2 = c[TANGENT][1][j].rows[k][i];
-            narrow(tc1 * gate.value + c1 * gate.slope * tc2, &tangent.values[j]);
+            narrow(tc1 * gate.value + c1 * gate.slope * tc2, &y[1].values[j]);
           }
         });
-        if (!t.owned(i)) return;
-        *reinterpret_cast<Pack<T, V>*>(ahead(out, i, t.pairs)) = value;
-        if (TANGENT) *reinterpret_cast<Pack<T, V>*>(ahead(tout, i, t.pairs)) = tangent;
+        if (t.owned(i)) each<DUAL>([&](int d) { *ahead(out[d], i, pitch) = y[d]; });
       });
-      out += step;
-      tout += step;
+      each<DUAL>([&](int d) { out[d] += step; });
     });
 }
 
@@ -207,7 +201,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const Backward<T> 
   __shared__ float sums[2][10][WARPS][WARP];
   const Place t(p, 2, 1);
   float w[2][9], bias[2], gw[2][9] = {}, gb[2] = {};
-  Row u[RING][2][1] = {}, gc[2][1];
+  Row u[RING][2][1] = {}, gc[2][1];  // row y in place y % RING, counted from the block's first
   float slope[RING][2][PX];
   Sums c[2], gu[2];
   T a[2][PX] = {}, gy[PX] = {};
@@ -255,7 +249,6 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const Backward<T> 
       each<2>([&](int half) {
         u_borders[k % 2][half].get(t, u[k][half]);
         if (y < t.height) c[half].add(k, u[k][half][0], w[half], bias[half]);
-        else each<PX + 2>([&](int i) { u[k][half][0][i] = 0.f; });
       });
       if (complete) {
         each<PX>([&](int i) {
@@ -265,13 +258,20 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const Backward<T> 
           gc[1][0][i + 1] = g * c1 * gate.slope;
         });
         each<2>([&](int half) { gc_borders[k % 2][half].put(t, gc[half]); });
-        if (y > t.y0 && y <= t.y1) each<2>([&](int half) {
-            each<PX>([&](int i) {
-              const float g = t.owned(i) ? gc[half][0][i + 1] : 0.f;
-              gb[half] += g;
-              each<9>([&](int tap) { gw[half][tap] += g * u[(k + 2 + tap / 3) % RING][half][0][i + tap % 3]; });
+        if (y > t.y0 && y <= t.y1) {
+          float own[2][PX];
+          each<2 * PX>([&](int i) {
+            own[i % 2][i / 2] = t.owned(i / 2) ? gc[i % 2][0][i / 2 + 1] : 0.f;
+            gb[i % 2] += own[i % 2][i / 2];
+          });
+          each<3>([&](int dy) {
+            if (dy == 2 && y == t.height) return;  // there is no row below
+            each<6>([&](int part) {
+              const int half = part % 2, dx = part / 2;
+              each<PX>([&](int i) { gw[half][dy * 3 + dx] += own[half][i] * u[(k + 2 + dy) % RING][half][0][i + dx]; });
             });
           });
+        }
       }
       if (y < t.height) each<PX>([&](int i) {
           if (t.inside(i)) gy[i] = *ahead(gy_row, i, t.pairs);
@@ -321,9 +321,10 @@ const char* launch_tiles(void (*kernel)(P), const P& p, int reach, int channels,
 
 template <class T>
 const char* launch(const Forward<T>& p, void* stream) {
+  constexpr int V = 4 / sizeof(T);
   if (p.ty) return launch_tiles(forward_kernel<T, 1, true>, p, 1, 1, stream);
-  if (p.channels % 2 || !aligned(p.a)) return launch_tiles(forward_kernel<T, 1, false>, p, 1, 1, stream);
-  return launch_tiles(forward_kernel<T, 2, false>, p, 1, 2, stream);
+  if (p.channels % V != 0 || !aligned(p.a)) return launch_tiles(forward_kernel<T, 1, false>, p, 1, 1, stream);
+  return launch_tiles(forward_kernel<T, V, false>, p, 1, V, stream);
 }
 
 template <class T>

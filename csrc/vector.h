@@ -37,8 +37,12 @@ TBCM_HD float widen(float x) { return x; }
 
 TBCM_HD float widen(bfloat16 x) {
   float f;
+#if defined(__CUDA_ARCH__)
+  asm("mov.b32 %0, {0, %1};" : "=f"(f) : "h"(x.bits));
+#else
   uint32_t u = uint32_t(x.bits) << 16;
   std::memcpy(&f, &u, sizeof f);
+#endif
   return f;
 }
 

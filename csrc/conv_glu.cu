@@ -1,345 +1,335 @@
-// CUDA kernels of conv_glu: a block walks down a strip of rows, and each row of u passes through shared
-// memory once, where threads read their neighbours.
+// CUDA kernels of conv_glu: a block walks down a strip of an image, a warp four columns of it, a thread
+// both halves of V channels.
 //
-// Floor per token and channel pair, in elements: forward moves 3, with the tangent 6, backward 5. Beside
-// them stand 18, 36 and 54 multiply-adds and two to five sigmoids, so instructions count as much as bytes:
-// u = silu(a) is computed once for each element, a warp holds both halves of 16 channels (c1 and c2 meet by
-// a shuffle), and a thread adds its row of u into three rows of sums, PX pixels at a time, which takes
-// (PX + 2) / PX reads a value.
+// Beside 3, 6 and 5 elements of memory for each pixel and channel pair stand 18, 36 and 54 multiply-adds
+// and three sigmoids, so instructions count as much as bytes. Hence silu(a) is computed once and stays in
+// registers; only the outer pixels of a thread pass through shared memory, to the threads beside it; and
+// the row is added into three rows of sums. Loops over rows are unrolled by RING, so that a row of registers
+// becomes the one above without moves.
 #include "conv_glu.h"
 #include "cuda.h"
 
 namespace tbcm::conv_glu {
 namespace {
 
-constexpr int THREADS = 512;
-constexpr int CHANNELS = 16;  // channel pairs of a warp: first halves, then second halves
-constexpr int PX = 4;         // pixels of a thread, side by side
-constexpr int PLANE = 2560;   // floats of a row of u, at 8 columns with one more at both ends
+constexpr int PX = 4;  // pixels of a thread, side by side
+constexpr int WARPS = int(TILE) / PX, THREADS = WARPS * WARP;  // of a block, at most
+constexpr int RING = 4;  // rows of u, and of its slope, that backward holds
 
-// sigmoid(x) and 1 - sigmoid(x). Where a bound acts s is 0, and so are all factors of `rest`.
-struct Logistic {
-  float s, rest;
+// silu(x) = x s and its derivative s + silu(x) (1 - s), for s = sigmoid(x).
+struct Silu {
+  float value, slope;
 };
 template <class T>
-TBCM_D Logistic logistic(float x) {
+TBCM_D Silu silu(float x) {
   if constexpr (sizeof(T) == 4) {
     const float e = expf(fminf(-x, 88.7f)), s = 1.f / (1.f + e);
-    return {s, e * s};
-  } else {  // half the instructions; their error is far below what rounding to 16 bits adds
-    const float e = quick_exp2(fminf(x * -1.44269504f, 127.f)), s = quick_reciprocal(1.f + e);
-    return {s, e * s};
+    return {x * s, silu_slope(x, s, e * s)};
+  } else {  // far fewer instructions; their error is far below what rounding to 16 bits adds
+    const float s = quick_reciprocal(1.f + quick_exp2(x * -1.44269504f)), value = x * s;
+    return {value, s + value * (1.f - s)};
   }
 }
 
-// How images are cut. A block has `columns` pixels of TILE rows and `channels` channel pairs.
+// How images are cut: strips of `columns` pixels and TILE rows, beside them margins that they share.
 struct Tiling {
-  int columns, channels, margin, across, down, deep;
-  TBCM_HD Tiling(const Shape& p, int margin) : margin(margin) {
-    columns = p.width <= 8 ? 8 : p.width <= 16 ? 16 : int(TILE);
-    channels = THREADS / WARP * CHANNELS * PX / columns;
-    across = int(tiles(p.width, columns - 2 * margin));
+  int margin, across, down, deep, columns, warps;
+  TBCM_HD Tiling(const Shape& p, int reach, int channels) {
+    across = int(strips(p.width, reach));
     down = int(tiles(p.height, TILE));
-    deep = int(tiles(p.channels, channels));
+    deep = int(tiles(p.channels, WARP * channels));
+    columns = int(tiles(p.width, across));
+    margin = across > 1 ? reach : 0;
+    warps = int(tiles(columns + 2 * margin, PX));
   }
-  TBCM_HD int64_t blocks(const Shape& p) const { return p.batch * across * down * deep; }
 };
 
 // Where this block and this thread stand.
 struct Place : Tiling {
-  int width, height, pairs, image, strip, x0, y0, y1, first, channel, half, pixel;
-  bool there;  // whether the thread's channel exists
-  TBCM_D Place(const Shape& p, int margin)
-      : Tiling(p, margin), width(p.width), height(p.height), pairs(p.channels) {
-    const int tile = blockIdx.x / deep, warp = threadIdx.x / WARP, warps = columns / PX;
+  int height, pairs, lane, warp, strip, image, channel, begin, x, width, own, y0, y1;
+  TBCM_D Place(const Shape& p, int reach, int channels)
+      : Tiling(p, reach, channels), height(p.height), pairs(p.channels) {
+    const int tile = blockIdx.x / deep;
+    lane = threadIdx.x % WARP;
+    warp = threadIdx.x / WARP;
     strip = tile % (across * down);
     image = tile / (across * down);
-    x0 = strip % across * (columns - 2 * margin) - margin;
+    channel = (blockIdx.x % deep * WARP + lane) * channels;
+    begin = strip % across * columns;
+    width = channel < pairs ? int(p.width) : 0;
+    own = width - begin < columns ? (width > begin ? width - begin : 0) : columns;
+    x = begin - margin + warp * PX;
     y0 = strip / across * int(TILE);
     y1 = y0 + int(TILE) < height ? y0 + int(TILE) : height;
-    half = threadIdx.x % WARP / CHANNELS;
-    pixel = warp % warps * PX;
-    first = int(blockIdx.x % deep) * channels;
-    channel = first + warp / warps * CHANNELS + threadIdx.x % CHANNELS;
-    there = channel < pairs;
   }
-  // The plane of shared memory: for each sixteen channels the columns with one more at both ends, and of
-  // each pixel the lanes of a warp.
-  TBCM_D int spot(int group, int column, int lane) const {
-    return (group * (columns + 2) + column + 1) * WARP + lane;
-  }
-  TBCM_D int own() const { return spot(threadIdx.x / WARP / (columns / PX), pixel, threadIdx.x % WARP); }
-  TBCM_D bool inside(int i) const { return there && unsigned(x0 + pixel + i) < unsigned(width); }
-  // The first pixel of the tile in row y.
-  TBCM_D int64_t row(int y) const { return (int64_t(image) * height + y) * width + x0; }
+  TBCM_D bool inside(int i) const { return unsigned(x + i) < unsigned(width); }
+  TBCM_D bool owned(int i) const { return unsigned(x - begin + i) < unsigned(own); }
+  // The thread's first pixel in row y.
+  TBCM_D int64_t pixel(const Shape& p, int y) const { return (image * p.height + y) * p.width + x; }
 };
 
-// Carries rows of a from memory to planes, V channels an access, whatever thread needs them there.
-template <class T, int V>
-struct Carrier {
-  static constexpr int SLOTS = (PLANE / V + THREADS - 1) / THREADS;
-  using Row = Pack<T, V>[SLOTS];
-  int from[SLOTS], to[SLOTS];  // negative where there is nothing to read, or no place to put it
+// A thread's row of pixels, and one more at both ends.
+using Row = float[PX + 2];
 
-  TBCM_D explicit Carrier(const Place& t) {
-    each<SLOTS>([&](int k) {
-      const int packs = t.channels / V, i = k * THREADS + threadIdx.x, part = i / packs;
-      const int c = i % packs * V, half = part % 2, column = part / 2 - 1;
-      const bool there = t.first + c < t.pairs && unsigned(t.x0 + column) < unsigned(t.width);
-      from[k] = there ? (2 * (column + 1) + half) * t.pairs + t.first + c : -1;
-      to[k] = column <= t.columns ? t.spot(c / CHANNELS, column, half * CHANNELS + c % CHANNELS) : -1;
+// The outer pixels of each warp's rows; beyond the first and the last warp are zeros.
+template <int V>
+struct Borders {
+  Pack<float, V> pixels[WARPS + 2][2][WARP];
+
+  TBCM_D void clear(const Place& t) {
+    pixels[0][1][t.lane] = pixels[t.warps + 1][0][t.lane] = {};
+  }
+  TBCM_D void put(const Place& t, const Row (&rows)[V]) {
+    each<V>([&](int j) {
+      pixels[t.warp + 1][0][t.lane].values[j] = rows[j][1];
+      pixels[t.warp + 1][1][t.lane].values[j] = rows[j][PX];
     });
   }
-  // Zeros where there is nothing; silu and its slope times zero are zeros, too.
-  TBCM_D void fetch(const T* row, int pairs, Row& packs) const {
-    row -= 2 * pairs;  // `from` counts from the pixel before the first
-    each<SLOTS>([&](int k) {
-      packs[k] = from[k] < 0 ? Pack<T, V>{} : *reinterpret_cast<const Pack<T, V>*>(row + from[k]);
-    });
-  }
-  // f(k, j) gives the two numbers that go to the planes for element j of pack k.
-  template <class F>
-  TBCM_D void put(float* plane, float* other, const F& f) const {
-    constexpr int N = V < 4 ? V : 4;
-    each<SLOTS>([&](int k) {
-      if (to[k] < 0) return;
-      each<V / N>([&](int part) {
-        Pack<float, N> u, v;
-        each<N>([&](int j) {
-          const float2 values = f(k, part * N + j);
-          u.values[j] = values.x;
-          v.values[j] = values.y;
-        });
-        *reinterpret_cast<Pack<float, N>*>(plane + to[k] + part * N) = u;
-        if (other) *reinterpret_cast<Pack<float, N>*>(other + to[k] + part * N) = v;
-      });
+  TBCM_D void get(const Place& t, Row (&rows)[V]) const {
+    const Pack<float, V> left = pixels[t.warp][1][t.lane], right = pixels[t.warp + 2][0][t.lane];
+    each<V>([&](int j) {
+      rows[j][0] = left.values[j];
+      rows[j][PX + 1] = right.values[j];
     });
   }
 };
 
-// Sums of three rows of an output, of which a row of input completes the one above.
+// Sums of rows of the stencil's output. Step k adds a row of input to three of them, and with it completes
+// row k, the one above; the one below starts.
 struct Sums {
-  float above[PX], here[PX], below[PX];
+  float rows[RING][PX];
 
-  TBCM_D explicit Sums(float start) { each<PX>([&](int i) { above[i] = here[i] = below[i] = start; }); }
-  // Row y of a plane meets row 2 of the taps above it, row 1 in its own row, row 0 below.
-  TBCM_D void add(const float (&v)[PX + 2], const float (&w)[9]) {
-    each<PX>([&](int i) {
-      each<3>([&](int dx) {
-        above[i] += w[6 + dx] * v[i + dx];
-        here[i] += w[3 + dx] * v[i + dx];
-        below[i] += w[dx] * v[i + dx];
+  template <bool TRANSPOSED = false>
+  TBCM_D void add(int k, const Row& v, const float (&w)[9], float start) {
+    each<9>([&](int tap) {
+      const int dy = tap / 3, dx = tap % 3;
+      each<PX>([&](int i) {
+        float& sum = rows[(k + 2 - dy) % RING][i];
+        sum = (tap == 0 ? start : sum) + w[TRANSPOSED ? 8 - tap : tap] * v[i + dx];
       });
     });
   }
-  TBCM_D void add_transposed(const float (&v)[PX + 2], const float (&w)[9]) {
-    each<PX>([&](int i) {
-      each<3>([&](int dx) {
-        above[i] += w[2 - dx] * v[i + dx];
-        here[i] += w[5 - dx] * v[i + dx];
-        below[i] += w[8 - dx] * v[i + dx];
-      });
-    });
-  }
-  TBCM_D void step(float start) {
-    each<PX>([&](int i) { above[i] = here[i], here[i] = below[i], below[i] = start; });
+  TBCM_D void set(float start) {
+    each<RING * PX>([&](int i) { rows[i / PX][i % PX] = start; });
   }
 };
-
-TBCM_D void neighbours(const float* plane, float (&v)[PX + 2]) {
-  each<PX + 2>([&](int i) { v[i] = plane[(i - 1) * WARP]; });
-}
-
-TBCM_D float taps(const Shape& p, const Place& t, float (&w)[9]) {
-  const int c = t.half * t.pairs + t.channel;
-  each<9>([&](int tap) { w[tap] = t.there ? p.weight[tap * 2 * int64_t(t.pairs) + c] : 0.f; });
-  return p.bias && t.there ? p.bias[c] : 0.f;
-}
 
 template <class T, int V, bool TANGENT>
-__global__ void __launch_bounds__(THREADS, V == 8 ? 2 : 1) forward_kernel(const Forward<T> p) {
-  alignas(16) __shared__ float planes[2][1 + TANGENT][PLANE];
-  const Place t(p, 0);
-  const Carrier<T, V> carrier(t);
-  float w[9];
-  const float bias = taps(p, t, w);
-  Sums c(bias), tc(0.f);
-  typename Carrier<T, V>::Row a = {}, ta = {};
-  const int first = t.y0 > 0 ? t.y0 - 1 : 0, last = t.y1 < t.height ? t.y1 : t.height - 1;
-  const int64_t step = int64_t(t.width) * t.pairs;
-  int64_t read = t.row(first) * 2 * t.pairs;  // the next row of a
-  int64_t write = (t.row(t.y0) + t.pixel + t.half * PX / 2) * t.pairs + t.channel;
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 1 : 2) forward_kernel(const Forward<T> p) {
+  using Pixel = Pack<T, V>;
+  constexpr int DUAL = 1 + TANGENT;
+  __shared__ Borders<V> borders[2][DUAL][2];
+  __shared__ Pack<float, V> taps[2][9][WARP];  // read again for each row: the registers are needed for sums
+  const Place t(p, 1, V);
+  float bias[2][V];
+  Row u[DUAL][2][V];
+  Sums c[DUAL][2][V];
+  Pixel a[DUAL][2][PX] = {};
+  each<2 * V>([&](int part) {
+    const int half = part / V, j = part % V, channel = half * t.pairs + t.channel + j;
+    each<9>([&](int tap) {
+      taps[half][tap][t.lane].values[j] = t.width ? p.weight[tap * 2 * p.channels + channel] : 0.f;
+    });
+    bias[half][j] = t.width && p.bias ? p.bias[channel] : 0.f;
+    c[0][half][j].set(bias[half][j]);
+    if (TANGENT) c[TANGENT][half][j].set(0.f);
+  });
+  each<4 * DUAL>([&](int i) { borders[i % 2][i / 4][i / 2 % 2].clear(t); });
+  int y = t.y0 > 0 ? t.y0 - 1 : 0;
+  const int pitch = t.pairs / V;
+  const int64_t step = p.width * pitch, write = t.pixel(p, t.y0) * p.channels + t.channel;
+  const int64_t read = t.pixel(p, y) * 2 * p.channels + t.channel;
+  const Pixel* next[] = {reinterpret_cast<const Pixel*>(p.a + read), reinterpret_cast<const Pixel*>(p.ta + read)};
+  Pixel* out[] = {reinterpret_cast<Pixel*>(p.y + write), reinterpret_cast<Pixel*>(p.ty + write)};
   const auto fetch = [&]() {
-    carrier.fetch(p.a + read, t.pairs, a);
-    if (TANGENT) carrier.fetch(p.ta + read, t.pairs, ta);
-    read += 2 * step;
-  };
-  const auto activate = [&](int y) {
-    carrier.put(planes[y & 1][0], TANGENT ? planes[y & 1][TANGENT] : nullptr, [&](int k, int j) {
-      const float x = widen(a[k].values[j]);
-      const Logistic l = logistic<T>(x);
-      return float2{x * l.s, TANGENT ? silu_slope(x, l.s, l.rest) * widen(ta[k].values[j]) : 0.f};
+    each<PX>([&](int i) {
+      if (t.inside(i)) each<2 * DUAL>([&](int part) {
+          a[part / 2][part % 2][i] = *ahead(next[part / 2], 2 * i + part % 2, pitch);
+        });
     });
-  };
-  const auto store = [&]() {  // the first half of the warp takes the first pixels, the second the others
-    each<PX / 2>([&](int i) {
-      const auto exchange = [&](const float (&v)[PX], float& v1, float& v2) {
-        const float mine = t.half ? v[i + PX / 2] : v[i];
-        const float got = __shfl_xor_sync(~0u, t.half ? v[i] : v[i + PX / 2], CHANNELS);
-        v1 = t.half ? got : mine;
-        v2 = t.half ? mine : got;
-      };
-      float c1, c2, tc1, tc2;
-      exchange(c.above, c1, c2);
-      if (TANGENT) exchange(tc.above, tc1, tc2);
-      if (!t.inside(i + t.half * PX / 2)) return;
-      const int64_t at = write + i * t.pairs;
-      const Logistic l = logistic<T>(c2);
-      narrow(c1 * c2 * l.s, p.y + at);
-      if (TANGENT) narrow(tc1 * c2 * l.s + c1 * silu_slope(c2, l.s, l.rest) * tc2, p.ty + at);
-    });
-    write += step;
+    each<DUAL>([&](int d) { next[d] += 2 * step; });
   };
   fetch();
-  activate(first);
-  __syncthreads();
-  for (int y = first; y <= t.y1; ++y) {
-    if (y < last) fetch();
-    if (y <= last) {
-      float v[PX + 2];
-      neighbours(planes[y & 1][0] + t.own(), v);
-      c.add(v, w);
-      if (TANGENT) {
-        neighbours(planes[y & 1][TANGENT] + t.own(), v);
-        tc.add(v, w);
+  while (y <= t.y1) each<RING>([&](int k) {
+      if (y > t.y1) return;
+      if (y < t.height) {
+        each<2 * V * PX>([&](int part) {
+          const int half = part % 2, j = part / 2 % V, i = part / 2 / V;
+          const Silu s = silu<T>(widen(a[0][half][i], j));
+          u[0][half][j][i + 1] = s.value;
+          if (TANGENT) u[TANGENT][half][j][i + 1] = s.slope * widen(a[TANGENT][half][i], j);
+        });
+        each<2 * DUAL>([&](int i) { borders[k % 2][i / 2][i % 2].put(t, u[i / 2][i % 2]); });
+        if (y + 1 < t.height) fetch();
       }
-    }
-    if (y > t.y0) store();
-    c.step(bias);
-    tc.step(0.f);
-    if (y < last) activate(y + 1);
-    __syncthreads();
-  }
+      __syncthreads();
+      if (y < t.height) {
+        each<2 * DUAL>([&](int i) { borders[k % 2][i / 2][i % 2].get(t, u[i / 2][i % 2]); });
+        each<2>([&](int half) {
+          float w[V][9];
+          each<9>([&](int tap) {
+            const Pack<float, V> ws = taps[half][tap][t.lane];
+            each<V>([&](int j) { w[j][tap] = ws.values[j]; });
+          });
+          each<V>([&](int j) {
+            c[0][half][j].add(k, u[0][half][j], w[j], bias[half][j]);
+            if (TANGENT) c[TANGENT][half][j].add(k, u[TANGENT][half][j], w[j], 0.f);
+          });
+        });
+      }
+      if (y++ <= t.y0) return;
+      each<PX>([&](int i) {
+        Pixel y[2];
+        each<V>([&](int j) {
+          const float c1 = c[0][0][j].rows[k][i];
+          const Silu gate = silu<T>(c[0][1][j].rows[k][i]);
+          narrow(c1 * gate.value, &y[0].values[j]);
+          if (TANGENT) {
+            const float tc1 = c[TANGENT][0][j].rows[k][i], tc2 = c[TANGENT][1][j].rows[k][i];
+            narrow(tc1 * gate.value + c1 * gate.slope * tc2, &y[1].values[j]);
+          }
+        });
+        if (t.owned(i)) each<DUAL>([&](int d) { *ahead(out[d], i, pitch) = y[d]; });
+      });
+      each<DUAL>([&](int d) { out[d] += step; });
+    });
 }
 
-template <class T, int V>
+template <class T>
 __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const Backward<T> p) {
-  alignas(16) __shared__ float u[2][PLANE], gc[2][PLANE];
-  const Place t(p, int(overlap(p.width)));
-  const Carrier<T, V> carrier(t);
-  float w[9], gw[9] = {}, gb = 0.f;
-  const float bias = taps(p, t, w);
-  Sums c(bias), gu(0.f);
-  float seen[3][PX] = {};  // u at the thread's pixels in rows y - 2, y - 1, y; 0 where another block sums
-  T gy[PX] = {}, x[PX] = {};
-  bool inside[PX], owned[PX];  // whether a pixel is there, and whether its gradient is this block's
-  each<PX>([&](int i) {
-    inside[i] = t.inside(i);
-    owned[i] = inside[i] && t.pixel + i >= t.margin && t.pixel + i < t.columns - t.margin;
+  __shared__ Borders<1> u_borders[2][2], gc_borders[2][2];
+  __shared__ float sums[2][10][WARPS][WARP];
+  const Place t(p, 2, 1);
+  float w[2][9], bias[2], gw[2][9] = {}, gb[2] = {};
+  Row u[RING][2][1] = {}, gc[2][1];  // row y in place y % RING, counted from the block's first
+  float slope[RING][2][PX];
+  Sums c[2], gu[2];
+  T a[2][PX] = {}, gy[PX] = {};
+  each<2>([&](int half) {
+    const int channel = half * t.pairs + t.channel;
+    each<9>([&](int tap) { w[half][tap] = t.width ? p.weight[tap * 2 * p.channels + channel] : 0.f; });
+    bias[half] = t.width && p.bias ? p.bias[channel] : 0.f;
+    c[half].set(bias[half]);
+    gu[half].set(0.f);
+    each<2>([&](int k) {
+      u_borders[k][half].clear(t);
+      gc_borders[k][half].clear(t);
+    });
   });
-  typename Carrier<T, V>::Row a = {};
-  const int first = t.y0 > 1 ? t.y0 - 2 : 0, last = t.y1 + 1 < t.height ? t.y1 + 1 : t.height - 1;
-  const int64_t step = int64_t(t.width) * t.pairs, own = t.pixel * t.pairs + t.channel;
-  int64_t pixels = t.row(first) * t.pairs;  // row y of gy; twice that is row y of a
-  const auto fetch = [&](int64_t row) { carrier.fetch(p.a + 2 * row, t.pairs, a); };
-  const auto activate = [&](int y) {
-    carrier.put(u[y & 1], nullptr, [&](int k, int j) {
-      const float x = widen(a[k].values[j]);
-      return float2{x * logistic<T>(x).s, 0.f};
+  int y = t.y0 > 1 ? t.y0 - 2 : 0;
+  const int64_t step = p.width * p.channels;
+  const int64_t first = t.pixel(p, y) * p.channels;
+  const T *next = p.a + 2 * first + t.channel, *gy_row = p.gy + first + t.channel;
+  T* ga_row = p.ga + 2 * (first - 2 * step) + t.channel;
+  const auto fetch = [&]() {
+    each<PX>([&](int i) {
+      if (t.inside(i)) each<2>([&](int half) { a[half][i] = *ahead(next, 2 * i + half, t.pairs); });
+    });
+    next += 2 * step;
+  };
+  // Row k of u from what was fetched.
+  const auto activate = [&](int k) {
+    each<2>([&](int half) {
+      each<PX>([&](int i) {
+        const Silu s = silu<T>(widen(a[half][i]));
+        u[k][half][0][i + 1] = s.value;
+        slope[k][half][i] = s.slope;
+      });
+      u_borders[k % 2][half].put(t, u[k][half]);
     });
   };
-  for (int i = threadIdx.x; i < 2 * PLANE; i += THREADS) gc[0][i] = 0.f;  // its outer columns stay so
-  fetch(pixels);
-  activate(first);
+  fetch();
+  activate(0);
+  if (y + 1 < t.height) fetch();
   __syncthreads();
   // Step y adds row y of u to c, completes row y - 1 of gc, and with it row y - 2 of ga.
-  for (int y = first; y <= t.y1 + 1; ++y, pixels += step) {
-    const bool complete = y > t.y0 - 1 && y > 0 && y <= t.height, leaves = y - 2 >= t.y0;
-    const int64_t left = 2 * (pixels - 2 * step) + own + (t.pixel + t.half) * t.pairs;  // in rows of ga
-    if (y < last) fetch(pixels + step);
-    if (leaves) each<PX>([&](int i) {
-        if (owned[i]) x[i] = p.a[left + 2 * i * t.pairs];  // again, out of a cache
+  while (y <= t.y1 + 1) each<RING>([&](int k) {
+      if (y > t.y1 + 1) return;
+      const bool complete = y > 0 && y >= t.y0 && y <= t.height;
+      each<2>([&](int half) {
+        u_borders[k % 2][half].get(t, u[k][half]);
+        if (y < t.height) c[half].add(k, u[k][half][0], w[half], bias[half]);
       });
-    float v[PX + 2] = {};
-    if (y <= last) {
-      neighbours(u[y & 1] + t.own(), v);
-      c.add(v, w);
-    }
-    const bool sums = y >= t.y0 && y < t.y1, summed = y - 1 >= t.y0 && y - 1 < t.y1;
-    each<PX>([&](int i) { seen[2][i] = sums && owned[i] ? v[i + 1] : 0.f; });
-    if (complete) each<PX>([&](int i) {
-        const float got = __shfl_xor_sync(~0u, c.above[i], CHANNELS), g = widen(gy[i]);
-        const float c1 = t.half ? got : c.above[i], c2 = t.half ? c.above[i] : got;
-        const Logistic l = logistic<T>(c2);
-        const float found = g * (t.half ? c1 * silu_slope(c2, l.s, l.rest) : c2 * l.s);
-        gc[y & 1][t.own() + i * WARP] = inside[i] ? found : 0.f;
-        gb += summed && owned[i] ? found : 0.f;
-      });
-    if (y < t.height) each<PX>([&](int i) {
-        if (inside[i]) gy[i] = p.gy[pixels + own + i * t.pairs];
-      });
-    c.step(bias);
-    if (y < last) activate(y + 1);
-    __syncthreads();
-    if (complete) {
-      neighbours(gc[y & 1] + t.own(), v);
-      gu.add_transposed(v, w);
-      each<PX>([&](int i) {
-        each<9>([&](int tap) { gw[tap] += seen[tap / 3][i] * v[i + 2 - tap % 3]; });
-      });
-    }
-    each<PX>([&](int i) {
-      if (leaves && owned[i]) {
-        const Logistic l = logistic<T>(widen(x[i]));
-        narrow(silu_slope(widen(x[i]), l.s, l.rest) * gu.above[i], p.ga + left + 2 * i * t.pairs);
+      if (complete) {
+        each<PX>([&](int i) {
+          const float c1 = c[0].rows[k][i], g = widen(gy[i]);
+          const Silu gate = silu<T>(c[1].rows[k][i]);
+          gc[0][0][i + 1] = g * gate.value;
+          gc[1][0][i + 1] = g * c1 * gate.slope;
+        });
+        each<2>([&](int half) { gc_borders[k % 2][half].put(t, gc[half]); });
+        if (y > t.y0 && y <= t.y1) {
+          float own[2][PX];
+          each<2 * PX>([&](int i) {
+            own[i % 2][i / 2] = t.owned(i / 2) ? gc[i % 2][0][i / 2 + 1] : 0.f;
+            gb[i % 2] += own[i % 2][i / 2];
+          });
+          each<3>([&](int dy) {
+            if (dy == 2 && y == t.height) return;  // there is no row below
+            each<6>([&](int part) {
+              const int half = part % 2, dx = part / 2;
+              each<PX>([&](int i) { gw[half][dy * 3 + dx] += own[half][i] * u[(k + 2 + dy) % RING][half][0][i + dx]; });
+            });
+          });
+        }
       }
-      seen[0][i] = seen[1][i], seen[1][i] = seen[2][i];
+      if (y < t.height) each<PX>([&](int i) {
+          if (t.inside(i)) gy[i] = *ahead(gy_row, i, t.pairs);
+        });
+      if (y + 1 < t.height) {
+        activate((k + 1) % RING);
+        if (y + 2 < t.height) fetch();
+      }
+      __syncthreads();
+      if (complete) each<2>([&](int half) {
+          gc_borders[k % 2][half].get(t, gc[half]);
+          gu[half].template add<true>(k, gc[half][0], w[half], 0.f);
+        });
+      if (y - 2 >= t.y0) each<2 * PX>([&](int i) {
+          const int half = i % 2;
+          const float ga = slope[(k + 2) % RING][half][i / 2] * gu[half].rows[k][i / 2];
+          if (t.owned(i / 2)) narrow(ga, ahead(ga_row, i, t.pairs));
+        });
+      ++y;
+      gy_row += step;
+      ga_row += 2 * step;
     });
-    gu.step(0.f);
-  }
-  // The sums of the warps that share channels, in the order of their pixels.
-  float* sums = u[0];
+  // The sums of the warps, in the order of their pixels.
+  each<2>([&](int half) {
+    each<9>([&](int tap) { sums[half][tap][t.warp][t.lane] = gw[half][tap]; });
+    sums[half][9][t.warp][t.lane] = gb[half];
+  });
   __syncthreads();
-  each<9>([&](int tap) { sums[tap * THREADS + threadIdx.x] = gw[tap]; });
-  sums[9 * THREADS + threadIdx.x] = gb;
-  __syncthreads();
-  const int warps = t.columns / PX, lanes = THREADS / warps;
-  const int64_t part = t.image * t.across * t.down + t.strip;
-  for (int i = threadIdx.x; i < 10 * lanes; i += THREADS) {
-    const int tap = i / lanes, group = i % lanes / WARP, lane = i % WARP;
+  const int64_t part = int64_t(t.image) * t.across * t.down + t.strip;
+  if (t.width) for (int i = t.warp; i < 20; i += t.warps) {
+    const int half = i / 10, tap = i % 10, channel = half * t.pairs + t.channel;
     float total = 0.f;
-    for (int k = 0; k < warps; ++k) total += sums[tap * THREADS + (group * warps + k) * WARP + lane];
-    const int pair = t.first + group * CHANNELS + lane % CHANNELS;
-    if (pair >= t.pairs) continue;
-    const int channel = lane / CHANNELS * t.pairs + pair;
+    for (int warp = 0; warp < t.warps; ++warp) total += sums[half][tap][warp][t.lane];
     if (tap < 9 && p.gweight) p.gweight[(part * 9 + tap) * 2 * t.pairs + channel] = total;
     if (tap == 9 && p.gbias) p.gbias[part * 2 * t.pairs + channel] = total;
   }
 }
 
 template <class P>
-const char* launch_tiles(void (*kernel)(P), const P& p, int64_t margin, void* stream) {
+const char* launch_tiles(void (*kernel)(P), const P& p, int reach, int channels, void* stream) {
   if (p.width * 2 * p.channels > INT32_MAX) return "a row of pixels has more than 2^31 elements";
-  return start(kernel, Tiling(p, int(margin)).blocks(p), THREADS, p, stream);
+  const Tiling t(p, reach, channels);
+  return start(kernel, p.batch * t.across * t.down * t.deep, t.warps * WARP, p, stream);
 }
 
 }  // namespace
 
 template <class T>
 const char* launch(const Forward<T>& p, void* stream) {
-  constexpr int V = 16 / sizeof(T);
-  const bool vectors = p.channels % V == 0 && aligned(p.a) && aligned(p.ta);
-  const auto value = vectors ? forward_kernel<T, V, false> : forward_kernel<T, 1, false>;
-  const auto both = vectors ? forward_kernel<T, V, true> : forward_kernel<T, 1, true>;
-  return launch_tiles(p.ty ? both : value, p, 0, stream);
+  constexpr int V = 4 / sizeof(T);
+  if (p.ty) return launch_tiles(forward_kernel<T, 1, true>, p, 1, 1, stream);
+  if (p.channels % V != 0 || !aligned(p.a)) return launch_tiles(forward_kernel<T, 1, false>, p, 1, 1, stream);
+  return launch_tiles(forward_kernel<T, V, false>, p, 1, V, stream);
 }
 
 template <class T>
 const char* launch(const Backward<T>& p, void* stream) {
-  constexpr int V = 16 / sizeof(T);
-  const bool vectors = p.channels % V == 0 && aligned(p.a);
-  const auto kernel = vectors ? backward_kernel<T, V> : backward_kernel<T, 1>;
-  return launch_tiles(kernel, p, overlap(p.width), stream);
+  return launch_tiles(backward_kernel<T>, p, 2, 1, stream);
 }
 
 #define TBCM_INSTANCE(T)                                       \

@@ -24,14 +24,14 @@ struct Backward : Shape {
   float *gweight, *gbias;  // [B, parts, 9, 2 channels] and [B, parts, 2 channels] of each part's sums, or null
 };
 
-// On a GPU the weight's gradient comes in parts of an image, one for each tile of at most 32 rows and
-// columns; tiles side by side overlap, for a gradient needs c of the pixels around it.
+// On a GPU an image is cut into strips of at most TILE rows and columns, and the weight's gradient comes in
+// parts, one for each. Strips side by side overlap by how far a pixel of the result reaches.
 constexpr int64_t TILE = 32;
-TBCM_HD int64_t overlap(int64_t width) { return width > TILE ? 1 : 0; }
 TBCM_HD int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
-TBCM_HD int64_t parts(int64_t height, int64_t width) {
-  return tiles(height, TILE) * tiles(width, TILE - 2 * overlap(width));
+TBCM_HD int64_t strips(int64_t width, int64_t reach) {
+  return width > TILE ? tiles(width, TILE - 2 * reach) : 1;
 }
+TBCM_HD int64_t parts(int64_t height, int64_t width) { return tiles(height, TILE) * strips(width, 2); }
 
 // On a GPU, in conv_glu.cu: queues the kernel on a CUDA stream; null, or what is wrong.
 template <class T>

@@ -15,11 +15,35 @@ struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
   T values[V];
 };
 
+// Element j. Of two bfloat16 in a register the upper one is a float already, but for its last bits.
+template <class T, int V>
+TBCM_D float widen(const Pack<T, V>& pack, int j) {
+  return widen(pack.values[j]);
+}
+TBCM_D float widen(const Pack<bfloat16, 2>& pack, int j) {
+  uint32_t bits;
+  float x;
+  std::memcpy(&bits, &pack, sizeof bits);
+  bits = j == 0 ? bits << 16 : bits & 0xffff0000u;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 // f(0), ..., f(N - 1), unrolled, so that arrays indexed by the argument stay in registers.
 template <int N, class F>
 TBCM_D void each(const F& f) {
 #pragma unroll
   for (int i = 0; i < N; ++i) f(i);
+}
+
+// p + count * stride in one instruction: where compilers see that the product stays the same in a loop,
+// they keep it in two registers and add it in two or four.
+template <class T>
+TBCM_D T* ahead(T* p, int count, int stride) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(stride));
+#endif
+  return p + int64_t(count) * stride;
 }
 
 // 2^x and 1 / x as the hardware has them: two units in the last place, and 0 for subnormal results.

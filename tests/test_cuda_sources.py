@@ -18,10 +18,10 @@ from tbcm_kernels.testing import audit_cuda
 ROOT = Path(__file__).parents[1]
 OPS = ["adaln", "conv_glu"]
 DTYPES = ["float32", "bfloat16", "float16"]
-# Half of a multiprocessor's threads in forward; the sums of backward need more.
+# So that two blocks or more fit a multiprocessor; conv_glu's backward and fp32 have it to one.
 REGISTERS = {
-    "adaln forward": 64, "adaln backward": 96, "conv_glu forward": 112, "conv_glu backward": 128,
-    "conv_glu forward bf16 V=8": 64, "conv_glu forward tangent bf16 V=8": 64,
+    "adaln forward": 64, "adaln backward": 96, "conv_glu forward bf16": 128,
+    "conv_glu forward tangent bf16": 128, "conv_glu forward": 168, "conv_glu backward": 255,
 }  # fmt: skip
 
 
@@ -29,7 +29,7 @@ REGISTERS = {
 def test_no_spills_and_few_registers() -> None:
     rows = list(audit_cuda.compile_sources())
     assert {row["architecture"] for row in rows} == {80, 90}
-    assert len(rows) == 2 * (12 + 18)
+    assert len(rows) == 2 * (12 + 11)
     assert [row for row in rows if row["spilled"]] == []
     for kernel, limit in REGISTERS.items():
         found = [row["registers"] for row in rows if row["name"].startswith(f"cuda {kernel}")]

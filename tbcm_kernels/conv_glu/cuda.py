@@ -34,7 +34,7 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See reference.backward."""
     batch, _, channels = a.shape
-    parts = -(-height // TILE) * (-(-width // (TILE - 2)) if width > TILE else 1)
+    parts = -(-height // TILE) * (-(-width // (TILE - 4)) if width > TILE else 1)
     ga = fresh(a)
     gw, gb = (
         torch.empty(batch, parts, *taps, channels, dtype=torch.float32, device=a.device)

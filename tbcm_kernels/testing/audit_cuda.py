@@ -67,7 +67,7 @@ def _rows(log: str) -> Iterator[dict[str, str | int]]:
 def _brief(name: str) -> str:
     """Such as "cuda adaln forward bf16 V=8" of a demangled kernel."""
     op, kernel, arguments = re.search(r"tbcm::(\w+)::.*?(\w+)_kernel<(.*?)>\(", name).groups()
-    dtype, access, *flags = (a.strip() for a in arguments.split(","))
-    access = re.sub(r"\(int\)", "", access)
-    tangent = " tangent" if flags and flags[0].endswith(("true", "1")) else ""
-    return f"cuda {op} {kernel}{tangent} {_TYPES[dtype]} V={access}"
+    dtype, *rest = (re.sub(r"\(\w+\)", "", a.strip()) for a in arguments.split(","))
+    access = f" V={rest[0]}" if rest else ""
+    tangent = " tangent" if rest[1:] and rest[1] in ("true", "1") else ""
+    return f"cuda {op} {kernel}{tangent} {_TYPES[dtype]}{access}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import socket
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tbcm_kernels as tk
+from tbcm_kernels import sana
 
 WIDTHS = {"0.6B": (36, 16, 72), "1.6B": (70, 20, 112)}
 """Heads of linear attention (32 wide), heads of cross-attention and their width."""
@@ -175,6 +177,32 @@ def test_checkpointing_computes_primals_alone_again_and_saves_the_rest() -> None
     again = (counts[1] - counts[0]) / forward.get_total_flops()
     assert 0.3 < again < 0.52  # a dual pass is two products where a primal one is one
     assert kept[1] < 0.35 * kept[0]
+
+
+def test_checkpointing_keeps_no_tangent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither as saved tensors nor in what a checkpointed function refers to."""
+    model, inputs = _model(2, 2, 16), _inputs(side=3)
+    model.enable_gradient_checkpointing()
+    seen, block = [], sana._block
+
+    def spy(module: torch.nn.Module, stream: sana.Stream, *rest: object) -> sana.Stream:
+        seen.extend(weakref.ref(tangent) for _, tangent in stream if tangent is not None)
+        return block(module, stream, *rest)
+
+    monkeypatch.setattr(sana, "_block", spy)
+    with tk.fuse(model):
+        with tk.stop_tangent_gradient():
+            value = _dual_pass(model, inputs)[0]
+        assert seen and not any(tangent() is not None for tangent in seen)
+        value.sum().backward()
+
+
+@pytest.mark.parametrize("side", [3, 16])
+def test_runs_on_the_meta_device(side: int) -> None:
+    model, inputs = _model(2, 2, 16).to("meta"), _inputs(side=side)
+    with tk.fuse(model):
+        value, tangent, _ = _step(model, tuple(x.to("meta") for x in inputs))
+    assert value.shape == tangent.shape == inputs[0].shape
 
 
 def test_checkpointing_through_the_tangent() -> None:

@@ -188,6 +188,28 @@ def _mutants() -> dict[str, object]:
     return {f.__name__: f for f in (scaled, shifted, one_row, lost_tangent, not_a_number)}
 
 
+@pytest.mark.parametrize("feature_map", ["relu", "elu+1", "identity"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_linear_attention_spreads_what_is_not_finite(bad: float, feature_map: str, need) -> None:
+    """From each input to the same places as the reference: not to other heads, and never lost."""
+    need("cpu")
+    for which in range(7):
+        torch.manual_seed(0)
+        values = list(torch.rand(7, 2, 5, 40, 17) + 0.1)
+        values[which][1, 3, 7, 4] = bad
+        *inputs, cotangent = values
+        found = []
+        for impl in ("cpu", "reference"):
+            leaves = [x.clone().requires_grad_() for x in inputs[:3]]
+            with tbcm_kernels.stop_tangent_gradient():
+                o, to = tbcm_kernels.linear_attention_jvp(
+                    *leaves, *inputs[3:], feature_map=feature_map, impl=impl
+                )
+            found.append([o, to, *torch.autograd.grad(o, leaves, cotangent)])
+        for got, want in zip(*found, strict=True):
+            assert torch.equal(got.isfinite(), want.isfinite()), which
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
 @pytest.mark.parametrize("mutant", _mutants())
 def test_planted_faults_fail(

@@ -205,17 +205,19 @@ def _checkpointed(
     until then.
     """
     primals, tangents = zip(*stream, k, v, modulation, strict=True)
-    # The compiler traces once and sees for itself what backward needs.
-    again = torch.compiler.is_compiling() or not _dual.tangent_gradient_stopped()
-    once = [] if again else [tangents]
-    always = tangents if again else (None,) * len(tangents)
+    first, later = [tangents], (None,) * len(tangents)
 
     def run(*primals: Tensor | None) -> tuple[Tensor | None, ...]:
-        moving = once.pop() if once else always
-        *stream, k, v, modulation = zip(primals, moving, strict=True)
+        *stream, k, v, modulation = zip(primals, take(), strict=True)
         out = _block(block, tuple(stream), k, v, modulation, masks, grid)
         return tuple(zip_pairs(*out))
 
+    def once() -> Sequence[Tensor | None]:
+        return first.pop() if first else later
+
+    # The compiler traces once and sees for itself what backward needs.
+    again = torch.compiler.is_compiling() or not _dual.tangent_gradient_stopped()
+    take = (lambda: tangents) if again else once
     out = checkpoint(run, *primals, use_reentrant=False, preserve_rng_state=False)
     return tuple(zip(out[:3], out[3:], strict=True))
 

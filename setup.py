@@ -5,6 +5,7 @@ installs without the extension; 1 fails with the reason. TBCM_BUILD_CUDA=auto|0|
 CUDA kernels in it, which need nvcc and no GPU.
 """
 
+import copy
 import hashlib
 import os
 import re
@@ -35,9 +36,8 @@ class OptionalBuild(build_ext):
     def build_extensions(self) -> None:
         try:
             self._configure()
-            if CUDA_CHOICE != "0":
-                self._add_cuda()
-            super().build_extensions()
+            if CUDA_CHOICE == "0" or not self._build_with_cuda():
+                super().build_extensions()
         except Exception as reason:  # any failure of a toolchain: compiler, headers, linker
             if "1" in (CHOICE, CUDA_CHOICE):
                 raise
@@ -67,15 +67,23 @@ class OptionalBuild(build_ext):
                 *FLAGS, "-fopenmp-simd", "-Wno-unknown-pragmas", "-Wno-psabi",
             ]  # fmt: skip
 
-    def _add_cuda(self) -> None:
+    def _build_with_cuda(self) -> bool:
+        """Whether that worked, from nvcc to the linker."""
+        plain, self.extensions = self.extensions, copy.deepcopy(self.extensions)
         try:
-            nvcc = find_nvcc()
-            objects = compile_cuda(nvcc, Path(self.build_temp))
-        except (OSError, RuntimeError) as reason:
+            self._add_cuda()
+            super().build_extensions()
+        except Exception as reason:
             if CUDA_CHOICE == "1":
                 raise
             say(f"building without CUDA kernels: {reason}")
-            return
+            self.extensions = plain
+            return False
+        return True
+
+    def _add_cuda(self) -> None:
+        nvcc = find_nvcc()
+        objects = compile_cuda(nvcc, Path(self.build_temp))
         hashes = " ".join(f"{source.stem}:{source_hash(source)}" for source in CUDA_SOURCES)
         for extension in self.extensions:
             extension.sources.append("csrc/cuda_registration.cpp")

@@ -7,21 +7,21 @@ namespace tbcm {
 
 constexpr int64_t PIECE = 4096;
 
-struct Piece {
+struct Span {
   int64_t sample, begin, count;
 };
 
 inline int64_t pieces_of(int64_t width) { return width > PIECE ? (width + PIECE - 1) / PIECE : 1; }
 
 // The k-th piece of all; the pieces of a sample follow each other.
-TBCM_INLINE Piece piece(int64_t k, int64_t width) {
+TBCM_INLINE Span piece(int64_t k, int64_t width) {
   const int64_t pieces = pieces_of(width), begin = k % pieces * PIECE;
   return {k / pieces, begin, width - begin < PIECE ? width - begin : PIECE};
 }
 
 // What is read in place of a row that is not there.
 template <class T>
-TBCM_INLINE const T* row_or_zeros(const Rows<const T>& rows, Piece k) {
+TBCM_INLINE const T* row_or_zeros(const Rows<const T>& rows, Span k) {
   static const T zeros[PIECE] = {};
   return rows ? rows.at(k.sample, k.begin) : zeros;
 }

@@ -24,7 +24,7 @@ struct Squares {
 };
 
 template <class T>
-TBCM_INLINE float square_of_piece(const Inputs<T>& in, Piece k) {
+TBCM_INLINE float square_of_piece(const Inputs<T>& in, Span k) {
   const Direction g = direction(in.t[k.sample], in.r, in.sigma);
   const T *out = in.out.at(k.sample, k.begin), *jvp = in.jvp.at(k.sample, k.begin);
   const T *velocity = in.velocity.at(k.sample, k.begin), *x = in.x.at(k.sample, k.begin);
@@ -52,7 +52,7 @@ struct Gradient {
 };
 
 template <class T>
-TBCM_INLINE void gradient_of_piece(const Gradient<T>& p, Piece k) {
+TBCM_INLINE void gradient_of_piece(const Gradient<T>& p, Span k) {
   T* gout = p.gout.at(k.sample, k.begin);
   const float slope = p.slope[k.sample];
   if (slope == 0.f) {  // dropped or not finite: g itself may be a NaN

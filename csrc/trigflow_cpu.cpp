@@ -16,7 +16,7 @@ struct Input {
 };
 
 template <class T>
-TBCM_INLINE void input_piece(const Input<T>& p, Piece k) {
+TBCM_INLINE void input_piece(const Input<T>& p, Span k) {
   const Wrap w = wrap(p.t[k.sample], p.tt ? p.tt[k.sample] : 0.f);
   const T* x = p.x.at(k.sample, k.begin);
   T* x_fm = p.x_fm.at(k.sample, k.begin);
@@ -48,7 +48,7 @@ struct Output {
 };
 
 template <class T>
-TBCM_INLINE void output_piece(const Output<T>& p, Piece k) {
+TBCM_INLINE void output_piece(const Output<T>& p, Span k) {
   const Wrap w = wrap(p.t[k.sample], p.tt ? p.tt[k.sample] : 0.f);
   const T *v = p.v.at(k.sample, k.begin), *x = p.x.at(k.sample, k.begin);
   T* out = p.out.at(k.sample, k.begin);
@@ -79,7 +79,7 @@ struct Step {
 };
 
 template <class T>
-TBCM_INLINE void step_piece(const Step<T>& p, Piece k) {
+TBCM_INLINE void step_piece(const Step<T>& p, Span k) {
   const float d = p.t[k.sample] - p.s[k.sample], guidance = p.guidance[k.sample];
   const float sin = __builtin_sinf(d), cos = __builtin_cosf(d);
   const T *x = p.x.at(k.sample, k.begin), *unconditional = p.out.at(k.sample, k.begin);

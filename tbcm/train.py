@@ -204,7 +204,8 @@ class Distiller:
     def train_step(self) -> dict[str, Any]:
         """One step: its record for metrics.jsonl. A step that is not finite is not applied.
 
-        Samples whose ‖g‖ is not finite are counted; in fused mode the others still make a step.
+        Samples whose ‖g‖ is not finite are counted; in fused mode the others still make a step, if
+        the student's own output is finite.
         """
         start = time.perf_counter()
         r, lr = self.schedule()

@@ -47,9 +47,10 @@ def register(
 def _guarded(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
     """Forward mode over backward would lose the tangents of cotangents and saved tensors."""
 
-    def guarded(ctx: Any, *grads: Tensor | None) -> Any:
+    def guarded(ctx: Any, *grads: Tensor | list[Tensor | None] | None) -> Any:
         if in_dual_level():
-            refuse_duals(f"{name} in backward", *grads, *ctx.saved_tensors)
+            flat = [g for one in grads for g in (one if isinstance(one, list) else [one])]
+            refuse_duals(f"{name} in backward", *flat, *ctx.saved_tensors)
         return backward(ctx, *grads)
 
     return guarded

@@ -1,8 +1,9 @@
 """Drop-in modules: constructors and state dicts of torch and diffusers, on this package's ops.
 
 A model built from them loads the same checkpoints, and its value, tangent and gradient come from
-the fused ops. What they do not cover is refused by name when a module is built. Norms and gates
-return the dtype of their input, under autocast too.
+the fused ops. Options that they do not cover are refused by name when a module is built, shapes
+that an op does not cover on call. Norms and gates return the dtype of their input, under autocast
+too.
 """
 
 from __future__ import annotations

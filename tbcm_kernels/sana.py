@@ -76,6 +76,11 @@ def _check(model: nn.Module) -> None:
             raise ValueError(
                 f"fuse: {name}={getattr(config, name)!r} has no fused forward; use the stock model."
             )
+    _check_layers(model)
+
+
+def _check_layers(model: nn.Module) -> None:
+    """Also on every call: a layer that gets a hook or an adapter later would be passed by."""
     for name, module in model.named_modules():
         if name and (reason := _passed_by(module)):
             raise ValueError(
@@ -86,7 +91,8 @@ def _check(model: nn.Module) -> None:
 
 def _passed_by(module: nn.Module) -> str | None:
     """Why a submodule does more than its weights say."""
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    if forward or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks or a replaced forward"
     package = type(module).forward.__module__.partition(".")[0]
     return None if package in ("torch", "diffusers") else f"is a {type(module).__name__}"
@@ -110,10 +116,12 @@ def forward(
     (i+1)·k − 1, and its keys and values are computed once. `Fused.encode_text` computes them ahead.
 
     Raises:
-        ValueError: attention_kwargs or controlnet_block_samples in use, or a batch or mask that
-            does not fit the number of prompts.
+        ValueError: attention_kwargs or controlnet_block_samples in use, a batch or mask that does
+            not fit the number of prompts, or a layer that has got a hook since fuse().
     """
     _refuse(attention_kwargs, controlnet_block_samples)
+    if not torch.compiler.is_compiling():
+        _check_layers(self)
     _dual.guard_levels("fuse", "the stock model")
     masks = _text_masks(encoder_attention_mask, hidden_states)
     conditions = {} if guidance is None else {"guidance": guidance}
@@ -193,7 +201,8 @@ def _checkpointed(
 ) -> Stream:  # fmt: skip
     """A block that runs again in backward. For a semi-gradient its tangents then stay out.
 
-    So they are no arguments of the checkpointed function, which would keep them until then.
+    So they are neither arguments of the checkpointed function nor in its closure, which are kept
+    until then.
     """
     primals, tangents = zip(*stream, k, v, modulation, strict=True)
     first, later = [tangents], (None,) * len(tangents)

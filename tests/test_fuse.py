@@ -293,10 +293,22 @@ def test_refuses_layers_that_do_more_than_their_weights_say() -> None:
     model.transformer_blocks[0].attn1.to_q = Adapter(32, 32, bias=False)
     with pytest.raises(ValueError, match=r"0\.attn1\.to_q is a Adapter"):
         tk.fuse(model)
+    for hook in ("forward_hook", "forward_pre_hook", "full_backward_hook"):
+        model = _model(TINY)
+        getattr(model.transformer_blocks[1], f"register_{hook}")(lambda *_: None)
+        with pytest.raises(ValueError, match=r"transformer_blocks\.1 has hooks"):
+            tk.fuse(model)
+
+
+def test_refuses_a_layer_that_changes_after_fuse() -> None:
     model = _model(TINY)
-    model.transformer_blocks[1].register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"transformer_blocks\.1 has hooks"):
-        tk.fuse(model)
+    inputs = _inputs(model)
+    with tk.fuse(model):
+        hook = model.transformer_blocks[0].attn1.to_q.register_forward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match=r"0\.attn1\.to_q has hooks"):
+            model(**inputs)
+        hook.remove()
+        model(**inputs)
 
 
 def test_refuses_unknown_models_and_arguments() -> None:

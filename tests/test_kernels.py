@@ -188,6 +188,47 @@ def _mutants() -> dict[str, object]:
     return {f.__name__: f for f in (scaled, shifted, one_row, lost_tangent, not_a_number)}
 
 
+def test_linear_attention_of_a_head_is_the_same_in_any_group(need) -> None:
+    """72 heads are worked on by fours, and 9 of a sample are no multiple of that."""
+    need("cpu")
+    torch.manual_seed(0)
+    inputs = torch.randn(6, 8, 9, 33, 17)
+
+    def pass_(inputs: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [x.clone().requires_grad_() for x in inputs[:3]]
+        with tbcm_kernels.stop_tangent_gradient():
+            o, to = tbcm_kernels.linear_attention_jvp(*leaves, *inputs[3:], impl="cpu")
+        return [o, to, *torch.autograd.grad(o.square().sum(), leaves)]
+
+    together = pass_(inputs)
+    for h in range(9):
+        alone = pass_(inputs[:, :1, h : h + 1])
+        for one, all_ in zip(alone, together, strict=True):
+            assert torch.equal(one, all_[:1, h : h + 1])
+
+
+@pytest.mark.parametrize("feature_map", ["relu", "elu+1", "identity"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_linear_attention_spreads_what_is_not_finite(bad: float, feature_map: str, need) -> None:
+    """From each input to the same places as the reference: not to other heads, and never lost."""
+    need("cpu")
+    for which in range(7):
+        torch.manual_seed(0)
+        values = list(torch.rand(7, 2, 5, 40, 17) + 0.1)
+        values[which][1, 3, 7, 4] = bad
+        *inputs, cotangent = values
+        found = []
+        for impl in ("cpu", "reference"):
+            leaves = [x.clone().requires_grad_() for x in inputs[:3]]
+            with tbcm_kernels.stop_tangent_gradient():
+                o, to = tbcm_kernels.linear_attention_jvp(
+                    *leaves, *inputs[3:], feature_map=feature_map, impl=impl
+                )
+            found.append([o, to, *torch.autograd.grad(o, leaves, cotangent)])
+        for got, want in zip(*found, strict=True):
+            assert torch.equal(got.isfinite(), want.isfinite()), which
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
 @pytest.mark.parametrize("mutant", _mutants())
 def test_planted_faults_fail(

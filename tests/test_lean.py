@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 
 import tbcm_kernels as tk
@@ -86,6 +89,48 @@ def test_frozen_inputs_of_the_gated_sum(frozen: str) -> None:
     plain = x + gate * nn.functional.linear(o, weight, bias)
     for a, b in zip(got, torch.autograd.grad(plain.sin().sum(), wanted), strict=True):
         assert (a - b).abs().max() <= 2e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_gated_sum_in_bf16_is_no_further_from_the_truth_than_stock(batch: int) -> None:
+    """Over a batch, too: the weight's gradient is rounded once, not once for each sample."""
+    torch.manual_seed(0)
+    shapes = (batch, N, 64), (batch, 1, 64), (batch, N, 64), (64, 64), (64,)
+    values = [torch.randn(s, dtype=torch.bfloat16) for s in shapes]
+    cotangent = torch.randn(shapes[0], dtype=torch.bfloat16)
+
+    def gradients(function: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [v.to(dtype).requires_grad_() for v in values]
+        return torch.autograd.grad(function(*leaves), leaves, cotangent.to(dtype))
+
+    def stock(x: Tensor, gate: Tensor, *o_and_layer: Tensor) -> Tensor:
+        return torch.addcmul(x, gate, nn.functional.linear(*o_and_layer))
+
+    truth = gradients(stock, torch.float64)
+    found = gradients(lambda *v: lean.gated_linear(*v)[0], torch.bfloat16)
+    for got, low, want in zip(found, gradients(stock, torch.bfloat16), truth, strict=True):
+        assert (got - want).square().mean() <= (1.25**2) * (low - want).square().mean()
+
+
+def test_one_gate_for_all_samples() -> None:
+    x, gate, o, weight, bias = values = _leaves((B, N, C), (1, 1, C), (B, N, K), (C, K), (C,))
+    got = torch.autograd.grad(lean.gated_linear(*values)[0].sin().sum(), values)
+    plain = x + gate * nn.functional.linear(o, weight, bias)
+    for a, b in zip(got, torch.autograd.grad(plain.sin().sum(), values), strict=True):
+        assert (a - b).abs().max() <= 2e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("function", [_adaln, _conv_glu, _gated])
+def test_backward_inside_a_dual_level(function, need) -> None:
+    need("cpu")
+    with tk.stop_tangent_gradient():
+        outputs, inputs = function(True, False, False)
+    loss = sum(v.sum() for v in outputs[::2])
+    want = torch.autograd.grad(loss, inputs, retain_graph=True)
+    with fwAD.dual_level():
+        got = torch.autograd.grad(loss, inputs)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_opcheck() -> None:

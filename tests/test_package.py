@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
+from setuptools import Distribution, Extension
+from setuptools.command.build_ext import build_ext
 
 import tbcm_kernels
 from tbcm_kernels import _dispatch
@@ -147,3 +152,33 @@ def test_fallback_is_said_once() -> None:
             tbcm_kernels.rms_norm(x)
     assert len(said) == 1
     assert "rms_norm runs its plain PyTorch reference for float64 on cpu" in str(said[0].message)
+
+
+@pytest.mark.parametrize("nvcc", ["exit 1", "echo garbage"])
+def test_broken_cuda_leaves_the_cpu_kernels(
+    nvcc: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With an nvcc that fails, and with objects that do not link."""
+    built: list[Extension] = []
+
+    def build(command: build_ext) -> None:
+        (extension,) = command.extensions
+        if "cudart_static" in extension.libraries:
+            raise OSError("the linker failed")
+        built.append(extension)
+
+    compiler = tmp_path / "nvcc"
+    compiler.write_text(f"#!/bin/sh\n{nvcc}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("TBCM_BUILD_CUDA", "auto")
+    monkeypatch.setattr(build_ext, "build_extensions", build)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.chdir(ROOT)
+    module = runpy.run_path("setup.py")
+    plain = Extension("tbcm_kernels._C", ["csrc/registration.cpp"])
+    command = module["OptionalBuild"](Distribution({"ext_modules": [plain]}))
+    command.extensions, command.build_temp = [plain], str(tmp_path)
+    command.build_extensions()
+    assert built == [plain] and plain.sources == ["csrc/registration.cpp"]
+    assert "building without CUDA kernels: " in capfd.readouterr().err

@@ -203,6 +203,14 @@ def test_checkpointing_keeps_no_tangents(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("side", [3, 16])
+def test_runs_on_the_meta_device(side: int) -> None:
+    model, inputs = _model(2, 2, 16).to("meta"), _inputs(side=side)
+    with tk.fuse(model):
+        value, tangent, _ = _step(model, tuple(x.to("meta") for x in inputs))
+    assert value.shape == tangent.shape == inputs[0].shape
+
+
 def test_checkpointing_through_the_tangent() -> None:
     model, inputs = _model(2, 2, 16), _inputs(side=3)
     found = []

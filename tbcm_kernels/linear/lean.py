@@ -1,16 +1,11 @@
 """Linear maps inside a fused block that save for backward only what the block holds anyway.
 
-`F.linear` keeps its input for the gradient of its weight. Here that input is computed again in
-backward, by the memory-bound kernel that made it, from tensors that the kernel has saved already:
+`F.linear` keeps its input for the gradient of its weight, and a product with a gate keeps both
+factors. Here what a tensor on the left was made of is kept, and it is computed again in backward:
 
     of_adaln       y = LN(x)(1 + scale) + shift      keeps x, not y
     of_conv_glu    y = conv_glu(a)                   keeps a, not y
-    gated_sum      x + γ (o Wᵀ + b)                  keeps o, not h = o Wᵀ + b
-
-The last needs h for the gradient of the gate, γ [B, 1, C]. With M = gᵀo of one sample, the product
-that the weight's gradient is a sum of, no h is needed:
-
-    gW = Σ_B γ ∘ M      gγ = rowsum(W ∘ M) + b ∘ Σ_N g
+    gated_sum      h = o Wᵀ + b in x + γ h           keeps o, not h
 
 Tangents are computed without a graph: these functions are for the semi-gradient, and for no
 tangents at all.
@@ -48,7 +43,7 @@ def of_adaln(
 ) -> list[Pair]:  # fmt: skip
     """Each layer on y = LN(x)(1 + scale) + shift, for y made by `adaln` in the implementation."""
     weights, biases = _parameters(layers, y[0])
-    values = linear_of_adaln(_like(y[0], weights), x, scale, shift, eps, weights, biases, impl)
+    values = linear_of_adaln(_cast(y[0]), x, scale, shift, eps, weights, biases, impl)
     return _with_tangents(values, y[1], weights)
 
 
@@ -56,19 +51,17 @@ def of_conv_glu(
     y: Pair, a: Tensor, depth: nn.Conv2d, grid: tuple[int, int], weight: Tensor, impl: str
 ) -> Pair:
     """y Wᵀ for y = conv_glu(a) in the implementation."""
-    (weight,) = autocast((weight,), y[0].device.type)
-    value = linear_of_conv_glu(
-        _like(y[0], [weight]), a, depth.weight, depth.bias, *grid, weight, impl
-    )
+    weight = _cast(weight)
+    value = linear_of_conv_glu(_cast(y[0]), a, depth.weight, depth.bias, *grid, weight, impl)
     return _with_tangents([value], y[1], [weight])[0]
 
 
 def gated_sum(x: Pair, gate: Pair, o: Pair, layer: nn.Linear) -> Pair:
     """x + γ (o Wᵀ + b) and its tangent, for a gate γ [B, 1, C]."""
     weights, biases = _parameters([layer], o[0])
-    out, h = gated_linear(x[0], gate[0], _like(o[0], weights), weights[0], *(biases or [None]))
+    out, h = gated_linear(x[0], gate[0], _cast(o[0]), weights[0], *(biases or [None]))
     with torch.no_grad():
-        th = None if o[1] is None else F.linear(_like(o[1], weights), weights[0])
+        th = None if o[1] is None else F.linear(_cast(o[1]), weights[0])
         return out, tangent_of_gated_sum(x[1], gate, (h, th), out.dtype)
 
 
@@ -89,15 +82,15 @@ def _parameters(layers: Sequence[nn.Linear], x: Tensor) -> tuple[list[Tensor], l
     return weights, autocast(biases, device)
 
 
-def _like(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    return x.to(weights[0].dtype) if torch.is_autocast_enabled(x.device.type) else x
+def _cast(x: Tensor) -> Tensor:
+    return autocast((x,), x.device.type)[0]
 
 
 def _with_tangents(values: Sequence[Tensor], ty: Tensor | None, weights: Sequence[Tensor]) -> Any:
     if ty is None:
         return [(v, None) for v in values]
     with torch.no_grad():
-        ty = _like(ty, weights)
+        ty = _cast(ty)
         return [(v, F.linear(ty, w)) for v, w in zip(values, weights, strict=True)]
 
 
@@ -232,21 +225,15 @@ def _gated_backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tenso
     if g is None:
         return (None,) * 5
     gate, o, weight, bias = ctx.saved_tensors
-    _, need_gate, need_o, need_weight, need_bias = ctx.needs_input_grad
+    _, need_gate, *needs = ctx.needs_input_grad
     narrow = g.to(o.dtype)
+    ggate = None
+    if need_gate:
+        ggate = (narrow * F.linear(o, weight, bias)).sum_to_size(gate.shape).to(gate.dtype)
+    needs = (needs[0], needs[1:2], needs[2:])
     scaled = narrow * gate.to(o.dtype)
-    go = scaled @ weight if need_o else None
-    gb = _rows(scaled).sum(0) if need_bias else None
-    if not (need_gate or need_weight):
-        return g, None, go, None, gb
-    gates, gw = [], 0
-    for one, row, tokens in zip(narrow, gate.flatten(0, 1), o, strict=True):
-        m = one.mT @ tokens
-        gw = gw + row.unsqueeze(1) * m
-        of_bias = 0 if bias is None else bias * one.sum(0)
-        gates.append((weight * m).sum(1) + of_bias)
-    ggate = torch.stack(gates).view(gate.shape).to(gate.dtype)
-    return g, ggate, go, gw.to(weight.dtype), gb
+    go, (gw,), (gb,) = _through_linears([scaled], [weight], needs, lambda: o)
+    return g, ggate, None if go is None else go.view(o.shape), gw, gb
 
 
 gated_linear = register(

@@ -103,7 +103,11 @@ def _refusals() -> Iterator[tuple[str, str, Callable[[Tensor, Tensor], Any]]]:
         "causal_alignment must be upper_left or lower_right, got 'left'",
         call(is_causal=True, causal_alignment="left"),
     )
-    yield "impl", "impl must be one of auto, triton, cpu, reference, got 'cuda'", call(impl="cuda")
+    yield (
+        "impl",
+        "impl must be one of auto, triton, cuda, cpu, reference, got 'hip'",
+        call(impl="hip"),
+    )
     yield (
         "tangent",
         "tq must match q in shape, dtype and device",

@@ -103,11 +103,8 @@ def _refusals() -> Iterator[tuple[str, str, Callable[[Tensor, Tensor], Any]]]:
         "causal_alignment must be upper_left or lower_right, got 'left'",
         call(is_causal=True, causal_alignment="left"),
     )
-    yield (
-        "impl",
-        "impl must be one of auto, triton, cuda, cpu, reference, got 'hip'",
-        call(impl="hip"),
-    )
+    expected = "impl must be one of auto, triton, cuda, cpu, reference, got 'hip'"
+    yield "impl", expected, call(impl="hip")
     yield (
         "tangent",
         "tq must match q in shape, dtype and device",

@@ -339,9 +339,11 @@ def test_norms_and_linear_take_any_leading_shape(
 ) -> None:
     new, old = (module.to(dtype) for module in _modules(CASES[kind]))
     x = torch.randn(shape, dtype=dtype)
-    torch.testing.assert_close(new(x), old(x))
+    # A sum near zero may round the other way: PyTorch adds up rows and stacks of rows differently.
+    unit = {"rtol": 0.016, "atol": torch.finfo(dtype).eps} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(new(x), old(x), **unit)
     if len(shape) == 4:
-        torch.testing.assert_close(new(x.transpose(1, 2)), old(x.transpose(1, 2)))
+        torch.testing.assert_close(new(x.transpose(1, 2)), old(x.transpose(1, 2)), **unit)
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (2, 1, 5), (2, 12, 5)])

@@ -174,11 +174,6 @@ const char* launch(const Backward<T>& p, void* stream) {
   return launch_rows(vectors ? backward_kernel<T, V> : backward_kernel<T, 1>, blocks, p, stream);
 }
 
-#define TBCM_INSTANCE(T)                                       \
-  template const char* launch(const Forward<T>&, void*);      \
-  template const char* launch(const Backward<T>&, void*);
-TBCM_INSTANCE(float)
-TBCM_INSTANCE(bfloat16)
-TBCM_INSTANCE(float16)
+TBCM_INSTANCES
 
 }  // namespace tbcm::adaln

@@ -332,11 +332,6 @@ const char* launch(const Backward<T>& p, void* stream) {
   return launch_tiles(backward_kernel<T>, p, 2, 1, stream);
 }
 
-#define TBCM_INSTANCE(T)                                       \
-  template const char* launch(const Forward<T>&, void*);      \
-  template const char* launch(const Backward<T>&, void*);
-TBCM_INSTANCE(float)
-TBCM_INSTANCE(bfloat16)
-TBCM_INSTANCE(float16)
+TBCM_INSTANCES
 
 }  // namespace tbcm::conv_glu

@@ -103,4 +103,10 @@ const char* start(void (*kernel)(P), int64_t blocks, int threads, const P& p, vo
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// The launches of an op, for every element type; stands in the op's namespace.
+#define TBCM_INSTANCES_OF(T)                             \
+  template const char* launch(const Forward<T>&, void*); \
+  template const char* launch(const Backward<T>&, void*);
+#define TBCM_INSTANCES TBCM_INSTANCES_OF(float) TBCM_INSTANCES_OF(bfloat16) TBCM_INSTANCES_OF(float16)
+
 }  // namespace tbcm

@@ -102,6 +102,16 @@ def fresh(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def floats(x: Tensor | None) -> Tensor | None:
+    """A parameter or number for a kernel: contiguous fp32, the tensor itself where it is that."""
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+def unit_stride(x: Tensor | None) -> Tensor | None:
+    """The tensor with unit stride along its last dimension, itself where it has that."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
 def fresh_heads(like: Tensor, shape: Sequence[int]) -> Tensor:
     """An uninitialised [..., B, H, N, D] in the memory order of heads and tokens that `like` has.
 
@@ -111,6 +121,11 @@ def fresh_heads(like: Tensor, shape: Sequence[int]) -> Tensor:
     if like.stride(-2) > like.stride(-3):
         return like.new_empty((*lead, tokens, heads, width)).transpose(-3, -2)
     return like.new_empty((*lead, heads, tokens, width))
+
+
+def in_order(like: Tensor, x: Tensor) -> Tensor:
+    """A copy of x [..., B, H, N, D] in the memory order that `fresh_heads` gives."""
+    return fresh_heads(like, x.shape).copy_(x)
 
 
 def autocast(tensors: Sequence[Tensor | None], device: str) -> list[Tensor | None]:
@@ -135,8 +150,7 @@ def flat_samples(x: Tensor | None) -> Tensor | None:
     """The operand [B, ...] as [B, D] with unit stride along D."""
     if x is None:
         return None
-    x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
-    return x if x.stride(1) == 1 else x.contiguous()
+    return unit_stride(x.reshape(x.shape[0], math.prod(x.shape[1:])))
 
 
 def in_one_dtype(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -11,6 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
+from tbcm_kernels._library import unit_stride
+
 MAX_WIDTH = 8192
 
 
@@ -49,7 +51,7 @@ def unit_rows(x: Tensor | None, shape: torch.Size) -> Tensor | None:
     """The operand as [B, N, C] with unit stride along C; broadcasting is a stride of 0."""
     if x is None:
         return None
-    return (x if x.stride(-1) == 1 else x.contiguous()).expand(shape)
+    return unit_stride(x).expand(shape)
 
 
 def strides(operands: Sequence[Tensor | None]) -> list[int]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
-import socket
+import os
+import time
 import weakref
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 import pytest
 import torch
@@ -252,17 +253,12 @@ def test_autocast_agrees_with_fp32_as_stock_does() -> None:
     assert {n: e for n, e in errors.items() if e[0] > 1.25 * e[1]} == {}
 
 
-def _free_port() -> int:
-    with contextlib.closing(socket.socket()) as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-def _distributed(rank: int, port: int, path: str) -> None:
+def _distributed(rank: int, meeting: str, path: str) -> None:
     """One of two processes: half of the batch each, gradients averaged by DDP."""
     torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=2
+        "gloo", f"file://{meeting}", timedelta(seconds=60), rank=rank, world_size=2
     )
     model = _model(2, 2, 16)
     tk.fuse(model)
@@ -277,7 +273,11 @@ def _distributed(rank: int, port: int, path: str) -> None:
 
 def test_data_parallel_processes_average_gradients(tmp_path) -> None:
     path = str(tmp_path / "gradients.pt")
-    torch.multiprocessing.spawn(_distributed, (_free_port(), path), nprocs=2)
+    arguments = (str(tmp_path / "meeting"), path)
+    processes = torch.multiprocessing.spawn(_distributed, arguments, 2, join=False, daemon=True)
+    end = time.monotonic() + 120
+    while not processes.join(timeout=5):  # raises what a process raises, and ends the other
+        assert time.monotonic() < end, "the processes hang"
     model = _model(2, 2, 16)
     with tk.fuse(model):
         want = _step(model, _inputs(batch=2))[2]

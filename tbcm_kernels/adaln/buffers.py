@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tbcm_kernels._library import fresh
+from tbcm_kernels._library import fresh, unit_stride
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -19,9 +19,10 @@ def forward_buffers(
     tangent_in = any(t is not None for t in (tx, th, tgate))
     tangent_out = tangent_in or tscale is not None or tshift is not None
     there = (h is not None, True, h is not None and tangent_in, tangent_out)
+    moving = (modulation(m, x) for m in (tgate, tscale, tshift))
     inputs = (
-        rows(x), rows(h), floats(gate, x), floats(scale, x), floats(shift, x), rows(tx), rows(th),
-        floats(tgate, x), floats(tscale, x), floats(tshift, x),
+        unit_stride(x), unit_stride(h), *(modulation(m, x) for m in (gate, scale, shift)),
+        unit_stride(tx), unit_stride(th), *moving,
     )  # fmt: skip
     return inputs, tuple(fresh(x) if t else None for t in there)
 
@@ -37,15 +38,11 @@ def backward_buffers(
     sums = (
         torch.empty(shape, dtype=torch.float32, device=out.device) if t else None for t in there
     )
-    inputs = (rows(gout), rows(gy), rows(out), rows(h), floats(gate, out), floats(scale, out))
+    still = map(unit_stride, (gout, gy, out, h))
+    inputs = (*still, modulation(gate, out), modulation(scale, out))
     return inputs, (fresh(out), fresh(out) if gate is not None else None, *sums)
 
 
-def rows(x: Tensor | None) -> Tensor | None:
-    """The tensor with unit stride along C; a view where it has that already."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
-def floats(m: Tensor | None, x: Tensor) -> Tensor | None:
+def modulation(m: Tensor | None, x: Tensor) -> Tensor | None:
     """A modulation as fp32 rows that broadcast over x by zero strides."""
-    return None if m is None else rows(m.to(torch.float32)).expand(x.shape)
+    return None if m is None else unit_stride(m.to(torch.float32)).expand(x.shape)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tbcm_kernels import _dispatch
 from tbcm_kernels._library import (
-    fresh_heads,
+    in_order,
     lane_by_lane,
     or_none,
     present_or_absent,
@@ -37,12 +37,8 @@ def _forward(
     inputs = (q, k, v, q_weight, k_weight, tq, tk, tv)
     o, lse, to, mu = kernel(*inputs, Setting(*setting))
     if impl == "reference":  # in the memory layout that the fake promises
-        o, to = (None if x is None else _like_queries(q, x) for x in (o, to))
+        o, to = (None if x is None else in_order(q, x) for x in (o, to))
     return present_or_absent(q, (o, lse, to, mu))
-
-
-def _like_queries(q: Tensor, x: Tensor) -> Tensor:
-    return fresh_heads(q, x.shape).copy_(x)
 
 
 def _forward_fake(
@@ -93,7 +89,7 @@ def _backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
     found = kernel(*tensors, Setting(attn_mask, key_mask, scale, causal, q_eps, k_eps))
     if impl == "reference":
         found = [
-            None if g is None else _like_queries(x, g)
+            None if g is None else in_order(x, g)
             for g, x in zip(found, (q, k, v, q, k, v), strict=True)
         ]
     return present_or_absent(q, found)

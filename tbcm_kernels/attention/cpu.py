@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tbcm_kernels import _C  # noqa: F401  (loading it registers the kernels)
+from tbcm_kernels._library import floats, unit_stride
 from tbcm_kernels.attention import buffers
 from tbcm_kernels.attention.reference import Setting
 
@@ -20,7 +21,8 @@ def forward(
     """See reference.forward."""
     o, lse, to, mu = buffers.outputs(q, v, (tq, tk, tv))
     torch.ops.tbcm_cpu.attention_forward(
-        *map(_rows, (q, k, v)), _floats(q_weight), _floats(k_weight), *map(_rows, (tq, tk, tv)),
+        *map(unit_stride, (q, k, v)), floats(q_weight), floats(k_weight),
+        *map(unit_stride, (tq, tk, tv)),
         *_masks(setting), o, lse, to, mu, *_scalars(setting),
     )  # fmt: skip
     return o, lse, to, mu
@@ -35,19 +37,11 @@ def backward(
     """See reference.backward."""
     grads = buffers.gradients((q, k, v), (tq, tk, tv), gto, gmu)
     torch.ops.tbcm_cpu.attention_backward(
-        _rows(go), _floats(glse), _rows(gto), _floats(gmu), *map(_rows, (q, k, v)),
-        _floats(q_weight), _floats(k_weight), *map(_rows, (tq, tk, tv)), o, lse, to, mu,
+        unit_stride(go), floats(glse), unit_stride(gto), floats(gmu), *map(unit_stride, (q, k, v)),
+        floats(q_weight), floats(k_weight), *map(unit_stride, (tq, tk, tv)), o, lse, to, mu,
         *_masks(setting), *grads, *_scalars(setting),
     )  # fmt: skip
     return tuple(grads)
-
-
-def _rows(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
-def _floats(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.float32).contiguous()
 
 
 def _masks(setting: Setting) -> tuple[Tensor | None, Tensor | None]:

@@ -13,7 +13,7 @@ from tbcm_kernels._library import autocast
 from tbcm_kernels.attention import reference
 from tbcm_kernels.attention.autograd import attention_op
 from tbcm_kernels.attention.reference import Setting
-from tbcm_kernels.rms_norm.heads import Norm, norm_argument
+from tbcm_kernels.rms_norm.heads import Norm, norm_argument, norm_weights
 
 MAX_HEAD_DIM = 256
 _TRITON_THROUGH = 128
@@ -79,7 +79,7 @@ def attention(
     """
     _check_dropout(dropout_p)
     primals, tangents = _dual.unpack(q, k, v)
-    weights = [norm[0] for norm in (q_norm, k_norm) if isinstance(norm, tuple)]
+    weights = norm_weights(q_norm, k_norm)
     if _dual.in_dual_level():
         _refuse_moving(attn_mask, *weights)
     values = _run(
@@ -127,7 +127,7 @@ def attention_jvp(
     `to` is exact for all six inputs, in 15 GEMMs, and saves them, o, lse, to and tlse.
     """
     _check_dropout(dropout_p)
-    weights = [norm[0] for norm in (q_norm, k_norm) if isinstance(norm, tuple)]
+    weights = norm_weights(q_norm, k_norm)
     _dual.refuse_duals("attention_jvp", q, k, v, tq, tk, tv, attn_mask, *weights)
     _dual.check_tangents("attention_jvp", q=(q, tq), k=(k, tk), v=(v, tv))
     o, lse, to, tlse = _run(

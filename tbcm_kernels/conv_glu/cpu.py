@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tbcm_kernels import _C  # noqa: F401  (loading it registers the kernels)
 from tbcm_kernels._library import fresh
-from tbcm_kernels.conv_glu.buffers import parameters
+from tbcm_kernels.conv_glu.buffers import outputs, parameters
 
 
 def forward(
@@ -15,8 +15,7 @@ def forward(
     tbias: Tensor | None, height: int, width: int,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """See reference.forward; tangents of weight and bias never come here."""
-    y = a.new_empty((*a.shape[:2], a.shape[2] // 2))
-    ty = None if ta is None else fresh(y)
+    y, ty = outputs(a, ta)
     ta = None if ta is None else ta.contiguous()
     torch.ops.tbcm_cpu.conv_glu_forward(
         a.contiguous(), *parameters(weight, bias), ta, y, ty, height, width

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tbcm_kernels._cuda import stream_of
 from tbcm_kernels._library import fresh
-from tbcm_kernels.conv_glu.buffers import parameters
+from tbcm_kernels.conv_glu.buffers import outputs, parameters
 
 TILE = 32
 """Rows and columns of an image whose parameter gradients a block sums, as in csrc/conv_glu.h."""
@@ -18,8 +18,7 @@ def forward(
     tbias: Tensor | None, height: int, width: int,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """See reference.forward; tangents of weight and bias never come here."""
-    y = a.new_empty((*a.shape[:2], a.shape[2] // 2))
-    ty = None if ta is None else fresh(y)
+    y, ty = outputs(a, ta)
     ta = None if ta is None else ta.contiguous()
     with stream_of(a) as stream:
         torch.ops.tbcm_cuda.conv_glu_forward(

@@ -112,6 +112,7 @@ def _through_linears(
     for g, w in zip(grads, weights, strict=True):
         if g is not None and need_y:
             gy = _rows(g) @ w if gy is None else torch.addmm(gy, _rows(g), w)
+            shape = (*g.shape[:-1], w.shape[1])
     y = _rows(again()) if any(need_weights) else None
     gws = [
         _rows(g).mT @ y if g is not None and n else None
@@ -121,7 +122,7 @@ def _through_linears(
         _rows(g).sum(0) if g is not None and n else None
         for g, n in zip(grads, need_biases, strict=False)
     ]
-    return gy, gws, gbs
+    return None if gy is None else gy.view(shape), gws, gbs
 
 
 def _adaln_forward(
@@ -141,7 +142,7 @@ def _adaln_fake(
 def _adaln_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     y, x, scale, shift, ctx.eps, weights, _, ctx.impl = inputs
     ctx.set_materialize_grads(False)
-    ctx.dtype, ctx.shape = y.dtype, y.shape
+    ctx.dtype = y.dtype
     ctx.save_for_backward(x, scale, shift, *weights)
 
 
@@ -155,7 +156,6 @@ def _adaln_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
     needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:7])
     gy, gws, gbs = _through_linears(grads, weights, needs, again)
-    gy = None if gy is None else gy.view(ctx.shape)
     return gy, None, None, None, None, gws, gbs, None
 
 
@@ -177,7 +177,7 @@ def _conv_fake(y: Tensor, *rest: Any) -> Tensor:
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     y, a, depth, bias, height, width, weight, ctx.impl = inputs
-    ctx.dtype, ctx.shape, ctx.grid = y.dtype, y.shape, (height, width)
+    ctx.dtype, ctx.grid = y.dtype, (height, width)
     ctx.save_for_backward(a, depth, bias, weight)
 
 
@@ -190,7 +190,6 @@ def _conv_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 
     needs = (ctx.needs_input_grad[0], [ctx.needs_input_grad[6]], [])
     gy, (gw,), _ = _through_linears([g], [weight], needs, again)
-    gy = None if gy is None else gy.view(ctx.shape)
     return gy, None, None, None, None, None, gw, None
 
 
@@ -233,7 +232,7 @@ def _gated_backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tenso
     needs = (needs[0], needs[1:2], needs[2:])
     scaled = narrow * gate.to(o.dtype)
     go, (gw,), (gb,) = _through_linears([scaled], [weight], needs, lambda: o)
-    return g, ggate, None if go is None else go.view(o.shape), gw, gb
+    return g, ggate, go, gw, gb
 
 
 gated_linear = register(

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from tbcm_kernels import _dispatch
-from tbcm_kernels._library import differentiate, fresh_heads, present_or_absent, register
+from tbcm_kernels._library import differentiate, in_order, present_or_absent, register
 from tbcm_kernels.linear_attention import buffers, reference
 from tbcm_kernels.linear_attention.reference import Setting
 from tbcm_kernels.rms_norm.autograd import through_norm
@@ -24,12 +24,8 @@ def _forward(
     kernel = _dispatch.implementation("linear_attention", impl).forward
     o, to, state = kernel(q, k, v, q_weight, k_weight, tq, tk, tv, Setting(*setting))
     if impl == "reference":  # in the memory layout that the fake promises
-        o, to = (None if x is None else _in_order(q, x) for x in (o, to))
+        o, to = (None if x is None else in_order(q, x) for x in (o, to))
     return present_or_absent(q, (o, to, state))
-
-
-def _in_order(like: Tensor, x: Tensor) -> Tensor:
-    return fresh_heads(like, x.shape).copy_(x)
 
 
 def _forward_fake(
@@ -78,7 +74,7 @@ def _backward_kernel(
     kernel = _dispatch.implementation("linear_attention", impl).backward
     found = kernel(go, q, k, v, q_weight, k_weight, state, Setting(*setting))
     if impl == "reference":
-        found = tuple(_in_order(x, g) for x, g in zip((q, k, v), found, strict=True))
+        found = tuple(in_order(x, g) for x, g in zip((q, k, v), found, strict=True))
     return found
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tbcm_kernels import _C  # noqa: F401  (loading it registers the kernels)
+from tbcm_kernels._library import floats, unit_stride
 from tbcm_kernels.linear_attention import buffers
 from tbcm_kernels.linear_attention.reference import FEATURE_MAPS, Setting
 
@@ -17,7 +18,8 @@ def forward(
     """See reference.forward."""
     o, to, state = buffers.outputs(q, v, any(t is not None for t in (tq, tk, tv)))
     torch.ops.tbcm_cpu.linear_attention_forward(
-        *map(_rows, (q, k, v)), _floats(q_weight), _floats(k_weight), *map(_rows, (tq, tk, tv)),
+        *map(unit_stride, (q, k, v)), floats(q_weight), floats(k_weight),
+        *map(unit_stride, (tq, tk, tv)),
         o, to, state, *_scalars(setting),
     )  # fmt: skip
     return o, to, state
@@ -30,18 +32,10 @@ def backward(
     """See reference.backward."""
     grads = buffers.gradients(q, k, v)
     torch.ops.tbcm_cpu.linear_attention_backward(
-        *map(_rows, (go, q, k, v)), _floats(q_weight), _floats(k_weight), state, *grads,
+        *map(unit_stride, (go, q, k, v)), floats(q_weight), floats(k_weight), state, *grads,
         *_scalars(setting),
     )  # fmt: skip
     return grads
-
-
-def _rows(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
-def _floats(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.float32).contiguous()
 
 
 def _scalars(setting: Setting) -> tuple[int, float, float, float]:

@@ -11,7 +11,7 @@ from tbcm_kernels._dual import describe
 from tbcm_kernels.linear_attention import reference
 from tbcm_kernels.linear_attention.autograd import linear_attention_op
 from tbcm_kernels.linear_attention.reference import FEATURE_MAPS, Setting
-from tbcm_kernels.rms_norm.heads import Norm, norm_argument
+from tbcm_kernels.rms_norm.heads import Norm, norm_argument, norm_weights
 
 MAX_HEAD_DIM = 256
 TRITON_WIDEST = {2: 128, 4: 32}
@@ -62,8 +62,11 @@ def linear_attention(
     Source: arXiv 2006.16236; with ReLU, arXiv 2205.14756 and SANA, arXiv 2410.10629.
     """
     primals, tangents = _dual.unpack(q, k, v)
-    if _dual.in_dual_level():
-        _refuse_moving_norms(q_norm, k_norm)
+    if _dual.any_dual(*norm_weights(q_norm, k_norm)):
+        raise RuntimeError(
+            "linear_attention: a norm weight carries a tangent, which the kernels do not take: "
+            "detach it, or leave out the argument and apply rms_norm before."
+        )
     o, to = _run(
         "linear_attention", primals, tangents, feature_map, eps, q_norm, k_norm, is_causal, impl
     )
@@ -103,7 +106,7 @@ def linear_attention_jvp(
     Cost: 12·B·H·N·D·Dv FLOPs; reads q, k, v and their tangents, writes o, to. Backward through to
     is exact, by differentiating the reference, and then saves all inputs.
     """
-    weights = [norm[0] for norm in (q_norm, k_norm) if isinstance(norm, tuple)]
+    weights = norm_weights(q_norm, k_norm)
     _dual.refuse_duals("linear_attention_jvp", q, k, v, tq, tk, tv, *weights)
     _dual.check_tangents("linear_attention_jvp", q=(q, tq), k=(k, tk), v=(v, tv))
     return _run(
@@ -143,15 +146,6 @@ def _choose(impl: str, q: Tensor, v: Tensor) -> str:
         return chosen
     reason = f"triton: head dims above {widest} spill registers; ask by impl"
     return _dispatch.fall_back("linear_attention", q.device.type, q.dtype, reason)
-
-
-def _refuse_moving_norms(*norms: Norm | None) -> None:
-    for norm in norms:
-        if isinstance(norm, tuple) and _dual.unpack(norm[0])[1][0] is not None:
-            raise RuntimeError(
-                "linear_attention: a norm weight carries a tangent, which the kernels do not take: "
-                "detach it, or leave out the argument and apply rms_norm before."
-            )
 
 
 def _check(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tbcm_kernels import _C  # noqa: F401  (loading it registers the kernels)
-from tbcm_kernels._library import fresh
+from tbcm_kernels._library import floats, fresh, unit_stride
 
 
 def forward(
@@ -16,7 +16,7 @@ def forward(
     y = fresh(x)
     ty = None if tx is None and tweight is None else fresh(x)
     torch.ops.tbcm_cpu.rms_norm_forward(
-        _rows(x), _floats(weight), _rows(tx), _floats(tweight), _rows(y), _rows(ty), eps
+        _rows(x), floats(weight), _rows(tx), floats(tweight), _rows(y), _rows(ty), eps
     )
     return y, ty
 
@@ -29,7 +29,7 @@ def backward(
     chunks = -(-(x.numel() // x.shape[-1]) // chunk)
     gw = torch.empty(1, chunks, x.shape[-1], dtype=torch.float32) if needs_weight else None
     torch.ops.tbcm_cpu.rms_norm_backward(
-        _rows(gy), _rows(x), _floats(weight), _rows(gx), gw, chunk, eps
+        _rows(gy), _rows(x), floats(weight), _rows(gx), gw, chunk, eps
     )
     return gx, None if gw is None else gw[0]
 
@@ -37,9 +37,4 @@ def backward(
 def _rows(x: Tensor | None) -> Tensor | None:
     if x is None:
         return None
-    x = x.reshape(1, -1, x.shape[-1])
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _floats(w: Tensor | None) -> Tensor | None:
-    return None if w is None else w.to(torch.float32).contiguous()
+    return unit_stride(x.reshape(1, -1, x.shape[-1]))

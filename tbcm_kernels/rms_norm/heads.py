@@ -58,6 +58,11 @@ def split(x: Tensor, heads: int) -> Tensor:
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(-3, -2)
 
 
+def norm_weights(*norms: Norm | None) -> list[Tensor]:
+    """The weights of the norms that arguments give."""
+    return [norm[0] for norm in norms if isinstance(norm, tuple)]
+
+
 def norm_argument(op: str, name: str, x: Tensor, norm: Norm | None) -> tuple[Tensor | None, float]:
     """Weight and eps of the norm of x [B, H, N, D] that an argument gives, if it does.
 

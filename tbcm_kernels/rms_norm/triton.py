@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tbcm_kernels._library import fresh
+from tbcm_kernels._library import fresh, unit_stride
 from tbcm_kernels._triton import AuditCase, device_of, row_config
 
 
@@ -100,8 +100,7 @@ def backward(
 def _rows(x: Tensor | None) -> Tensor | None:
     if x is None:
         return None
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return unit_stride(x.reshape(-1, x.shape[-1]))
 
 
 def _flat(w: Tensor | None) -> Tensor | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tbcm_kernels import _C  # noqa: F401  (loading it registers the kernels)
-from tbcm_kernels._library import flat_samples, fresh, in_one_dtype
+from tbcm_kernels._library import flat_samples, floats, fresh, in_one_dtype
 
 
 def forward(
@@ -17,7 +17,7 @@ def forward(
     loss = torch.empty((), dtype=torch.float32)
     norm, slope, glv = (torch.empty(len(t), dtype=torch.float32) for _ in range(3))
     torch.ops.tbcm_cpu.tangent_loss_forward(
-        *_flat(out, jvp, velocity, x), *map(_floats, (t, keep, weight, log_variance)),
+        *_flat(out, jvp, velocity, x), *map(floats, (t, keep, weight, log_variance)),
         loss, norm, slope, glv, r, c, sigma_data,
     )  # fmt: skip
     return loss, norm, slope, glv
@@ -31,14 +31,10 @@ def backward(
     rows = _flat(out, jvp, velocity, x)
     gout = fresh(rows[0])
     torch.ops.tbcm_cpu.tangent_loss_backward(
-        _floats(gloss), slope, *rows, _floats(t), gout, r, sigma_data
+        floats(gloss), slope, *rows, floats(t), gout, r, sigma_data
     )
     return gout.to(out.dtype).reshape(out.shape)
 
 
 def _flat(*tensors: Tensor) -> list[Tensor]:
     return [flat_samples(x) for x in in_one_dtype(*tensors)]
-
-
-def _floats(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.to(torch.float32).contiguous()

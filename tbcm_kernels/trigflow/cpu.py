@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tbcm_kernels import _C  # noqa: F401  (loading it registers the kernels)
-from tbcm_kernels._library import flat_samples, fresh, in_one_dtype
+from tbcm_kernels._library import flat_samples, floats, fresh, in_one_dtype
 
 
 def flow_input(
@@ -17,7 +17,7 @@ def flow_input(
     tx_fm = None if tx is None and tt is None else fresh(x)
     tt_fm = None if tt is None else _fresh_floats(t)
     torch.ops.tbcm_cpu.trigflow_input(
-        flat_samples(x), _floats(t), flat_samples(tx), _floats(tt), flat_samples(x_fm), t_fm,
+        flat_samples(x), floats(t), flat_samples(tx), floats(tt), flat_samples(x_fm), t_fm,
         flat_samples(tx_fm), tt_fm,
     )  # fmt: skip
     return x_fm, t_fm.to(t.dtype), tx_fm, None if tt_fm is None else tt_fm.to(t.dtype)
@@ -32,8 +32,8 @@ def flow_output(
     out = fresh(x)
     tout = None if tv is None and tx is None and tt is None else fresh(x)
     torch.ops.tbcm_cpu.trigflow_output(
-        flat_samples(v), flat_samples(x), _floats(t), flat_samples(tv), flat_samples(tx),
-        _floats(tt), flat_samples(out), flat_samples(tout),
+        flat_samples(v), flat_samples(x), floats(t), flat_samples(tv), flat_samples(tx),
+        floats(tt), flat_samples(out), flat_samples(tout),
     )  # fmt: skip
     return out.to(dtype), None if tout is None else tout.to(dtype)
 
@@ -46,14 +46,10 @@ def trajectory_step(
     x, out = in_one_dtype(x, out)
     velocity, moved = fresh(x), fresh(x)
     torch.ops.tbcm_cpu.trigflow_step(
-        flat_samples(x), flat_samples(out), _floats(t), _floats(s), _floats(guidance),
+        flat_samples(x), flat_samples(out), floats(t), floats(s), floats(guidance),
         flat_samples(velocity), flat_samples(moved), sigma_data,
     )  # fmt: skip
     return velocity.to(dtype), moved.to(dtype)
-
-
-def _floats(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.to(torch.float32).contiguous()
 
 
 def _fresh_floats(t: Tensor) -> Tensor:

@@ -28,7 +28,16 @@ class TrainConfig:
     teacher: str | None = None
     """Name of a built-in teacher ("digits", the default if no other teacher is given)."""
     pretrained_model_name_or_path: str | None = None
-    """Folder of a flow-matching teacher in the diffusers layout, in place of --teacher."""
+    """Hub id or folder of a flow-matching teacher in diffusers' layout, in place of --teacher."""
+    variant: str | None = None
+    """Variant of the teacher's weight files, such as "bf16"; by default those without one."""
+    revision: str | None = None
+    """Branch, tag or commit of a teacher on the Hub."""
+    resolution: int | None = None
+    """Side of the images in pixels; by default the teacher's own."""
+    complex_human_instruction: bool = True
+    """Put SANA's instruction before every prompt, as SanaSprintPipeline does by default; built-in
+    teachers know none."""
     prompts: str | None = None
     """Text file with one prompt per line, the only data (built-in teachers bring their own)."""
     fused: bool = False
@@ -137,7 +146,7 @@ def _within(value: Any, holds: Callable[[Any], bool]) -> bool:
 RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("at least 2", lambda v: v >= 2, "route_steps"),
     ("at least 1", lambda v: v >= 1, "train_batch_size max_train_steps checkpointing_steps "
-     "checkpoints_total_limit validation_samples logging_steps max_skipped_steps"),
+     "checkpoints_total_limit validation_samples logging_steps max_skipped_steps resolution"),
     ("between 0 and 2**63 − 1", lambda v: 0 <= v < 2**63, "seed"),
     ("at least 0", lambda v: v >= 0, "validation_steps lr_warmup_steps adam_weight_decay "
      "tangent_warmup_steps tangent_calm_start tangent_calm_steps"),

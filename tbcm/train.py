@@ -19,8 +19,9 @@ from torch import Tensor
 
 from tbcm import checkpoint, digits, objective, plots
 from tbcm.config import TrainConfig
+from tbcm.embeddings import prompt_embeddings
 from tbcm.errors import UserError
-from tbcm.models import Teacher, load_teacher
+from tbcm.models import Teacher, teacher_of
 from tbcm.progress import Display, Metrics, peak_memory_mb
 from tbcm.rollout import (
     Samples,
@@ -36,21 +37,18 @@ from tbcm.student import GUIDANCE_SCALE, build_student
 from tbcm.text import read_prompts
 from tbcm.trigflow import SIGMA_DATA, TrigFlow, jittered, route
 
-CACHED_PROMPTS = 256
-"""Up to this many prompts are encoded once; beyond, each step encodes its own."""
-
 
 def train(config: TrainConfig) -> None:
     """Run `tbcm train`. Raises UserError for whatever the user can mend."""
     check_device(config)
-    teacher = load_teacher(config.teacher_source)
+    teacher = teacher_of(config)
     distiller = Distiller(config, teacher, load_prompts(config))
     state = checkpoint.open_run(config)
     if state:
         distiller.load_state(state)
     run = Path(config.output_dir)
-    if not drawable(teacher):
-        print("These latents need a VAE to become images, so no sample grids are drawn.")
+    if not teacher.drawable:
+        print(f"{teacher.path} holds no vae/ to draw its latents with, so no grids are drawn.")
     write_whole(run / "config.yaml", config.dump().encode())
     metrics = Metrics(run / "metrics.jsonl", distiller.step)
     with Display(distiller.step, config.max_train_steps, config.logging_steps) as display:
@@ -83,16 +81,13 @@ def finish(distiller: Distiller, run: Path) -> None:
     )
 
 
-def drawable(teacher: Teacher) -> bool:
-    """True if latents are grey or colour images themselves."""
-    return teacher.latent_shape[0] in (1, 3)
-
-
 def save_grid(distiller: Distiller, run: Path) -> None:
-    """Images of the first prompts from fixed noise, where latents are images."""
-    if not drawable(distiller.teacher):
+    """Images of the first prompts from fixed noise, if the teacher can draw."""
+    if not distiller.teacher.drawable:
         return
-    images = distiller.sample(distiller.config.validation_samples, distiller.config.sample_steps)
+    latents = distiller.sample(distiller.config.validation_samples, distiller.config.sample_steps)
+    images = distiller.teacher.images(latents)
+    distiller.teacher.free("vae")
     grid(images, run / "samples" / f"step-{distiller.step:06d}.png")
 
 
@@ -158,7 +153,10 @@ class Distiller:
         self.device = check_device(config)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.step = self.skipped = self.skipped_in_row = 0
-        transformer = teacher.transformer.to(self.device).eval().requires_grad_(False)
+        transformer = teacher.transformer
+        # Before anything else is on the device: the text encoder is the largest part.
+        self.embeddings = prompt_embeddings(teacher, prompts, self.device)
+        transformer.to(self.device)
         self.teacher_digest = digest(transformer)
         self.student = build_student(transformer).train().requires_grad_(True)
         self.log_variance = objective.LogVariance().to(self.device) if config.log_variance else None
@@ -181,19 +179,11 @@ class Distiller:
         self.student_net = TrigFlow(self.student, config.fused)
         self.route = route(config.route_steps, config.flow_shift)
         self.filter_latent = load_filter(config, teacher)
-        self.null = self.encode([""])
-        teacher.text.check(prompts)
-        self.cache = self.encode(prompts) if len(prompts) <= CACHED_PROMPTS else None
-
-    def encode(self, prompts: list[str]) -> Text:
-        """Encoded prompts on the device."""
-        return Text(*self.teacher.text.encode(prompts)).to(self.device)
+        self.null = self.embeddings.null().to(self.device)
 
     def text(self, rows: list[int]) -> Text:
         """The encoded prompts of these rows of the prompts file."""
-        if self.cache is not None:
-            return Text(*(a[rows] for a in self.cache))
-        return self.encode([self.prompts[row] for row in rows])
+        return self.embeddings.text(rows).to(self.device)
 
     def autocast(self) -> AbstractContextManager:
         """bf16 for the networks if asked for; master weights and loss stay in fp32."""

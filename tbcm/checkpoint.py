@@ -34,8 +34,8 @@ def writing(path: Path) -> Iterator[None]:
         told = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = getattr(told, "strerror", None) or str(told).splitlines()[0]
         raise UserError(
-            f"Cannot write {path}: {reason}; mend that, then continue the run with "
-            "--resume_from_checkpoint latest."
+            f"Cannot write {path}: {reason}; mend that and call again (`tbcm train` goes on with "
+            "--resume_from_checkpoint latest)."
         ) from error
 
 

@@ -18,8 +18,10 @@ FUSED = "Run teacher and student through tbcm_kernels, one dual pass per step in
 
 
 def add_train(parser: ArgumentParser) -> None:
-    from tbcm.config import TrainConfig
+    from tbcm.config import PRESETS, TrainConfig
 
+    presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    parser.add_argument("--preset", choices=presets, help="Settings that ship with tbcm.")
     parser.add_argument("--config", action="config", help="YAML file of settings.")
     parser.add_class_arguments(TrainConfig, skip={"fused"})
     parser.add_argument("--fused", action=ActionYesNo, default=False, help=FUSED)
@@ -59,6 +61,17 @@ def sample(args: Namespace) -> None:
     from tbcm.sampling import sample_run
 
     sample_run(args.run, args.steps, args.out, args.prompts, args.seed)
+
+
+def add_export(parser: ArgumentParser) -> None:
+    parser.add_argument("run", help="Run folder of `tbcm train`.")
+    parser.add_argument("out", help="Folder to write; it must not be there yet.")
+
+
+def export(args: Namespace) -> None:
+    from tbcm.export import export_run
+
+    print(export_run(args.run, args.out))
 
 
 def add_eval(parser: ArgumentParser) -> None:
@@ -103,6 +116,7 @@ COMMANDS: dict[str, tuple[str, Adds, Runs]] = {
     "train": ("Distil a teacher to one step, from prompts alone.", add_train, train),
     "teacher": ("Train the built-in digits teacher.", add_teacher, teacher),
     "sample": ("Draw a grid of images with a student.", add_sample, sample),
+    "export": ("Write a SanaSprintPipeline folder for diffusers.", add_export, export),
     "eval": ("Measure a student against its teacher.", add_eval, evaluate),
     "info": ("Show versions and which implementation of each op runs here.", add_info, info),
     "bench": ("Time one step, fused against plain.", add_bench, bench),
@@ -128,21 +142,27 @@ def build_parser(command: str) -> ArgumentParser:
 
 
 def parse(argv: list[str]) -> Namespace:
-    """Parsed arguments; a built-in teacher without --config gets its preset's defaults."""
+    """Parsed arguments, over the defaults of a preset."""
     parser = build_parser(argv[0] if argv else "")
     try:
         args = parser.parse_args(argv)
     except ArgumentError as error:
         files = " ".join(word for word in argv if word.endswith((".yaml", ".yml")))
         raise UserError(f"{error} (reading {files})" if files else str(error)) from error
-    if args.subcommand == "train" and not args.train.config:
-        from tbcm.config import PRESETS
+    preset = preset_of(args.train) if args.subcommand == "train" else None
+    # Before the rest of the line, which overrides it.
+    return parser.parse_args(["train", "--config", str(preset), *argv[1:]]) if preset else args
 
-        if not args.train.pretrained_model_name_or_path:
-            preset = PRESETS / f"{args.train.teacher or 'digits'}.yaml"
-            if preset.exists():
-                return parser.parse_args(["train", "--config", str(preset), *argv[1:]])
-    return args
+
+def preset_of(args: Namespace) -> Path | None:
+    """The preset asked for; else a built-in teacher's own, unless there is a --config."""
+    from tbcm.config import PRESETS
+
+    name = args.preset
+    if not (name or args.config or args.pretrained_model_name_or_path):
+        name = args.teacher or "digits"
+    path = PRESETS / f"{name}.yaml"
+    return path if path.exists() else None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -70,14 +70,19 @@ class Teacher:
         vars(self).pop(part, None)
 
     @property
+    def has_vae(self) -> bool:
+        """True if latents need decoding."""
+        return _has_vae(self.path)
+
+    @property
     def drawable(self) -> bool:
         """True if latents can become images: they are grey or colour images, or there is a VAE."""
-        return _has_vae(self.path) or self.latent_shape[0] in (1, 3)
+        return self.has_vae or self.latent_shape[0] in (1, 3)
 
     @torch.no_grad()
     def images(self, latents: Tensor) -> Tensor:
         """Latents x0/σ_d [n, C, H, W] as images [n, 1 or 3, h, w], about [−1, 1], in fp32."""
-        if not _has_vae(self.path):
+        if not self.has_vae:
             return latents
         vae = self.vae.to(latents.device)
         scaled = latents.float() / vae.config.scaling_factor

@@ -171,6 +171,14 @@ class Run:
         return torch.full((n,), scale, device=self.device)
 
 
+def student_folder(run_dir: str | Path) -> Path:
+    """Where a run has its student. Raises UserError if it has none yet."""
+    folder = Path(run_dir) / "student"
+    if not folder.is_dir():
+        raise UserError(f"The run {run_dir} holds no student yet; let `tbcm train` finish it.")
+    return folder
+
+
 def load_run(run_dir: str | Path, device: str = "cpu") -> Run:
     """Opens `config.yaml` and `student/` of a run, and the teacher that the config names.
 
@@ -178,12 +186,9 @@ def load_run(run_dir: str | Path, device: str = "cpu") -> Run:
         UserError: a part is missing or unreadable.
     """
     config = read_config(run_dir)
-    folder = Path(run_dir) / "student"
-    if not folder.is_dir():
-        raise UserError(f"The run {run_dir} holds no student yet; let `tbcm train` finish it.")
+    student = TrigFlow(load_transformer(student_folder(run_dir)).to(device))
     teacher = teacher_of(config)
     scales = sorted(config.scm_cfg_scale)
-    student = TrigFlow(load_transformer(folder).to(device))
     return Run(teacher, student, config, scales[len(scales) // 2], torch.device(device))
 
 

@@ -52,12 +52,19 @@ def teacher(args: Namespace) -> None:
 def add_sample(parser: ArgumentParser) -> None:
     parser.add_argument("run", help="Run folder of `tbcm train`.")
     parser.add_argument("--steps", type=int, default=1, help="Sampling steps: 1, 2 or 4.")
-    parser.add_argument("--out", required=True, help="PNG to write.")
+    parser.add_argument("--out", required=True, help="PNG to write; a folder with --geneval.")
     parser.add_argument("--prompts", help="Prompts file; else the run's own prompts.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the noise.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the first image's noise.")
+    parser.add_argument("--geneval", help="GenEval's evaluation_metadata.jsonl, to be drawn.")
+    parser.add_argument("--images_per_prompt", type=int, default=4, help="With --geneval.")
 
 
 def sample(args: Namespace) -> None:
+    if args.geneval:
+        from tbcm.geneval import sample_geneval
+
+        images = args.images_per_prompt
+        return sample_geneval(args.run, args.geneval, args.out, args.steps, args.seed, images)
     from tbcm.sampling import sample_run
 
     sample_run(args.run, args.steps, args.out, args.prompts, args.seed)
@@ -77,13 +84,31 @@ def export(args: Namespace) -> None:
 def add_eval(parser: ArgumentParser) -> None:
     parser.add_argument("run", help="Run folder of `tbcm train`.")
     parser.add_argument("--json", required=True, help="JSON file to write.")
-    parser.add_argument("--samples", type=int, default=2000, help="Images per seed.")
+    parser.add_argument(
+        "--samples", type=int, help="Images: 2000 per seed for digits, else all of the folder's."
+    )
+    parser.add_argument("--images", help="Folder like MJHQ-30K: score by FID and CLIP against it.")
+    parser.add_argument("--out", help="With --images: folder for the images drawn, to continue in.")
+    parser.add_argument("--inception", help="With --images: TorchScript file of the features.")
+    parser.add_argument("--clip", help="With --images: folder or Hub id; else OpenAI's ViT-L/14.")
+    parser.add_argument("--steps", type=int, default=1, help="With --images: sampling steps.")
+    parser.add_argument("--seed", type=int, default=0, help="With --images: seed of the noise.")
 
 
 def evaluate(args: Namespace) -> None:
-    from tbcm.evaluate import evaluate_run
+    if not args.images:
+        from tbcm.evaluate import evaluate_run
 
-    evaluate_run(Path(args.run), Path(args.json), samples=args.samples)
+        return evaluate_run(Path(args.run), Path(args.json), samples=args.samples or 2000)
+    if not args.out:
+        raise UserError("--images needs --out, a folder for the images to be drawn.")
+    from tbcm.scores import CLIP, score_run
+
+    report = score_run(
+        args.run, args.images, args.out, args.json, inception=args.inception,
+        clip=args.clip or CLIP, steps=args.steps, samples=args.samples, seed=args.seed,
+    )  # fmt: skip
+    print(f"{report['images']} images: FID {report['fid']:.2f}, CLIP {report['clip_score']:.2f}")
 
 
 def add_info(parser: ArgumentParser) -> None:

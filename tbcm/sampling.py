@@ -55,8 +55,7 @@ def consistency_sample(
     Raises:
         UserError: no times are known for this number of steps.
     """
-    if steps not in SAMPLE_TIMES:
-        raise UserError(f"There is no {steps}-step sampler; steps is one of {[*SAMPLE_TIMES]}.")
+    check_steps(steps)
     x = noise
     for t, s in pairwise(SAMPLE_TIMES[steps]):
         now, end = noise.new_full((len(noise),), t), noise.new_zeros(len(noise))
@@ -66,6 +65,12 @@ def consistency_sample(
         fresh = SIGMA_DATA * randn_tensor(x.shape, generator, x.device, x.dtype)
         x = to_time(x0, fresh, end, now.new_full(now.shape, s))
     raise AssertionError("the times of a sampler end at 0")
+
+
+def check_steps(steps: int) -> None:
+    """Raises UserError if no times are known for this number of steps."""
+    if steps not in SAMPLE_TIMES:
+        raise UserError(f"There is no {steps}-step sampler; steps is one of {[*SAMPLE_TIMES]}.")
 
 
 def trajectory_sample(
@@ -145,10 +150,14 @@ def grid(images: Tensor, path: str | Path) -> None:
     rows = -(-n // GRID_COLUMNS)
     sheet = tiles.new_zeros(rows * GRID_COLUMNS, c, h, w)
     sheet[:n] = tiles
-    sheet = sheet.unflatten(0, (rows, GRID_COLUMNS)).permute(0, 3, 1, 4, 2)
-    pixels = ((sheet.reshape(rows * h, GRID_COLUMNS * w, c) + 1) * 127.5).round().byte().cpu()
-    picture = Image.fromarray(pixels.squeeze(2).numpy())
-    zoom = GRID_ZOOM if w <= 64 else 1
+    sheet = sheet.unflatten(0, (rows, GRID_COLUMNS)).permute(2, 0, 3, 1, 4)
+    save_image(sheet.reshape(c, rows * h, GRID_COLUMNS * w), path, GRID_ZOOM if w <= 64 else 1)
+
+
+def save_image(image: Tensor, path: str | Path, zoom: int = 1) -> None:
+    """Saves an image [1 or 3, H, W] in [−1, 1] as PNG, every pixel `zoom` times each way."""
+    values = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).squeeze(2)
+    picture = Image.fromarray(values.cpu().numpy())
     picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
@@ -192,8 +201,9 @@ def load_run(run_dir: str | Path, device: str = "cpu") -> Run:
     return Run(teacher, student, config, scales[len(scales) // 2], torch.device(device))
 
 
-def load_drawing_run(run_dir: str | Path) -> Run:
-    """`load_run` on the GPU, if there is one. Raises UserError if its latents cannot be drawn."""
+def load_drawing_run(run_dir: str | Path, steps: int) -> Run:
+    """`load_run` on the GPU, if there is one. Raises UserError if it cannot draw in `steps`."""
+    check_steps(steps)
     run = load_run(run_dir, "cuda" if torch.cuda.is_available() else "cpu")
     if not run.teacher.drawable:
         raise UserError(
@@ -237,7 +247,7 @@ def sample_run(
         UserError: an unreadable run or prompts file, or latents that need a VAE to become images.
     """
     check_writable(out)
-    run = load_drawing_run(run_dir)
+    run = load_drawing_run(run_dir, steps)
     prompts_file = prompts_file or run.config.prompts
     prompts = read_prompts(prompts_file) if prompts_file else [p for p, _ in digits.prompts()]
     grid(draw_images(run, prompts, [seed + i for i in range(len(prompts))], steps), out)

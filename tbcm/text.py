@@ -54,9 +54,10 @@ class TextEncoder:
             # The pipeline keeps the first token and the last max_length − 1, one of them the
             # instruction's.
             before = "\n".join(self.instruction)
-            room += len(self.tokenizer.encode(before)) - 2
+            room += len(self.tokenizer.encode(before, verbose=False)) - 2
         texts = [before + prompt.lower().strip() for prompt in prompts]
-        for prompt, ids in zip(prompts, self.tokenizer(texts).input_ids, strict=True):
+        tokens = self.tokenizer(texts, verbose=False).input_ids
+        for prompt, ids in zip(prompts, tokens, strict=True):
             if len(ids) > room:
                 raise UserError(
                     f"The prompt {prompt!r} has {len(ids) - room + self.max_length} tokens, but "

@@ -76,3 +76,11 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny_pipeline
 
     return tiny_pipeline.save_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that distilled it for three steps."""
+    import tiny_pipeline
+
+    return tiny_pipeline.distil(tiny_teacher, tmp_path_factory.mktemp("distilled"))

@@ -16,26 +16,18 @@ from tbcm import cli, sampling
 from tbcm.config import TrainConfig
 from tbcm.errors import UserError
 from tbcm.export import export_run
-from tbcm.sampling import draw_images, grid, load_drawing_run
+from tbcm.sampling import Run, draw_images, grid, load_drawing_run
 from tbcm.train import train
-
-SETTINGS = {
-    "train_batch_size": 2, "route_steps": 3, "max_train_steps": 3, "lr_warmup_steps": 0,
-    "learning_rate": 1e-2, "tangent_warmup_steps": 0, "validation_samples": 3,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def run(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short fused run on the miniature."""
-    folder = tmp_path_factory.mktemp("export")
-    (folder / "prompts.txt").write_text("\n".join(tiny_pipeline.PROMPTS))
-    config = TrainConfig(
-        str(folder / "run"), pretrained_model_name_or_path=str(tiny_teacher), fused=True,
-        resolution=32, prompts=str(folder / "prompts.txt"), **SETTINGS,
-    )  # fmt: skip
-    train(config)
-    return folder / "run"
+def run(tiny_run: Path) -> Path:
+    return tiny_run
+
+
+@pytest.fixture(scope="module")
+def drawing(run: Path) -> Run:
+    return load_drawing_run(run, 2)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +51,12 @@ def test_the_student_has_moved(run: Path, pipeline: SanaSprintPipeline):
 
 @pytest.mark.parametrize(("steps", "intermediate"), [(1, None), (2, 1.0)])
 def test_pipeline_and_tbcm_sample_draw_the_same(
-    steps: int, intermediate: float | None, run: Path, pipeline: SanaSprintPipeline, tmp_path: Path
+    steps: int,
+    intermediate: float | None,
+    run: Path,
+    drawing: Run,
+    pipeline: SanaSprintPipeline,
+    tmp_path: Path,
 ):
     images = pipeline(
         tiny_pipeline.PROMPTS, num_inference_steps=steps, guidance_scale=4.5,
@@ -67,15 +64,17 @@ def test_pipeline_and_tbcm_sample_draw_the_same(
         use_resolution_binning=False, output_type="pt",
         generator=[torch.Generator().manual_seed(seed) for seed in range(4)],
     ).images  # fmt: skip
-    ours = draw_images(load_drawing_run(run), tiny_pipeline.PROMPTS, [0, 1, 2, 3], steps)
+    ours = draw_images(drawing, tiny_pipeline.PROMPTS, [0, 1, 2, 3], steps)
     torch.testing.assert_close((ours + 1) / 2, images, atol=1e-5, rtol=0)
     assert cli.main(["sample", str(run), "--steps", str(steps), "--out", f"{tmp_path}/x.png"]) == 0
     grid(2 * images - 1, tmp_path / "y.png")
     assert (tmp_path / "x.png").read_bytes() == (tmp_path / "y.png").read_bytes()
 
 
-def test_images_depend_on_prompt_seed_and_steps_alone(run: Path, monkeypatch: pytest.MonkeyPatch):
-    drawing, prompts = load_drawing_run(run), tiny_pipeline.PROMPTS
+def test_images_depend_on_prompt_seed_and_steps_alone(
+    drawing: Run, monkeypatch: pytest.MonkeyPatch
+):
+    prompts = tiny_pipeline.PROMPTS
     together = draw_images(drawing, prompts, [3, 4, 5, 6], 2)
     monkeypatch.setattr(sampling, "DRAW_BATCH", 3)
     torch.testing.assert_close(draw_images(drawing, prompts, [3, 4, 5, 6], 2), together)
@@ -96,7 +95,7 @@ def test_what_cannot_be_exported_is_said(run: Path, tmp_path: Path):
         export_run(tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="is there already"):
         export_run(run, tmp_path)
-    train(TrainConfig(str(tmp_path / "digits"), **{**SETTINGS, "max_train_steps": 1}))
+    train(TrainConfig(str(tmp_path / "digits"), **{**tiny_pipeline.QUICK, "max_train_steps": 1}))
     with pytest.raises(UserError, match=r"no vae/"):
         export_run(tmp_path / "digits", tmp_path / "out")
     assert not (tmp_path / "out").exists()

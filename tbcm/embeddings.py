@@ -75,20 +75,29 @@ def prompt_embeddings(
     """
     name = fingerprint(teacher, prompts)
     folder = cached_assets_path("tbcm", namespace="prompts", subfolder=name)
-    chunks = [prompts[i : i + CHUNK] for i in range(0, len(prompts), CHUNK)]
-    names = [NULL, *map(chunk_name, range(len(chunks)))]
-    if not all((folder / name).exists() for name in names):
+    chunks: dict[str, list[str] | None] = {NULL: None}
+    for i in range(0, len(prompts), CHUNK):
+        chunks[chunk_name(i // CHUNK)] = prompts[i : i + CHUNK]
+    missing = {name: chunk for name, chunk in chunks.items() if not (folder / name).exists()}
+    if missing:
         teacher.text.check(prompts)
         teacher.text.model.to(device)
-        jobs = list(zip(names, [None, *chunks], strict=True))
-        # First what nobody is at; then, waiting, what another process began and may not finish.
-        for patience in (0, -1):
-            for name, chunk in track(jobs, "prompts", disable=not Console().is_terminal):
-                with suppress(Timeout), FileLock(folder / f"{name}.lock", timeout=patience):
-                    if not (folder / name).exists():
-                        write_whole(folder / name, encoded(teacher.text, chunk))
+        write_missing(teacher.text, missing, folder)
     teacher.free("text")
     return PromptEmbeddings(folder)
+
+
+def write_missing(text: TextEncoder, missing: dict[str, list[str] | None], folder: Path) -> None:
+    """Make the files that no other process makes meanwhile, and wait for those."""
+    count = sum(len(chunk) for chunk in missing.values() if chunk)
+    print(f"Encoding {count} prompts, to be kept in {folder}.")
+    # First what nobody is at; then, waiting, what another process began and may not finish.
+    for patience in (0, -1):
+        jobs = track(list(missing.items()), "prompts", disable=not Console().is_terminal)
+        for name, chunk in jobs:
+            with suppress(Timeout), FileLock(folder / f"{name}.lock", timeout=patience):
+                if not (folder / name).exists():
+                    write_whole(folder / name, encoded(text, chunk))
 
 
 def encoded(text: TextEncoder, prompts: list[str] | None) -> bytes:

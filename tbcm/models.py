@@ -151,8 +151,8 @@ def fetch(name_or_path: str, variant: str | None = None, revision: str | None = 
         )
     except Exception as error:  # the Hub's client has a dozen types for no network or no such id
         raise UserError(
-            f"Cannot get the teacher {name_or_path} from the Hub, and it is not in its cache "
-            f"({_reason(error)}); without a network, give a folder made elsewhere with "
+            f"There is no folder {name_or_path}, and neither the Hub nor its cache here gives such "
+            f"a teacher ({_reason(error)}); without a network, give a folder made elsewhere with "
             f"`hf download {name_or_path} --local-dir FOLDER`."
         ) from error
 

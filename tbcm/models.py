@@ -121,7 +121,11 @@ def load_teacher(
             not fit the method (see `check_teacher`) or the resolution.
     """
     shipped = ASSETS / name_or_path
-    folder = shipped if shipped.is_dir() else fetch(name_or_path, variant, revision)
+    folder = shipped if shipped.is_dir() else Path(name_or_path)
+    if not folder.is_dir():
+        folder = fetch(name_or_path, variant, revision)
+    elif revision:
+        raise UserError(f"{folder} is not on the Hub and has no revision {revision}; leave it out.")
     missing = [part for part in NEEDED if not (folder / part).exists()]
     if missing:
         raise UserError(
@@ -131,29 +135,24 @@ def load_teacher(
     return Teacher(folder, _latent_shape(folder, resolution), variant, instruct)
 
 
-def fetch(name_or_path: str, variant: str | None = None, revision: str | None = None) -> Path:
-    """A teacher's folder as it is, or the folder that the Hub's files are cached in."""
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        return folder
-    if not HUB_ID.fullmatch(name_or_path):
+def fetch(hub_id: str, variant: str | None, revision: str | None) -> Path:
+    """The folder that a teacher's files from the Hub are cached in."""
+    if not HUB_ID.fullmatch(hub_id):
         raise UserError(
-            f"There is no teacher {name_or_path!r}; give 'digits', a Hub id or a folder in "
-            "diffusers' layout."
+            f"There is no teacher {hub_id!r}; give 'digits', a Hub id or a folder in diffusers' "
+            "layout."
         )
     from diffusers import SanaPipeline
 
     try:
         return Path(
-            SanaPipeline.download(
-                name_or_path, variant=variant, revision=revision, use_safetensors=True
-            )
+            SanaPipeline.download(hub_id, variant=variant, revision=revision, use_safetensors=True)
         )
     except Exception as error:  # the Hub's client has a dozen types for no network or no such id
         raise UserError(
-            f"There is no folder {name_or_path}, and neither the Hub nor its cache here gives such "
-            f"a teacher ({_reason(error)}); without a network, give a folder made elsewhere with "
-            f"`hf download {name_or_path} --local-dir FOLDER`."
+            f"There is no folder {hub_id}, and neither the Hub nor its cache here gives such a "
+            f"teacher ({_reason(error)}); without a network, give a folder made elsewhere with "
+            f"`hf download {hub_id} --local-dir FOLDER`."
         ) from error
 
 

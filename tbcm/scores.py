@@ -185,6 +185,7 @@ def score_run(
     if len(items) < 2:
         raise UserError("FID needs at least two images; raise --samples.")
     run = load_drawing_run(run_dir, steps)
+    run.teacher.text.check([item.prompt for item in items])
     judges = load_judges(inception, clip, run.device)
     settings = {
         "student": digest(student_folder(run_dir)), "images_of": str(Path(images).resolve()),

@@ -97,6 +97,7 @@ BAD_FILES = {
         ("train --output_dir {d}/o --resolution 0", "resolution must be at least 1"),
         ("train --output_dir {d}/o --resolution 9", "resolution 9 is not a multiple of 2"),
         ("train --output_dir {d}/o --variant bf16", "variant"),
+        ("train --output_dir {d}/o --revision main", "no revision main"),
         ("train --output_dir {d}/o --teacher letters", "letters"),
         ("train --output_dir {d}/o --pretrained_model_name_or_path {d}/none", "none"),
         ("train --output_dir {d}/o --teacher digits --pretrained_model_name_or_path x", "not both"),

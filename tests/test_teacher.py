@@ -112,9 +112,7 @@ def test_sana_s_own_scheduler_is_a_flow(tiny_teacher: Path, tmp_path: Path):
 
 def test_without_the_hub_a_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        UserError, match=r"no folder some/one, .*`hf download some/one --local-dir"
-    ):
+    with pytest.raises(UserError, match=r"no folder some/one, .*`hf download some/one --local-dir"):
         load_teacher("some/one")
 
 

@@ -89,12 +89,14 @@ class Judges:
         self.scores += (100 * cosine.clamp(min=0)).tolist()
 
     def state(self) -> dict[str, Any]:
-        """What a later call continues from."""
-        return {"fid": self.fid.state_dict(), "scores": self.scores}
+        """What a later call continues from: the sums, without the networks' weights."""
+        sums = {k: v for k, v in self.fid.state_dict().items() if not k.startswith("inception.")}
+        return {"fid": sums, "scores": self.scores}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from `state`."""
-        self.fid.load_state_dict(state["fid"])
+        self.fid.load_state_dict(state["fid"], strict=False)
+        self.fid.to(self.clip.device)
         self.scores = state["scores"]
 
 

@@ -25,8 +25,12 @@ PROMPTS = {f"{i:02x}": tiny_pipeline.PROMPTS[i % 4] for i in range(N)}
 class Features(nn.Module):
     """Means of the colours, and with return_features also of the squares: [n, 3 or 6]."""
 
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1 / 255))
+
     def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
-        x = images.float() / 255
+        x = images.float() * self.scale
         means = x.flatten(2).mean(2)
         if return_features:
             return torch.cat([means, (x * x).flatten(2).mean(2)], 1)
@@ -144,6 +148,8 @@ def test_a_killed_evaluation_continues_and_gives_the_same_figures(
     line = ["eval", str(tiny_run), *arguments(judges, real, tmp_path / "out")]
     assert cli.main(line) == 130
     assert len(drawn) == 3 and len(batches) == 3
+    kept = torch.load(tmp_path / "out" / "progress.pt", weights_only=True)
+    assert len(kept["scores"]) == 8 and not any("inception" in name for name in kept["fid"])
     assert cli.main(line) == 0
     assert len(drawn) == 3 and len(batches) == 4  # nothing is drawn twice, two batches are kept
     assert json.loads((tmp_path / "out.json").read_text()) == report[0]

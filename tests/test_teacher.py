@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import tiny_pipeline
 import torch
-from diffusers import SanaPipeline
+from diffusers import SanaPipeline, SanaTransformer2DModel
 from huggingface_hub import constants
 
 from tbcm.errors import UserError
-from tbcm.models import Teacher, load_teacher
-from tbcm.student import build_student
+from tbcm.models import Teacher, load_teacher, load_transformer
+from tbcm.student import build_student, student_key
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +126,39 @@ def test_student_starts_as_its_teacher_with_guidance_silent(teacher: Teacher):
             guidance = torch.full((2,), scale)
             assert torch.equal(student(x, text, t, guidance=guidance).sample, want)
     assert student.time_embed.guidance_embedder.linear_1.weight.abs().sum() > 0
+
+
+def test_a_config_file_may_leave_out_what_it_has_by_default(tiny_teacher: Path, tmp_path: Path):
+    """As those do that were saved before diffusers knew guidance."""
+    folder = Path(shutil.copytree(tiny_teacher, tmp_path / "t"))
+    path = folder / "transformer" / "config.json"
+    kept = json.loads(path.read_text())
+    for name in ("guidance_embeds", "guidance_embeds_scale", "interpolation_scale", "dropout"):
+        del kept[name]
+    path.write_text(json.dumps(kept))
+    student = build_student(load_teacher(str(folder)).transformer)
+    assert student.config.guidance_embeds and student.config.guidance_embeds_scale == 0.1
+    student.save_pretrained(tmp_path / "s")
+    assert load_transformer(tmp_path / "s").config.guidance_embeds
+
+
+@pytest.mark.parametrize(
+    ("heads", "layers", "cross", "width", "millions"),
+    [(36, 28, 16, 72, 594), (70, 20, 20, 112, 1610)],
+)
+def test_students_of_true_size_have_every_weight_of_their_teachers(
+    heads: int, layers: int, cross: int, width: int, millions: int
+):
+    with torch.device("meta"):
+        teacher = SanaTransformer2DModel(
+            num_attention_heads=heads, num_layers=layers, num_cross_attention_heads=cross,
+            cross_attention_head_dim=width, cross_attention_dim=heads * 32,
+            qk_norm="rms_norm_across_heads", timestep_scale=1e-3,
+        )  # fmt: skip
+        student = build_student(teacher)
+    assert round(sum(p.numel() for p in student.parameters()) / 1e6) == millions
+    assert student.config.guidance_embeds and student.config.sample_size == 32
+    new = student.state_dict().keys() - map(student_key, teacher.state_dict())
+    assert {name.rpartition(".")[0] for name in new} == {
+        f"time_embed.guidance_embedder.linear_{i}" for i in (1, 2)
+    }

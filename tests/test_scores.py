@@ -42,7 +42,7 @@ def judges(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """inception.pt and clip/."""
     folder = tmp_path_factory.mktemp("judges")
     torch.jit.script(Features()).save(folder / "inception.pt")
-    torch.manual_seed(0)
+    torch.manual_seed(8)  # cosines of both signs
     common = {
         "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
         "num_attention_heads": 2, "projection_dim": 8,
@@ -126,9 +126,9 @@ def test_clip_score_is_the_mean_cosine_of_image_and_prompt(report: tuple, judges
         )  # fmt: skip
         with torch.no_grad():
             logits = model(**inputs).logits_per_image / model.logit_scale.exp()
-        found.append(100 * max(logits.item(), 0))
-    assert figures["clip_score"] == pytest.approx(sum(found) / N, abs=1e-3)
-    assert max(found) > min(found) + 0.1
+        found.append(100 * logits.item())
+    assert figures["clip_score"] == pytest.approx(sum(max(x, 0) for x in found) / N, abs=1e-3)
+    assert min(found) < -1 and max(found) > 1
 
 
 def test_a_killed_evaluation_continues_and_gives_the_same_figures(

@@ -185,7 +185,7 @@ def preset_of(args: Namespace) -> Path | None:
 
     name = args.preset
     if not (name or args.config or args.pretrained_model_name_or_path):
-        name = args.teacher or "digits"
+        name = (args.teacher or "digits") + ("" if args.method == "tbcm" else "_baselines")
     path = PRESETS / f"{name}.yaml"
     return path if path.exists() else None
 

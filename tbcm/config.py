@@ -78,6 +78,8 @@ class TrainConfig:
     """Steps between two sample grids; 0 makes one at the end only."""
     validation_samples: int = 16
     """Images in a sample grid."""
+    validation_prompts: str | None = None
+    """Text file with one prompt per line for the sample grids (none: the first of the run's)."""
     sample_steps: Literal[1, 2, 4] = 1
     """Sampling steps for the images in a grid."""
     logging_steps: int = 50
@@ -99,6 +101,9 @@ class TrainConfig:
     """AdamW weight decay."""
     adam_epsilon: float = 1e-8
     """AdamW ε."""
+    lora_rank: int | None = None
+    """Learn LoRA adapters of this rank on the teacher's own weights, held once (needs peft); such a
+    student runs unfused, its teacher may be fused (none: learn all weights)."""
     optimizer: Literal["adamw", "adamw_8bit", "came"] = "adamw"
     """AdamW, AdamW with 8-bit moments (needs bitsandbytes) or CAME (needs came-pytorch)."""
     gradient_clip: float = 0.1
@@ -164,6 +169,11 @@ class TrainConfig:
         if not self.pretrained_model_name_or_path:
             self.teacher = self.teacher or "digits"
         self._check_method()
+        if self.fsdp and (self.lora_rank or self.optimizer != "adamw"):
+            raise UserError(
+                "fsdp shards all weights of a student that adamw updates; leave out lora_rank, or "
+                "take --optimizer adamw."
+            )
 
     def _check_method(self) -> None:
         """Settings that the chosen method would not look at are refused."""
@@ -200,7 +210,7 @@ def _within(value: Any, holds: Callable[[Any], bool]) -> bool:
 RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("at least 2", lambda v: v >= 2, "route_steps"),
     ("at least 1", lambda v: v >= 1, "train_batch_size gradient_accumulation_steps "
-     "points_per_pass max_train_steps checkpointing_steps "
+     "points_per_pass lora_rank max_train_steps checkpointing_steps "
      "checkpoints_total_limit validation_samples logging_steps max_skipped_steps resolution"),
     ("between 0 and 2**63 − 1", lambda v: 0 <= v < 2**63, "seed"),
     ("at least 0", lambda v: v >= 0, "validation_steps lr_warmup_steps adam_weight_decay "
@@ -218,7 +228,7 @@ MAY_CHANGE = (
     "output_dir", "fused", "device", "gradient_accumulation_steps", "points_per_pass",
     "gradient_checkpointing", "fsdp", "resume_from_checkpoint", "max_train_steps",
     "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_samples",
-    "sample_steps", "logging_steps", "report_to", "max_skipped_steps",
+    "validation_prompts", "sample_steps", "logging_steps", "report_to", "max_skipped_steps",
 )  # fmt: skip
 """Settings that a resumed run may change; any other would make it a different run."""
 

@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 from tbcm import distributed, objective
 from tbcm.config import TrainConfig
 from tbcm.embeddings import prompt_embeddings
-from tbcm.errors import UserError
+from tbcm.errors import UserError, package
+from tbcm.lora import build_lora_student, learnt, merged
 from tbcm.models import Teacher
 from tbcm.optimizer import lr_factor, make_optimizer
 from tbcm.rollout import (
@@ -37,6 +38,7 @@ from tbcm.rollout import (
 )
 from tbcm.sampling import consistency_sample
 from tbcm.student import GUIDANCE_SCALE, build_student
+from tbcm.text import read_prompts
 from tbcm.trigflow import SIGMA_DATA, TrigFlow, jittered, route
 
 
@@ -71,36 +73,44 @@ class Distiller:
         self.device = self.accelerator.device
         self.generator = torch.Generator().manual_seed(config.seed)
         self.step = self.skipped = self.skipped_in_row = 0
-        transformer = teacher.transformer
-        # Before anything else is on the device: the text encoder is the largest part.
-        self.embeddings = prompt_embeddings(teacher, prompts, self.device)
-        transformer.to(self.device)
+        if config.lora_rank:
+            package("peft", "lora_rank")
+        transformer = teacher.transformer.to(self.device)
         self.teacher_digest = digest(transformer)
-        self.student = build_student(transformer).train().requires_grad_(True)
+        self.student = make_student(transformer, config).train()
         self.log_variance = objective.LogVariance().to(self.device) if config.log_variance else None
         if config.gradient_checkpointing:
             self.student.enable_gradient_checkpointing()
         self.student_pass, self.loss = objective.two_passes, objective.tangent_loss
         self.trajectory_step, self.fused = trajectory_step, None
+        self.student_fused = config.fused and not config.lora_rank
         if config.fused:
             import tbcm_kernels
 
-            self.student_pass, self.loss = objective.one_pass, tbcm_kernels.tangent_loss
-            self.trajectory_step = tbcm_kernels.trajectory_step
+            self.loss, self.trajectory_step = (
+                tbcm_kernels.tangent_loss,
+                tbcm_kernels.trajectory_step,
+            )
             self.fused = tbcm_kernels.fuse(transformer)
+        if self.student_fused:
+            self.student_pass = objective.one_pass
             tbcm_kernels.fuse(self.student)
         self.teacher_net = TrigFlow(transformer, config.fused)
-        self.student_net = TrigFlow(self.spread(self.student), config.fused)
+        self.student_net = TrigFlow(self.spread(self.student), self.student_fused)
         self.log_variance_net = self.spread(self.log_variance) if self.log_variance else None
-        self.parameters = list(self.student.parameters())
+        self.learning = [p for p in self.student.parameters() if p.requires_grad]
         decay = config.ema_decay
         # Sharded tensors have no foreach copy.
-        self.ema = EMAModel(self.parameters, decay, foreach=not config.fsdp) if decay else None
-        if self.log_variance:
-            self.parameters += self.log_variance.parameters()
+        self.ema = EMAModel(self.learning, decay, foreach=not config.fsdp) if decay else None
+        head = self.log_variance.parameters() if self.log_variance else ()
+        self.parameters = [*self.learning, *head]
         self.optimizer = make_optimizer(self.parameters, config)
         self.route = route(config.route_steps, config.flow_shift)
         self.filter_latent = load_filter(config, teacher)
+        # Last: what else is wrong is said before the long work.
+        shown = read_prompts(config.validation_prompts) if config.validation_prompts else prompts
+        self.embeddings = prompt_embeddings(teacher, prompts, self.device)
+        self.shown = prompt_embeddings(teacher, shown, self.device)
         self.null = self.embeddings.null().to(self.device)
 
     @property
@@ -229,7 +239,7 @@ class Distiller:
         """The loss of a student batch and ‖g‖ of its samples."""
         x, t, velocity, text, guidance, keep = samples
         # A fused student reads each prompt once; the stock model wants one text per image.
-        text = text if self.fused else text.each(len(x) // len(text.mask))
+        text = text if self.student_fused else text.each(len(x) // len(text.mask))
         with self.autocast():
             out, jvp = self.student_pass(self.student_net, x, t, velocity, *text, guidance)
         weight = objective.time_weight(t) if self.config.time_weighting else torch.ones_like(t)
@@ -249,7 +259,7 @@ class Distiller:
         if finite:
             self.optimizer.step()
             if self.ema:
-                self.ema.step(self.student.parameters())
+                self.ema.step(self.learning)
         self.optimizer.zero_grad()
         return norm, finite
 
@@ -269,16 +279,18 @@ class Distiller:
         if not self.ema:
             yield
             return
-        self.ema.store(self.student.parameters())
-        self.ema.copy_to(self.student.parameters())
+        self.ema.store(self.learning)
+        self.ema.copy_to(self.learning)
         try:
             yield
         finally:
-            self.ema.restore(self.student.parameters())
+            self.ema.restore(self.learning)
 
     def whole_student(self) -> SanaTransformer2DModel | None:
         """The student with its averaged weights, on the CPU; None but on the main process."""
         with self.averaged_weights():
+            if self.config.lora_rank:
+                return merged(self.student) if self.main else None
             state = distributed.whole(self.student.state_dict())
             state = {name: weight.cpu().clone() for name, weight in state.items()}
         if not self.main:
@@ -290,11 +302,14 @@ class Distiller:
 
     @torch.no_grad()
     def sample(self, n: int, steps: int) -> Tensor:
-        """x0/σ_d of n images from fixed noise; the run's own draws are left alone."""
+        """x0/σ_d of n images from fixed noise, of the validation prompts or the first of the run's.
+
+        The run's own draws are left alone. All processes must ask for it.
+        """
         gen = torch.Generator(self.device).manual_seed(self.config.seed)
         shape = (n, *self.teacher.latent_shape)
         noise = SIGMA_DATA * torch.randn(shape, generator=gen, device=self.device)
-        text = self.text([i % len(self.prompts) for i in range(n)])
+        text = self.shown.text([i % len(self.shown) for i in range(n)]).to(self.device)
         scales = sorted(self.config.scm_cfg_scale)
         guidance = noise.new_full((n,), GUIDANCE_SCALE * scales[len(scales) // 2])
         with self.averaged_weights(), self.autocast():
@@ -309,7 +324,7 @@ class Distiller:
             "step": self.step, "skipped": self.skipped, "skipped_in_row": self.skipped_in_row,
             "config": vars(self.config), "prompts": self.prompts_digest(),
             "teacher": self.teacher_digest,
-            "student": self.student.state_dict(),
+            "student": learnt(self.student),
             "log_variance": self.log_variance.state_dict() if self.log_variance else None,
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
@@ -345,6 +360,13 @@ class Distiller:
     def prompts_digest(self) -> str:
         """Fingerprint of the prompts, the only data."""
         return hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
+
+
+def make_student(teacher: SanaTransformer2DModel, config: TrainConfig) -> SanaTransformer2DModel:
+    """A student that learns whole, or by adapters."""
+    if config.lora_rank:
+        return build_lora_student(teacher, config.lora_rank)
+    return build_student(teacher).requires_grad_(True)
 
 
 def digest(net: torch.nn.Module) -> str:

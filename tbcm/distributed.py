@@ -124,9 +124,14 @@ def shared_as(state: Any, like: Tensor) -> Any:
 
 
 def load_whole(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """`load_state_dict` of whole tensors into a module that may be sharded."""
+    """`load_state_dict` of whole tensors into a module that may be sharded.
+
+    Frozen parameters may be missing and stay. Raises RuntimeError if anything else does not fit.
+    """
     own = module.state_dict()
-    module.load_state_dict({k: shared_as(v, own[k]) if k in own else v for k, v in state.items()})
+    frozen = {name: own[name] for name, p in module.named_parameters() if not p.requires_grad}
+    shared = {k: shared_as(v, own[k]) if k in own else v for k, v in state.items()}
+    module.load_state_dict({**frozen, **shared})
 
 
 def load_optimizer(

@@ -34,9 +34,13 @@ NULL = "null.safetensors"
 
 @dataclass
 class PromptEmbeddings:
-    """The encoded prompts of a run, in a folder."""
+    """The encoded prompts of a file, in a folder."""
 
     folder: Path
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
 
     def text(self, rows: list[int]) -> Text:
         """The prompts of these rows of the prompts file: embeddings [P, S, D] fp32, mask [P, S]."""
@@ -84,7 +88,7 @@ def prompt_embeddings(
         teacher.text.model.to(device)
         write_missing(teacher.text, missing, folder)
     teacher.free("text")
-    return PromptEmbeddings(folder)
+    return PromptEmbeddings(folder, len(prompts))
 
 
 def write_missing(text: TextEncoder, missing: dict[str, list[str] | None], folder: Path) -> None:

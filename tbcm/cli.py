@@ -13,7 +13,11 @@ from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_set
 
 from tbcm.errors import UserError
 
-FUSED = "Run teacher and student through tbcm_kernels, one dual pass per step instead of two."
+FLAGS = {
+    "fused": "Run teacher and student through tbcm_kernels, one dual pass per step instead of two.",
+    "gradient_checkpointing": "Compute the student's blocks again in backward, without tangents.",
+    "fsdp": "Shard the student over the processes (FSDP2); without it each holds all of it (DDP).",
+}
 # torch and diffusers take seconds to import: each command imports what it needs when it runs.
 
 
@@ -23,8 +27,9 @@ def add_train(parser: ArgumentParser) -> None:
     presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
     parser.add_argument("--preset", choices=presets, help="Settings that ship with tbcm.")
     parser.add_argument("--config", action="config", help="YAML file of settings.")
-    parser.add_class_arguments(TrainConfig, skip={"fused"})
-    parser.add_argument("--fused", action=ActionYesNo, default=False, help=FUSED)
+    parser.add_class_arguments(TrainConfig, skip=set(FLAGS))
+    for name, says in FLAGS.items():
+        parser.add_argument(f"--{name}", action=ActionYesNo, default=False, help=says)
 
 
 def train(args: Namespace) -> None:

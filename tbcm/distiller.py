@@ -87,10 +87,8 @@ class Distiller:
         if config.fused:
             import tbcm_kernels
 
-            self.loss, self.trajectory_step = (
-                tbcm_kernels.tangent_loss,
-                tbcm_kernels.trajectory_step,
-            )
+            self.loss = tbcm_kernels.tangent_loss
+            self.trajectory_step = tbcm_kernels.trajectory_step
             self.fused = tbcm_kernels.fuse(transformer)
         if self.student_fused:
             self.student_pass = objective.one_pass

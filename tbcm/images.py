@@ -122,7 +122,8 @@ def content(*files: Path, salt: str = "") -> str:
     found = hashlib.sha256(salt.encode())
     for path in files:
         with path.open("rb") as file:
-            found.update(hashlib.file_digest(file, "sha256").digest())
+            while part := file.read(2**20):
+                found.update(part)
     return found.hexdigest()
 
 

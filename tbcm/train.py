@@ -26,8 +26,8 @@ def train(config: TrainConfig) -> None:
     teacher = teacher_of(config)
     distiller = METHODS[config.method](config, teacher, load_prompts(config))
     open_run(distiller)
-    if distiller.main and not teacher.drawable:
-        print(f"{teacher.path} holds no vae/ to draw its latents with, so no grids are drawn.")
+    if distiller.main:
+        announce(distiller)
     with Log(config, distiller.accelerator, distiller.step) as log:
         while distiller.step < config.max_train_steps:
             log.write(distiller.train_step())
@@ -38,6 +38,22 @@ def train(config: TrainConfig) -> None:
                 save_grid(distiller, log)
     finish(distiller)
     distiller.accelerator.end_training()
+
+
+def announce(distiller: Distiller) -> None:
+    """Say what the settings alone do not."""
+    c, processes = distiller.config, distiller.accelerator.num_processes
+    parts = processes * c.gradient_accumulation_steps
+    if parts > 1:
+        print(
+            f"A step is {c.train_batch_size} of train_batch_size: {processes} processes × "
+            f"{c.gradient_accumulation_steps} in turn × {c.train_batch_size // parts} at a time."
+        )
+    if c.fused and not distiller.student_fused:
+        print("Adapters have no fused forward: teacher and loss run fused, the student does not.")
+    if not distiller.teacher.drawable:
+        path = distiller.teacher.path
+        print(f"{path} holds no vae/ to draw its latents with, so no grids are drawn.")
 
 
 def open_run(distiller: Distiller) -> None:

@@ -26,8 +26,15 @@ def test_built_in_teacher_takes_its_preset_and_the_line_overrides_it():
     assert config.teacher == "digits" and not config.fused
 
 
-def test_fused_is_a_plain_flag():
-    assert parsed("--output_dir", "o", "--fused").fused
+@pytest.mark.parametrize("flag", ["fused", "gradient_checkpointing", "fsdp"])
+def test_plain_flags(flag: str):
+    assert getattr(parsed("--output_dir", "o", f"--{flag}"), flag)
+    assert not getattr(parsed("--output_dir", "o"), flag)
+
+
+def test_baselines_of_the_built_in_teacher_take_a_preset_of_their_own():
+    config = parsed("--output_dir", "o", "--method", "sana_sprint")
+    assert (config.train_batch_size, config.scm_cfg_scale) == (56, [1.5])
 
 
 def test_other_teacher_takes_the_released_settings():

@@ -21,11 +21,14 @@ QUICK = {
     "lr_warmup_steps": 0, "learning_rate": 1e-3, "tangent_warmup_steps": 0,
     "scm_cfg_scale": [1.0, 1.5], "ema_decay": 0.9, "validation_steps": 0, "validation_samples": 2,
 }  # fmt: skip
+SPRINT = {"method": "sana_sprint", "fused": True}
 RUNS = {
     "ddp": {},
     "ddp_fused": {"fused": True, "gradient_accumulation_steps": 2, "points_per_pass": 1},
     "fsdp": {"fsdp": True},
     "fsdp_fused": {"fsdp": True, "fused": True},
+    "sprint": SPRINT,
+    "sprint_fsdp": {**SPRINT, "fsdp": True},
     "from_one": {"fsdp": True, "fused": True, "resume_from_checkpoint": "step-000002"},
 }
 """What each run of two processes changes."""
@@ -51,9 +54,10 @@ def process(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all runs; "one" is what a single process does."""
+    """The folder of all runs; "one" and "sprint_one" are what a single process does."""
     folder = tmp_path_factory.mktemp("runs")
     train(settings(folder / "one"))
+    train(settings(folder / "sprint_one", **SPRINT))
     train(settings(folder / "from_one", max_train_steps=2))
     processes = torch.multiprocessing.spawn(process, (str(folder),), 2, join=False, daemon=True)
     end = time.monotonic() + 120
@@ -90,7 +94,7 @@ def assert_same_run(run: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_do_what_one_does(runs: Path, name: str):
-    assert_same_run(runs / name, runs / "one")
+    assert_same_run(runs / name, runs / ("sprint_one" if "sprint" in name else "one"))
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp_fused"])

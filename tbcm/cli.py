@@ -13,16 +13,23 @@ from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_set
 
 from tbcm.errors import UserError
 
-FUSED = "Run teacher and student through tbcm_kernels, one dual pass per step instead of two."
+FLAGS = {
+    "fused": "Run teacher and student through tbcm_kernels, one dual pass per step instead of two.",
+    "gradient_checkpointing": "Compute the student's blocks again in backward, without tangents.",
+    "fsdp": "Shard the student over the processes (FSDP2); without it each holds all of it (DDP).",
+}
 # torch and diffusers take seconds to import: each command imports what it needs when it runs.
 
 
 def add_train(parser: ArgumentParser) -> None:
-    from tbcm.config import TrainConfig
+    from tbcm.config import PRESETS, TrainConfig
 
+    presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    parser.add_argument("--preset", choices=presets, help="Settings that ship with tbcm.")
     parser.add_argument("--config", action="config", help="YAML file of settings.")
-    parser.add_class_arguments(TrainConfig, skip={"fused"})
-    parser.add_argument("--fused", action=ActionYesNo, default=False, help=FUSED)
+    parser.add_class_arguments(TrainConfig, skip=set(FLAGS))
+    for name, says in FLAGS.items():
+        parser.add_argument(f"--{name}", action=ActionYesNo, default=False, help=says)
 
 
 def train(args: Namespace) -> None:
@@ -50,27 +57,63 @@ def teacher(args: Namespace) -> None:
 def add_sample(parser: ArgumentParser) -> None:
     parser.add_argument("run", help="Run folder of `tbcm train`.")
     parser.add_argument("--steps", type=int, default=1, help="Sampling steps: 1, 2 or 4.")
-    parser.add_argument("--out", required=True, help="PNG to write.")
+    parser.add_argument("--out", required=True, help="PNG to write; a folder with --geneval.")
     parser.add_argument("--prompts", help="Prompts file; else the run's own prompts.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the noise.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the first image's noise.")
+    parser.add_argument("--geneval", help="GenEval's evaluation_metadata.jsonl, to be drawn.")
+    parser.add_argument("--images_per_prompt", type=int, default=4, help="With --geneval.")
 
 
 def sample(args: Namespace) -> None:
+    if args.geneval:
+        from tbcm.geneval import sample_geneval
+
+        images = args.images_per_prompt
+        return sample_geneval(args.run, args.geneval, args.out, args.steps, args.seed, images)
     from tbcm.sampling import sample_run
 
     sample_run(args.run, args.steps, args.out, args.prompts, args.seed)
 
 
+def add_export(parser: ArgumentParser) -> None:
+    parser.add_argument("run", help="Run folder of `tbcm train`.")
+    parser.add_argument("out", help="Folder to write; it must not be there yet.")
+
+
+def export(args: Namespace) -> None:
+    from tbcm.export import export_run
+
+    print(export_run(args.run, args.out))
+
+
 def add_eval(parser: ArgumentParser) -> None:
     parser.add_argument("run", help="Run folder of `tbcm train`.")
     parser.add_argument("--json", required=True, help="JSON file to write.")
-    parser.add_argument("--samples", type=int, default=2000, help="Images per seed.")
+    parser.add_argument(
+        "--samples", type=int, help="Images: 2000 per seed for digits, else all of the folder's."
+    )
+    parser.add_argument("--images", help="Folder like MJHQ-30K: score by FID and CLIP against it.")
+    parser.add_argument("--out", help="With --images: folder for the images drawn, to continue in.")
+    parser.add_argument("--inception", help="With --images: TorchScript file of the features.")
+    parser.add_argument("--clip", help="With --images: folder or Hub id; else OpenAI's ViT-L/14.")
+    parser.add_argument("--steps", type=int, default=1, help="With --images: sampling steps.")
+    parser.add_argument("--seed", type=int, default=0, help="With --images: seed of the noise.")
 
 
 def evaluate(args: Namespace) -> None:
-    from tbcm.evaluate import evaluate_run
+    if not args.images:
+        from tbcm.evaluate import evaluate_run
 
-    evaluate_run(Path(args.run), Path(args.json), samples=args.samples)
+        return evaluate_run(Path(args.run), Path(args.json), samples=args.samples or 2000)
+    if not args.out:
+        raise UserError("--images needs --out, a folder for the images to be drawn.")
+    from tbcm.scores import CLIP, score_run
+
+    report = score_run(
+        args.run, args.images, args.out, args.json, inception=args.inception,
+        clip=args.clip or CLIP, steps=args.steps, samples=args.samples, seed=args.seed,
+    )  # fmt: skip
+    print(f"{report['images']} images: FID {report['fid']:.2f}, CLIP {report['clip_score']:.2f}")
 
 
 def add_info(parser: ArgumentParser) -> None:
@@ -103,6 +146,7 @@ COMMANDS: dict[str, tuple[str, Adds, Runs]] = {
     "train": ("Distil a teacher to one step, from prompts alone.", add_train, train),
     "teacher": ("Train the built-in digits teacher.", add_teacher, teacher),
     "sample": ("Draw a grid of images with a student.", add_sample, sample),
+    "export": ("Write a SanaSprintPipeline folder for diffusers.", add_export, export),
     "eval": ("Measure a student against its teacher.", add_eval, evaluate),
     "info": ("Show versions and which implementation of each op runs here.", add_info, info),
     "bench": ("Time one step, fused against plain.", add_bench, bench),
@@ -128,21 +172,27 @@ def build_parser(command: str) -> ArgumentParser:
 
 
 def parse(argv: list[str]) -> Namespace:
-    """Parsed arguments; a built-in teacher without --config gets its preset's defaults."""
+    """Parsed arguments, over the defaults of a preset."""
     parser = build_parser(argv[0] if argv else "")
     try:
         args = parser.parse_args(argv)
     except ArgumentError as error:
         files = " ".join(word for word in argv if word.endswith((".yaml", ".yml")))
         raise UserError(f"{error} (reading {files})" if files else str(error)) from error
-    if args.subcommand == "train" and not args.train.config:
-        from tbcm.config import PRESETS
+    preset = preset_of(args.train) if args.subcommand == "train" else None
+    # Before the rest of the line, which overrides it.
+    return parser.parse_args(["train", "--config", str(preset), *argv[1:]]) if preset else args
 
-        if not args.train.pretrained_model_name_or_path:
-            preset = PRESETS / f"{args.train.teacher or 'digits'}.yaml"
-            if preset.exists():
-                return parser.parse_args(["train", "--config", str(preset), *argv[1:]])
-    return args
+
+def preset_of(args: Namespace) -> Path | None:
+    """The preset asked for; else a built-in teacher's own, unless there is a --config."""
+    from tbcm.config import PRESETS
+
+    name = args.preset
+    if not (name or args.config or args.pretrained_model_name_or_path):
+        name = (args.teacher or "digits") + ("" if args.method == "tbcm" else "_baselines")
+    path = PRESETS / f"{name}.yaml"
+    return path if path.exists() else None
 
 
 def main(argv: list[str] | None = None) -> int:

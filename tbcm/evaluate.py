@@ -190,7 +190,8 @@ def open_run(run_dir: Path, use_fused: bool) -> tuple[Run, TrigFlow]:
     run = load_run(run_dir)
     if run.teacher.latent_shape != (1, 8, 8):
         raise UserError(
-            f"The run {run_dir} is not on the built-in digits, the only data `tbcm eval` judges."
+            f"The run {run_dir} is not on the built-in digits; give --images, a folder of real "
+            "images and their prompts, to score it by."
         )
     teacher = TrigFlow(run.teacher.transformer)
     if use_fused:

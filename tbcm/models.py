@@ -1,60 +1,237 @@
-"""Teachers and students on disc: folders in diffusers' layout, checked before they are loaded."""
+"""Teachers and students on disc or the Hub in diffusers' layout, checked before they are loaded."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from tbcm.errors import UserError
-from tbcm.text import TextEncoder, load_text_encoder
+from tbcm.text import TextEncoder
 
 if TYPE_CHECKING:
-    from diffusers import SanaTransformer2DModel
+    from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
+
+    from tbcm.config import TrainConfig
 
 Loaded = TypeVar("Loaded")
 ASSETS = Path(__file__).parent / "assets"
-PARTS = ("model_index.json", "transformer/config.json", "scheduler", "text_encoder", "tokenizer")
+NEEDED = (
+    "model_index.json", "transformer/config.json", "scheduler/scheduler_config.json",
+    "text_encoder/config.json", "tokenizer",
+)  # fmt: skip
+PARTS = ("transformer", "text_encoder", "tokenizer", "scheduler", "vae")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+SPRINT = "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_teacher_diffusers"
+TIMESTEP_SCALE = 1e-3
+"""SanaPipeline's times in [0, 1000] times this are what a SANA-Sprint teacher takes."""
 
 
 @dataclass
 class Teacher:
-    """A frozen flow-matching teacher in fp32, its text encoder and the shape of its latents."""
+    """A frozen flow-matching teacher on disc. A part is loaded when it is first asked for.
 
-    transformer: SanaTransformer2DModel
-    text: TextEncoder
+    `latent_shape` is [C, H, W]; `instruct` puts SANA's instruction before every prompt.
+    """
+
     path: Path
     latent_shape: tuple[int, int, int]
+    variant: str | None = None
+    instruct: bool = False
+
+    @cached_property
+    def transformer(self) -> SanaTransformer2DModel:
+        """In fp32, eval mode, gradients off."""
+        parts = load_parts(self.path, "transformer", variant=self.variant)
+        return parts.transformer.float().eval().requires_grad_(False)
+
+    @cached_property
+    def text(self) -> TextEncoder:
+        """The text encoder in the precision of its file."""
+        parts = load_parts(self.path, "text_encoder", "tokenizer", variant=self.variant)
+        return TextEncoder.of(parts.tokenizer, parts.text_encoder, self.instruct)
+
+    @cached_property
+    def vae(self) -> AutoencoderDC:
+        """The decoder of the latents, in fp32."""
+        parts = load_parts(self.path, "vae", variant=self.variant)
+        return parts.vae.float().eval().requires_grad_(False)
+
+    def free(self, part: str) -> None:
+        """Give back the memory of a part."""
+        vars(self).pop(part, None)
+
+    @property
+    def has_vae(self) -> bool:
+        """True if latents need decoding."""
+        return _has_vae(self.path)
+
+    @property
+    def drawable(self) -> bool:
+        """True if latents can become images: they are grey or colour images, or there is a VAE."""
+        return self.has_vae or self.latent_shape[0] in (1, 3)
+
+    @torch.no_grad()
+    def images(self, latents: Tensor) -> Tensor:
+        """Latents x0/σ_d [n, C, H, W] as images [n, 1 or 3, h, w], about [−1, 1], in fp32."""
+        if not self.has_vae:
+            return latents
+        vae = self.vae.to(latents.device)
+        scaled = latents.float() / vae.config.scaling_factor
+        # One by one: decoding 1024 x 1024 pixels takes more memory than the student's pass.
+        return torch.cat([vae.decode(one, return_dict=False)[0] for one in scaled.split(1)])
 
 
-def load_teacher(name_or_path: str) -> Teacher:
-    """The shipped teacher "digits", or one in a folder in diffusers' layout.
+def teacher_of(config: TrainConfig) -> Teacher:
+    """The teacher that a run's settings name."""
+    return load_teacher(
+        config.teacher_source, variant=config.variant, revision=config.revision,
+        resolution=config.resolution,
+        instruct=config.complex_human_instruction and not config.teacher,
+    )  # fmt: skip
+
+
+def load_teacher(
+    name_or_path: str,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    resolution: int | None = None,
+    instruct: bool = False,
+) -> Teacher:
+    """The shipped teacher "digits", or one on the Hub or in a folder in diffusers' layout.
+
+    Args:
+        name_or_path: name, Hub id or folder.
+        variant: of the weight files, such as "bf16".
+        revision: branch, tag or commit on the Hub.
+        resolution: image side in pixels; by default the transformer's `sample_size`.
+        instruct: put SANA's instruction before every prompt, as diffusers' pipelines do.
 
     Raises:
-        UserError: no such name or folder; a part is missing or unreadable; the transformer is not a
-            SanaTransformer2DModel; it embeds guidance, so it is a student.
+        UserError: no such name, folder or Hub id; a part is missing or unreadable; the teacher does
+            not fit the method (see `check_teacher`) or the resolution.
     """
     shipped = ASSETS / name_or_path
     folder = shipped if shipped.is_dir() else Path(name_or_path)
     if not folder.is_dir():
-        raise UserError(
-            f"There is no teacher {name_or_path!r}; give 'digits' or a folder in diffusers' layout."
-        )
-    missing = [part for part in PARTS if not (folder / part).exists()]
+        folder = fetch(name_or_path, variant, revision)
+    elif revision:
+        raise UserError(f"{folder} is not on the Hub and has no revision {revision}; leave it out.")
+    missing = [part for part in NEEDED if not (folder / part).exists()]
     if missing:
         raise UserError(
             f"The teacher folder {folder} lacks {', '.join(missing)}; save the whole pipeline."
         )
-    if _config(folder / "transformer").get("guidance_embeds"):
+    check_teacher(folder)
+    return Teacher(folder, _latent_shape(folder, resolution), variant, instruct)
+
+
+def fetch(hub_id: str, variant: str | None, revision: str | None) -> Path:
+    """The folder that a teacher's files from the Hub are cached in."""
+    if not HUB_ID.fullmatch(hub_id):
+        raise UserError(
+            f"There is no teacher {hub_id!r}; give 'digits', a Hub id or a folder in diffusers' "
+            "layout."
+        )
+    from diffusers import SanaPipeline
+
+    try:
+        return Path(
+            SanaPipeline.download(hub_id, variant=variant, revision=revision, use_safetensors=True)
+        )
+    except Exception as error:  # the Hub's client has a dozen types for no network or no such id
+        raise UserError(
+            f"There is no folder {hub_id}, and neither the Hub nor its cache here gives such a "
+            f"teacher ({_reason(error)}); without a network, give a folder made elsewhere with "
+            f"`hf download {hub_id} --local-dir FOLDER`."
+        ) from error
+
+
+def check_teacher(folder: Path) -> None:
+    """Learn from its config files alone whether a teacher can be distilled.
+
+    Raises:
+        UserError: it is no SANA; it embeds guidance; it is no flow-matching model; its queries and
+            keys have no norm; it takes times in [0, 1000]; or its parts' widths disagree.
+    """
+    c, text = _config(folder / "transformer"), _config(folder / "text_encoder")
+    _check_kind(folder / "transformer", c)
+    if c.get("guidance_embeds"):
         raise UserError(f"{folder} embeds guidance, so it is a student; give a teacher without it.")
-    transformer = load_transformer(folder / "transformer")
-    c = transformer.config
-    shape = (c.in_channels, c.sample_size, c.sample_size)
-    return Teacher(transformer, _readable(load_text_encoder, folder), folder, shape)
+    _check_flow(folder)
+    if c.get("qk_norm") != "rms_norm_across_heads":
+        raise UserError(
+            f"The teacher {folder} has no RMSNorm of queries and keys (qk_norm is "
+            f"{c.get('qk_norm')}), without which the tangent grows out of bounds; the first SANA "
+            f"models are such, SANA-Sprint's teachers ({SPRINT}) are not."
+        )
+    if (scale := c.get("timestep_scale", 1.0)) != TIMESTEP_SCALE:
+        raise UserError(
+            f"The teacher {folder} takes times in [0, 1000] (timestep_scale is {scale}), but "
+            f"SanaSprintPipeline and its students use [0, 1]; give a teacher tuned for that "
+            f"({SPRINT}), or, if yours is, say timestep_scale 0.001 in its transformer/config.json."
+        )
+    vae = _config(folder / "vae") if _has_vae(folder) else {}
+    channels = c.get("in_channels")
+    for what, own, other in (
+        ("out_channels", c.get("out_channels"), channels),
+        ("caption_channels", c.get("caption_channels"), text.get("hidden_size")),
+        ("in_channels", channels, vae.get("latent_channels", channels)),
+    ):
+        if own != other:
+            raise UserError(
+                f"The parts of {folder} do not fit: the transformer's {what} is {own}, but {other} "
+                "is needed; save the pipeline again with the parts that it was trained with."
+            )
+
+
+def _check_flow(folder: Path) -> None:
+    scheduler = _config(folder / "scheduler", "scheduler_config.json")
+    kind, predicts = scheduler.get("_class_name", ""), scheduler.get("prediction_type")
+    if not kind.startswith("FlowMatch") and predicts not in ("flow_prediction", "trigflow"):
+        raise UserError(
+            f"The teacher {folder} is no flow-matching model: its scheduler is {kind} with "
+            f"prediction_type {predicts}; give one that predicts the flow."
+        )
+
+
+def _latent_shape(folder: Path, resolution: int | None) -> tuple[int, int, int]:
+    """[C, H, W] of the latents of square images of that many pixels a side."""
+    c = _config(folder / "transformer")
+    blocks = _config(folder / "vae")["encoder_block_out_channels"] if _has_vae(folder) else [1]
+    pixels = 2 ** (len(blocks) - 1)  # one latent's, by DC-AE's strides
+    step = pixels * c["patch_size"]
+    resolution = resolution or c["sample_size"] * pixels
+    if resolution % step:
+        raise UserError(f"resolution {resolution} is not a multiple of {step}, as {folder} needs.")
+    return c["in_channels"], resolution // pixels, resolution // pixels
+
+
+def load_parts(folder: Path, *names: str, variant: str | None = None) -> SanaPipeline:
+    """diffusers' pipeline of a folder with these parts and no others."""
+    from diffusers import SanaPipeline  # seconds to import: after the checks
+    from diffusers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
+
+    logging.disable_progress_bar()
+    disable_progress_bar()
+    absent: dict[str, Any] = {name: None for name in PARTS if name not in names}
+    return _readable(
+        lambda path: SanaPipeline.from_pretrained(
+            path, **absent, variant=variant, use_safetensors=True, local_files_only=True
+        ),
+        folder,
+        "save it again as safetensors, or give its --variant",
+    )
 
 
 def load_transformer(folder: str | Path) -> SanaTransformer2DModel:
@@ -63,10 +240,8 @@ def load_transformer(folder: str | Path) -> SanaTransformer2DModel:
     Raises:
         UserError: the folder is missing or unreadable, or holds another kind of model.
     """
-    kind = _config(Path(folder)).get("_class_name")
-    if kind != "SanaTransformer2DModel":
-        raise UserError(f"{folder} holds a {kind}; tbcm needs a SanaTransformer2DModel.")
-    from diffusers import SanaTransformer2DModel  # seconds to import: after the checks
+    _check_kind(Path(folder), _config(Path(folder)))
+    from diffusers import SanaTransformer2DModel
 
     def load(path: Path) -> SanaTransformer2DModel:
         return SanaTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32)
@@ -74,19 +249,31 @@ def load_transformer(folder: str | Path) -> SanaTransformer2DModel:
     return _readable(load, Path(folder)).eval().requires_grad_(False)
 
 
-def _config(folder: Path) -> dict:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+def _check_kind(folder: Path, config: dict) -> None:
+    if config.get("_class_name") != "SanaTransformer2DModel":
         raise UserError(
-            f"Cannot read {folder / 'config.json'}; give a saved model's folder."
-        ) from e
+            f"{folder} holds a {config.get('_class_name')}; tbcm needs a SanaTransformer2DModel."
+        )
 
 
-def _readable(load: Callable[[Path], Loaded], folder: Path) -> Loaded:
+def _has_vae(folder: Path) -> bool:
+    return (folder / "vae" / "config.json").exists()
+
+
+def _config(folder: Path, name: str = "config.json") -> dict:
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"Cannot read {folder / name}; give a saved model's folder.") from e
+
+
+def _readable(load: Callable[[Path], Loaded], folder: Path, mend: str = "save it again") -> Loaded:
     """load(folder), with whatever the libraries raise on damaged files turned into a sentence."""
     try:
         return load(folder)
     except Exception as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UserError(f"Cannot load {folder}; save it again ({reason}).") from e
+        raise UserError(f"Cannot load {folder} ({_reason(e)}); {mend}.") from e
+
+
+def _reason(error: Exception) -> str:
+    return shorten(str(error).strip() or type(error).__name__, 160)

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
@@ -21,12 +22,14 @@ from torch.nn.functional import pad
 from tbcm import digits
 from tbcm.config import TrainConfig, read_config
 from tbcm.errors import UserError
-from tbcm.models import Teacher, load_teacher, load_transformer
+from tbcm.models import Teacher, load_transformer, teacher_of
 from tbcm.text import read_prompts
 from tbcm.trigflow import SAMPLE_TIMES, SIGMA_DATA, TrigFlow, to_time
 
 GRID_COLUMNS = 10
 GRID_ZOOM = 8
+"""Enlarges images of fewer than 64 pixels."""
+DRAW_BATCH = 16
 
 
 def consistency_sample(
@@ -36,7 +39,7 @@ def consistency_sample(
     mask: Tensor,
     guidance: Tensor | None,
     steps: int,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Tensor:
     """x0/σ_d by x0 = cos t·x − sin t·σ_d F, with fresh noise between the steps.
 
@@ -47,24 +50,27 @@ def consistency_sample(
         mask: [B, S].
         guidance: [B], already times the student's guidance_embeds_scale; None for a teacher.
         steps: a key of SAMPLE_TIMES.
-        generator: draws the fresh noise, on the device of `noise`.
+        generator: draws the fresh noise; a list has one for each image.
 
     Raises:
         UserError: no times are known for this number of steps.
     """
-    if steps not in SAMPLE_TIMES:
-        raise UserError(f"There is no {steps}-step sampler; steps is one of {[*SAMPLE_TIMES]}.")
+    check_steps(steps)
     x = noise
     for t, s in pairwise(SAMPLE_TIMES[steps]):
         now, end = noise.new_full((len(noise),), t), noise.new_zeros(len(noise))
         x0 = to_time(x, SIGMA_DATA * net(x / SIGMA_DATA, now, text, mask, guidance), now, end)
         if s == 0:
             return x0 / SIGMA_DATA
-        fresh = SIGMA_DATA * torch.randn(
-            x.shape, generator=generator, device=x.device, dtype=x.dtype
-        )
+        fresh = SIGMA_DATA * randn_tensor(x.shape, generator, x.device, x.dtype)
         x = to_time(x0, fresh, end, now.new_full(now.shape, s))
     raise AssertionError("the times of a sampler end at 0")
+
+
+def check_steps(steps: int) -> None:
+    """Raises UserError if no times are known for this number of steps."""
+    if steps not in SAMPLE_TIMES:
+        raise UserError(f"There is no {steps}-step sampler; steps is one of {[*SAMPLE_TIMES]}.")
 
 
 def trajectory_sample(
@@ -138,16 +144,21 @@ def check_writable(path: str | Path) -> None:
 
 
 def grid(images: Tensor, path: str | Path) -> None:
-    """Saves images [n, 1 or 3, H, W] in [−1, 1] enlarged in one PNG, GRID_COLUMNS to a row."""
+    """Saves images [n, 1 or 3, H, W] in [−1, 1] in one PNG, GRID_COLUMNS to a row."""
     tiles = pad(images.clamp(-1, 1), (0, 1, 0, 1))  # a grey line between the images
     n, c, h, w = tiles.shape
     rows = -(-n // GRID_COLUMNS)
     sheet = tiles.new_zeros(rows * GRID_COLUMNS, c, h, w)
     sheet[:n] = tiles
-    sheet = sheet.unflatten(0, (rows, GRID_COLUMNS)).permute(0, 3, 1, 4, 2)
-    pixels = ((sheet.reshape(rows * h, GRID_COLUMNS * w, c) + 1) * 127.5).round().byte().cpu()
-    picture = Image.fromarray(pixels.squeeze(2).numpy())
-    picture = picture.resize((picture.width * GRID_ZOOM, picture.height * GRID_ZOOM), Image.NEAREST)
+    sheet = sheet.unflatten(0, (rows, GRID_COLUMNS)).permute(2, 0, 3, 1, 4)
+    save_image(sheet.reshape(c, rows * h, GRID_COLUMNS * w), path, GRID_ZOOM if w <= 64 else 1)
+
+
+def save_image(image: Tensor, path: str | Path, zoom: int = 1) -> None:
+    """Saves an image [1 or 3, H, W] in [−1, 1] as PNG, every pixel `zoom` times each way."""
+    values = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).squeeze(2)
+    picture = Image.fromarray(values.cpu().numpy())
+    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     write_whole(path, buffer.getvalue())
@@ -161,48 +172,82 @@ class Run:
     student: TrigFlow
     config: TrainConfig
     scale: float
+    device: torch.device
 
     def guidance(self, n: int) -> Tensor:
         """The student's guidance input [n]: guidance_embeds_scale × scale."""
-        return torch.full((n,), self.student.transformer.config.guidance_embeds_scale * self.scale)
+        scale = self.student.transformer.config.guidance_embeds_scale * self.scale
+        return torch.full((n,), scale, device=self.device)
 
 
-def load_run(run_dir: str | Path) -> Run:
+def student_folder(run_dir: str | Path) -> Path:
+    """Where a run has its student. Raises UserError if it has none yet."""
+    folder = Path(run_dir) / "student"
+    if not folder.is_dir():
+        raise UserError(f"The run {run_dir} holds no student yet; let `tbcm train` finish it.")
+    return folder
+
+
+def load_run(run_dir: str | Path, device: str = "cpu") -> Run:
     """Opens `config.yaml` and `student/` of a run, and the teacher that the config names.
 
     Raises:
         UserError: a part is missing or unreadable.
     """
     config = read_config(run_dir)
-    folder = Path(run_dir) / "student"
-    if not folder.is_dir():
-        raise UserError(f"The run {run_dir} holds no student yet; let `tbcm train` finish it.")
-    teacher = load_teacher(config.teacher_source)
+    student = TrigFlow(load_transformer(student_folder(run_dir)).to(device))
+    teacher = teacher_of(config)
     scales = sorted(config.scm_cfg_scale)
-    student = TrigFlow(load_transformer(folder))
-    return Run(teacher, student, config, scales[len(scales) // 2])
+    return Run(teacher, student, config, scales[len(scales) // 2], torch.device(device))
+
+
+def load_drawing_run(run_dir: str | Path, steps: int) -> Run:
+    """`load_run` on the GPU, if there is one. Raises UserError if it cannot draw in `steps`."""
+    check_steps(steps)
+    run = load_run(run_dir, "cuda" if torch.cuda.is_available() else "cpu")
+    if not run.teacher.drawable:
+        raise UserError(
+            f"{run.teacher.path} holds no vae/ to draw the latents of {run_dir} with; save the "
+            "whole pipeline there."
+        )
+    return run
 
 
 @torch.no_grad()
+def draw_images(run: Run, prompts: list[str], seeds: list[int], steps: int) -> Tensor:
+    """Images [n, 1 or 3, h, w] in [−1, 1], each of its own prompt and seed, on the CPU.
+
+    SanaSprintPipeline draws the same ones with `generator=[torch.Generator().manual_seed(s), ...]`
+    and the times of `tbcm.trigflow.SAMPLE_TIMES`.
+    """
+    text = run.teacher.text
+    text.model.to(run.device)
+    bf16 = run.config.mixed_precision == "bf16"
+    images = []
+    for batch in range(0, len(prompts), DRAW_BATCH):
+        rows = slice(batch, batch + DRAW_BATCH)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
+        shape = (len(generators), *run.teacher.latent_shape)
+        noise = SIGMA_DATA * randn_tensor(shape, generators, run.device, torch.float32)
+        condition = (*text.encode(prompts[rows]), run.guidance(len(noise)))
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
+            latents = consistency_sample(run.student, noise, *condition, steps, generators)
+        images.append(run.teacher.images(latents.float()).clamp(-1, 1).cpu())
+    return torch.cat(images)
+
+
 def sample_run(
     run_dir: str | Path, steps: int, out: str | Path, prompts_file: str | Path | None, seed: int
 ) -> None:
     """`tbcm sample`: one image per prompt in a grid; without a file, the run's prompts.
 
+    Image i has the seed `seed` + i.
+
     Raises:
         UserError: an unreadable run or prompts file, or latents that need a VAE to become images.
     """
-    run = load_run(run_dir)
-    shape = run.teacher.latent_shape
-    if shape[0] not in (1, 3):
-        raise UserError(
-            f"The student in {run_dir} makes latents of {shape[0]} channels, which need a VAE; "
-            "give its student/ folder to diffusers' SanaSprintPipeline as the transformer."
-        )
+    check_writable(out)
+    run = load_drawing_run(run_dir, steps)
     prompts_file = prompts_file or run.config.prompts
     prompts = read_prompts(prompts_file) if prompts_file else [p for p, _ in digits.prompts()]
-    generator = torch.Generator().manual_seed(seed)
-    noise = SIGMA_DATA * torch.randn(len(prompts), *shape, generator=generator)
-    text, mask = run.teacher.text.encode(prompts)
-    guidance = run.guidance(len(prompts))
-    grid(consistency_sample(run.student, noise, text, mask, guidance, steps, generator), out)
+    grid(draw_images(run, prompts, [seed + i for i in range(len(prompts))], steps), out)

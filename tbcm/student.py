@@ -19,7 +19,9 @@ def build_student(teacher: SanaTransformer2DModel) -> SanaTransformer2DModel:
     Raises UserError if the teacher's weights do not fit (it has a guidance embedding already).
     """
     changes = {"guidance_embeds": True, "guidance_embeds_scale": GUIDANCE_SCALE}
-    student = SanaTransformer2DModel.from_config({**teacher.config, **changes})
+    # Not its notes, one of which has from_config forget values that the teacher's file left out.
+    settings = {name: v for name, v in teacher.config.items() if not name.startswith("_")}
+    student = SanaTransformer2DModel.from_config({**settings, **changes})
     state = {student_key(name): weight for name, weight in teacher.state_dict().items()}
     missing, unexpected = student.load_state_dict(state, strict=False)
     if unexpected or any(not name.startswith("time_embed.guidance_embedder") for name in missing):

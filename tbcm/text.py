@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +20,28 @@ SANA_MAX_LENGTH = 300
 
 @dataclass
 class TextEncoder:
-    """A tokenizer and a frozen text model; prompts are padded to `max_length` tokens."""
+    """A tokenizer and a frozen text model; prompts are padded to `max_length` tokens.
+
+    `instruction` holds the lines that stand before every prompt (but not the null prompt).
+    """
 
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
     max_length: int
+    instruction: list[str] | None = None
+
+    @classmethod
+    def of(
+        cls, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, instruct: bool = False
+    ) -> TextEncoder:
+        """The encoder as Sana uses it.
+
+        The length is the tokenizer's own `model_max_length` where that is below Sana's 300 tokens;
+        `instruct` takes the instruction that diffusers' pipeline takes.
+        """
+        length = min(tokenizer.model_max_length, SANA_MAX_LENGTH)
+        model.eval().requires_grad_(False)
+        return cls(tokenizer, model, length, sana_instruction() if instruct else None)
 
     def check(self, prompts: list[str]) -> None:
         """Learn before long work whether all prompts fit.
@@ -31,45 +49,57 @@ class TextEncoder:
         Raises:
             UserError: a prompt has more than max_length tokens; it is named.
         """
-        for prompt, ids in zip(prompts, self.tokenizer(prompts).input_ids, strict=True):
-            if len(ids) > self.max_length:
+        before, room = "", self.max_length
+        if self.instruction:
+            # The pipeline keeps the first token and the last max_length − 1, one of them the
+            # instruction's.
+            before = "\n".join(self.instruction)
+            room += len(self.tokenizer.encode(before, verbose=False)) - 2
+        texts = [before + prompt.lower().strip() for prompt in prompts]
+        tokens = self.tokenizer(texts, verbose=False).input_ids
+        for prompt, ids in zip(prompts, tokens, strict=True):
+            if len(ids) > room:
                 raise UserError(
-                    f"The prompt {prompt!r} has {len(ids)} tokens, but this teacher's text encoder "
-                    f"takes {self.max_length}; shorten it."
+                    f"The prompt {prompt!r} has {len(ids) - room + self.max_length} tokens, but "
+                    f"this teacher's text encoder takes {self.max_length}; shorten it."
                 )
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings and mask of each prompt; "" is the null prompt, and has a mask of its own.
+    def encode(self, prompts: list[str], instruct: bool = True) -> tuple[Tensor, Tensor]:
+        """Embeddings and mask of each prompt, as diffusers' pipeline makes them (in lower case).
+
+        Args:
+            prompts: P texts; "" is the null prompt, and has a mask of its own.
+            instruct: put the encoder's instruction, if it has one, before them.
 
         Returns:
-            Embeddings [P, S, D] fp32 and mask [P, S] fp32 (1 = token, 0 = padding), S = max_length.
+            Embeddings [P, S, D] fp32 and mask [P, S] fp32 (1 = token, 0 = padding), S = max_length,
+            where the model is.
 
         Raises:
             UserError: a prompt has more than max_length tokens; it is named.
         """
+        from diffusers import SanaSprintPipeline
+
         self.check(prompts)
-        batch = self.tokenizer(
-            prompts, padding="max_length", max_length=self.max_length, padding_side="right",
-            return_tensors="pt",
-        ).to(self.model.device)  # fmt: skip
-        hidden = self.model(batch.input_ids, attention_mask=batch.attention_mask)[0]
-        return hidden.float(), batch.attention_mask.float()
+        pipeline = SanaSprintPipeline(self.tokenizer, self.model, None, None, None)
+        embeds, mask = pipeline.encode_prompt(
+            prompts, device=self.model.device, max_sequence_length=self.max_length,
+            complex_human_instruction=self.instruction if instruct else None,
+        )  # fmt: skip
+        return embeds.float(), mask.float()
+
+    def null(self) -> tuple[Tensor, Tensor]:
+        """`encode` of the null prompt, which takes no instruction."""
+        return self.encode([""], instruct=False)
 
 
-def load_text_encoder(folder: Path) -> TextEncoder:
-    """The frozen encoder in `text_encoder/` and `tokenizer/` of a folder in diffusers' layout.
+def sana_instruction() -> list[str]:
+    """The "complex human instruction" that SanaSprintPipeline puts before prompts by default."""
+    from diffusers import SanaSprintPipeline
 
-    The length is the tokenizer's own `model_max_length` where that is below Sana's 300 tokens.
-    """
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    model = AutoModel.from_pretrained(folder / "text_encoder", local_files_only=True)
-    model.eval().requires_grad_(False)
-    return TextEncoder(tokenizer, model, min(tokenizer.model_max_length, SANA_MAX_LENGTH))
+    parameters = inspect.signature(SanaSprintPipeline.__call__).parameters
+    return parameters["complex_human_instruction"].default
 
 
 def read_prompts(path: str | Path) -> list[str]:

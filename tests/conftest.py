@@ -1,13 +1,18 @@
 """Without a GPU, Triton kernels run in Triton's interpreter, chosen before its import."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# Read when huggingface_hub is imported: prompt embeddings are cached here, not in the user's home.
+ASSETS = tempfile.TemporaryDirectory(prefix="tbcm-assets-")
+os.environ["HF_ASSETS_CACHE"] = ASSETS.name
 
 
 @pytest.fixture(autouse=True)
@@ -63,3 +68,19 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
         return x.fill_(float("nan")) if x.is_floating_point() else x
 
     return poisoned
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete SANA-Sprint teacher in miniature, on disc."""
+    import tiny_pipeline
+
+    return tiny_pipeline.save_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that distilled it for three steps."""
+    import tiny_pipeline
+
+    return tiny_pipeline.distil(tiny_teacher, tmp_path_factory.mktemp("distilled"))

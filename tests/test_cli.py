@@ -26,13 +26,32 @@ def test_built_in_teacher_takes_its_preset_and_the_line_overrides_it():
     assert config.teacher == "digits" and not config.fused
 
 
-def test_fused_is_a_plain_flag():
-    assert parsed("--output_dir", "o", "--fused").fused
+@pytest.mark.parametrize("flag", ["fused", "gradient_checkpointing", "fsdp"])
+def test_plain_flags(flag: str):
+    assert getattr(parsed("--output_dir", "o", f"--{flag}"), flag)
+    assert not getattr(parsed("--output_dir", "o"), flag)
+
+
+def test_baselines_of_the_built_in_teacher_take_a_preset_of_their_own():
+    config = parsed("--output_dir", "o", "--method", "sana_sprint")
+    assert (config.train_batch_size, config.scm_cfg_scale) == (56, [1.5])
 
 
 def test_other_teacher_takes_the_released_settings():
     config = parsed("--output_dir", "o", "--pretrained_model_name_or_path", "folder")
     assert (config.route_steps, config.scm_cfg_scale) == (16, [4.0, 4.5, 5.0])
+
+
+def test_preset_by_name_under_config_under_line(tmp_path: Path):
+    line = ("--output_dir", "o", "--preset", "sana_sprint_0.6b_512", "--route_steps", "9")
+    config = parsed(*line)
+    assert config.pretrained_model_name_or_path.endswith("Sprint_0.6B_1024px_teacher_diffusers")
+    assert (config.resolution, config.route_steps, config.learning_rate) == (512, 9, 3.5e-6)
+    path = tmp_path / "c.yaml"
+    path.write_text("pretrained_model_name_or_path: here\nresolution: 256\n")
+    config = parsed(*line, "--config", str(path))
+    assert (config.pretrained_model_name_or_path, config.resolution) == ("here", 256)
+    assert (config.route_steps, config.learning_rate) == (9, 3.5e-6)
 
 
 def test_config_file_replaces_the_preset_and_round_trips(tmp_path: Path):
@@ -64,7 +83,7 @@ BAD_FILES = {
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("", "train,teacher,sample,eval,info"),
+        ("", "train,teacher,sample,export,eval"),
         ("distil", "invalid choice: 'distil'"),
         ("train", "output_dir"),
         ("train --output_dir {d}/o --lerning_rate 1", "--lerning_rate"),
@@ -81,6 +100,11 @@ BAD_FILES = {
         ("train --output_dir {d}/o --config {d}/key.yaml", "lerning_rate"),
         ("train --output_dir {d}/o --config {d}/type.yaml", "learning_rate"),
         ("train --output_dir {d}/o --config {d}/torn.yaml", "torn.yaml"),
+        ("train --output_dir {d}/o --preset sana", "preset.*'sana'.*sana_sprint_0.6b_1024"),
+        ("train --output_dir {d}/o --resolution 0", "resolution must be at least 1"),
+        ("train --output_dir {d}/o --resolution 9", "resolution 9 is not a multiple of 2"),
+        ("train --output_dir {d}/o --variant bf16", "variant"),
+        ("train --output_dir {d}/o --revision main", "no revision main"),
         ("train --output_dir {d}/o --teacher letters", "letters"),
         ("train --output_dir {d}/o --pretrained_model_name_or_path {d}/none", "none"),
         ("train --output_dir {d}/o --teacher digits --pretrained_model_name_or_path x", "not both"),
@@ -94,7 +118,11 @@ BAD_FILES = {
         ("train --output_dir {d}", "is not empty"),
         ("train --output_dir {d}/o --resume_from_checkpoint latest", "no checkpoint"),
         ("sample {d}/none --out {d}/x.png", "none"),
+        ("sample {d}/none --geneval {d}/none.jsonl --out {d}/x", "none.jsonl"),
+        ("sample {d}/none --out {d}/x.png --steps 3", "no 3-step sampler"),
+        ("export {d}/none {d}/x", "none"),
         ("eval {d}/none --json {d}/x.json", "none"),
+        ("eval {d}/none --json {d}/x.json --images {d}/none", "--out"),
         ("bench loss --json {d}/x.json", "invalid choice: 'loss'"),
     ],
 )

@@ -18,6 +18,7 @@ import yaml
 from tbcm import checkpoint
 from tbcm.config import TrainConfig
 from tbcm.errors import UserError
+from tbcm.models import load_teacher
 from tbcm.train import train
 
 QUICK = {
@@ -155,9 +156,9 @@ def test_changed_prompts_are_refused(tmp_path: Path):
 def test_a_changed_teacher_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch):
     from tbcm import train as trainer
 
-    teacher = trainer.load_teacher("digits")
+    teacher = load_teacher("digits")
     next(teacher.transformer.parameters()).data[0] += 1e-3
-    monkeypatch.setattr(trainer, "load_teacher", lambda name: teacher)
+    monkeypatch.setattr(trainer, "teacher_of", lambda config: teacher)
     with pytest.raises(UserError, match="teacher's weights are not those of the checkpoint"):
         train(settings(copy, steps=9, resume="latest"))
 

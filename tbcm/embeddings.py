@@ -1,0 +1,134 @@
+"""Prompt embeddings: encoded once, kept on disc, read by memory map while training.
+
+A cache is a folder named after the SHA-256 of all that its content depends on: the prompts, the
+instruction before them, the files of tokenizer and text encoder. It holds safetensors files of
+CHUNK prompts each: the mask [P, S] and the embeddings of the T tokens under it [T, D], in the
+encoder's precision. A file is there whole or not at all, and one process at a time makes it: a
+killed run continues where it stopped, and several processes share the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from huggingface_hub import cached_assets_path
+from rich.console import Console
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from tbcm.errors import UserError
+from tbcm.models import Teacher
+from tbcm.rollout import Text
+from tbcm.sampling import write_whole
+from tbcm.text import SANA_MAX_LENGTH, TextEncoder, sana_instruction
+
+CHUNK, BATCH = 256, 16
+NULL = "null.safetensors"
+
+
+@dataclass
+class PromptEmbeddings:
+    """The encoded prompts of a file, in a folder."""
+
+    folder: Path
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def text(self, rows: list[int]) -> Text:
+        """The prompts of these rows of the prompts file: embeddings [P, S, D] fp32, mask [P, S]."""
+        found = [self._read(chunk_name(row // CHUNK), row % CHUNK) for row in rows]
+        return Text(*map(torch.cat, zip(*found, strict=True)))
+
+    def null(self) -> Text:
+        """The null prompt [1, S, D] and its own mask [1, S]."""
+        return self._read(NULL, 0)
+
+    def _read(self, name: str, row: int) -> Text:
+        """Row [1, S, D] of a file. Padding is zeros: what is masked has no weight in attention."""
+        try:
+            with safe_open(self.folder / name, "pt") as file:
+                masks = file.get_tensor("mask")
+                ends = [0, *masks.sum(1).cumsum(0).tolist()]
+                tokens = file.get_slice("tokens")[ends[row] : ends[row + 1]].float()
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"Cannot read {self.folder / name}; delete it ({error}).") from error
+        mask = masks[row : row + 1]
+        embeds = tokens.new_zeros(*mask.shape, tokens.shape[1])
+        embeds[mask] = tokens
+        return Text(embeds, mask.float())
+
+
+def prompt_embeddings(
+    teacher: Teacher, prompts: list[str], device: torch.device | str = "cpu"
+) -> PromptEmbeddings:
+    """The prompts' embeddings, of which only what the cache lacks is encoded.
+
+    For that alone the text encoder is loaded, on the device, and freed again. The cache is among
+    the Hugging Face assets: in HF_ASSETS_CACHE, by default ~/.cache/huggingface/assets.
+
+    Raises:
+        UserError: a prompt has too many tokens, or the text encoder cannot be read.
+    """
+    name = fingerprint(teacher, prompts)
+    folder = cached_assets_path("tbcm", namespace="prompts", subfolder=name)
+    chunks: dict[str, list[str] | None] = {NULL: None}
+    for i in range(0, len(prompts), CHUNK):
+        chunks[chunk_name(i // CHUNK)] = prompts[i : i + CHUNK]
+    missing = {name: chunk for name, chunk in chunks.items() if not (folder / name).exists()}
+    if missing:
+        teacher.text.check(prompts)
+        teacher.text.model.to(device)
+        write_missing(teacher.text, missing, folder)
+    teacher.free("text")
+    return PromptEmbeddings(folder, len(prompts))
+
+
+def write_missing(text: TextEncoder, missing: dict[str, list[str] | None], folder: Path) -> None:
+    """Make the files that no other process makes meanwhile, and wait for those."""
+    count = sum(len(chunk) for chunk in missing.values() if chunk)
+    print(f"Encoding {count} prompts, to be kept in {folder}.")
+    # First what nobody is at; then, waiting, what another process began and may not finish.
+    for patience in (0, -1):
+        jobs = track(list(missing.items()), "prompts", disable=not Console().is_terminal)
+        for name, chunk in jobs:
+            with suppress(Timeout), FileLock(folder / f"{name}.lock", timeout=patience):
+                if not (folder / name).exists():
+                    write_whole(folder / name, encoded(text, chunk))
+
+
+def encoded(text: TextEncoder, prompts: list[str] | None) -> bytes:
+    """The content of a cache file; None stands for the null prompt."""
+    if prompts is None:
+        embeds, mask = text.null()
+    else:
+        batches = [text.encode(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
+        embeds, mask = map(torch.cat, zip(*batches, strict=True))
+    mask = mask.bool()
+    return save({"tokens": embeds[mask].to(text.model.dtype).cpu(), "mask": mask.cpu()})
+
+
+def chunk_name(chunk: int) -> str:
+    """The file of prompts chunk·CHUNK and following."""
+    return f"{chunk:06d}.safetensors"
+
+
+def fingerprint(teacher: Teacher, prompts: list[str]) -> str:
+    """SHA-256 of all that the embeddings depend on."""
+    found = hashlib.sha256()
+    instruction = sana_instruction() if teacher.instruct else None
+    found.update(repr((SANA_MAX_LENGTH, instruction, teacher.variant, prompts)).encode())
+    for part in ("tokenizer", "text_encoder"):
+        for path in sorted((teacher.path / part).rglob("*")):
+            found.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    found.update(block)
+    return found.hexdigest()

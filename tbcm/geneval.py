@@ -1,0 +1,57 @@
+"""`tbcm sample --geneval`: images in the folder layout that GenEval's scorer reads.
+
+For prompt i of its `evaluation_metadata.jsonl`: OUT/00000/metadata.jsonl, the line itself, and
+OUT/00000/samples/0000.png and following. Source: GenEval (arXiv 2310.11513) and its code.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from tbcm.errors import UserError
+from tbcm.sampling import draw_images, load_drawing_run, save_image, write_whole
+
+
+def read_metadata(path: str | Path) -> list[tuple[str, str]]:
+    """(line, prompt) of every line. Raises UserError if one is not JSON with a "prompt"."""
+    try:
+        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
+        found = [(line, json.loads(line)["prompt"]) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not like GenEval's evaluation_metadata.jsonl ({error}); give one JSON "
+            'object with a "prompt" per line.'
+        ) from error
+    if not found:
+        raise UserError(f"{path} holds no prompt.")
+    return found
+
+
+def sample_geneval(
+    run_dir: str | Path, metadata: str | Path, out: str | Path, steps: int, seed: int, images: int
+) -> None:
+    """Draw `images` images for each prompt; what is there already is kept.
+
+    Image j of prompt i has the seed `seed` + i · images + j.
+
+    Raises:
+        UserError: an unreadable run or metadata file, or a place that cannot be written.
+    """
+    if images < 1:
+        raise UserError(f"images_per_prompt must be at least 1, not {images}.")
+    entries, run = read_metadata(metadata), load_drawing_run(run_dir, steps)
+    shown = track(entries, "prompts", disable=not Console().is_terminal)
+    for i, (line, prompt) in enumerate(shown):
+        folder = Path(out) / f"{i:05d}"
+        write_whole(folder / "metadata.jsonl", f"{line}\n".encode())
+        paths = [folder / "samples" / f"{j:04d}.png" for j in range(images)]
+        todo = [j for j, path in enumerate(paths) if not path.exists()]
+        if todo:
+            seeds = [seed + i * images + j for j in todo]
+            found = draw_images(run, [prompt] * len(todo), seeds, steps)
+            for j, image in zip(todo, found, strict=True):
+                save_image(image, paths[j])

@@ -1,0 +1,183 @@
+"""Options that save memory change no gradient; optimisers, trackers and their missing packages."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tbcm.config import TrainConfig
+from tbcm.distiller import Distiller
+from tbcm.errors import UserError
+from tbcm.models import load_teacher
+from tbcm.student import build_student
+from tbcm.train import load_prompts, train
+from tbcm.trigflow import TrigFlow
+
+
+def settings(out: Path, **changes: object) -> TrainConfig:
+    """A run of a few quick steps."""
+    quick = {
+        "train_batch_size": 4, "route_steps": 4, "max_train_steps": 2, "lr_warmup_steps": 0,
+        "learning_rate": 1e-3, "tangent_warmup_steps": 0, "scm_cfg_scale": [1.5],
+        "validation_samples": 4, "validation_steps": 0,
+    }  # fmt: skip
+    return TrainConfig(**{"output_dir": str(out), **quick, **changes})
+
+
+def distiller(config: TrainConfig) -> Distiller:
+    """The parts of a run without its folder."""
+    return Distiller(config, load_teacher("digits"), load_prompts(config))
+
+
+def saved_bytes(parts: Distiller) -> tuple[int, list[Tensor]]:
+    """What the largest pass keeps for backward, and the gradients of a first step."""
+    sizes: list[int] = []
+    forward = parts.forward
+
+    def watched(*args: object) -> object:
+        found: dict[int, torch.UntypedStorage] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            if not x._is_zerotensor():
+                storage = x.untyped_storage()
+                found[storage.data_ptr()] = storage  # held, so that no address returns
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            result = forward(*args)
+        sizes.append(sum(storage.nbytes() for storage in found.values()))
+        return result
+
+    parts.forward = watched
+    loss, norms = parts.gradients(1.0)
+    return max(sizes), [loss, norms.sort().values, *(p.grad for p in parts.parameters)]
+
+
+SAVERS = {
+    "gradient_checkpointing": True, "points_per_pass": 2, "gradient_accumulation_steps": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("saver", SAVERS)
+def test_saving_memory_changes_no_gradient(saver: str, fused: bool, tmp_path: Path):
+    whole, want = saved_bytes(distiller(settings(tmp_path, fused=fused)))
+    config = settings(tmp_path, fused=fused, **{saver: SAVERS[saver]})
+    less, got = saved_bytes(distiller(config))
+    assert less < 0.8 * whole
+    for mine, its in zip(got, want, strict=True):
+        scale = its.abs().max().item()
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=2e-5 * scale + 1e-9)
+
+
+def test_each_prompt_has_its_own_jitter(tmp_path: Path):
+    times = distiller(settings(tmp_path)).draw().times
+    assert torch.equal(times[:, 0], times[0, :1].expand(4))
+    assert all(len(set(column.tolist())) == 4 for column in times[:, 1:].T)
+    shared = distiller(settings(tmp_path, jitter_each_prompt=False)).draw().times
+    assert torch.equal(shared, shared[:1].expand_as(shared))
+
+
+def test_a_missing_package_is_named_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    options = (
+        ("optimizer", "came", "came_pytorch"),
+        ("optimizer", "adamw_8bit", "bitsandbytes"),
+        ("report_to", "wandb", "wandb"),
+        ("lora_rank", 4, "peft"),
+    )
+    for option, value, name in options:
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            with pytest.raises(UserError, match=r"needs a package that is not here.*pip install"):
+                train(settings(tmp_path / "run", **{option: value}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "package"), [("came", "came_pytorch"), ("adamw_8bit", "bitsandbytes")]
+)
+def test_other_optimisers_train_and_continue_bit_for_bit(
+    optimizer: str, package: str, tmp_path: Path
+):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    config = settings(tmp_path, optimizer=optimizer, fused=True)
+    straight = distiller(config)
+    straight.train_step()
+    state = copy.deepcopy(straight.state())
+    rows = [straight.train_step() for _ in range(2)]
+    resumed = distiller(config)
+    resumed.load_state(state)
+    again = [resumed.train_step() for _ in range(2)]
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows]
+    for mine, its in zip(resumed.parameters, straight.parameters, strict=True):
+        assert torch.equal(mine, its)
+
+
+def test_a_lora_student_starts_as_its_teacher_and_shares_its_weights(tmp_path: Path):
+    pytest.importorskip("peft")
+    parts = distiller(settings(tmp_path, lora_rank=4, fused=True))
+    teachers = {p.data_ptr() for p in parts.teacher.transformer.parameters()}
+    frozen = {p.data_ptr() for p in parts.student.parameters() if not p.requires_grad}
+    assert frozen <= teachers and len(frozen) > 0.9 * len(teachers)
+    learning = sum(p.numel() for p in parts.learning)
+    assert learning < 0.2 * sum(p.numel() for p in parts.student.parameters())
+    x, t, text = torch.randn(2, 1, 8, 8), torch.tensor([0.4, 1.2]), parts.text([0, 1])
+    with torch.no_grad():
+        out = parts.student_net(x, t, *text, torch.ones(2))
+        torch.testing.assert_close(out, parts.teacher_net(x, t, *text), rtol=1e-4, atol=1e-5)
+
+
+def test_a_lora_student_learns_continues_and_is_saved_merged(tmp_path: Path):
+    pytest.importorskip("peft")
+    config = settings(tmp_path / "run", lora_rank=4, fused=True, max_train_steps=4, ema_decay=0.9)
+    teacher = load_teacher("digits")
+    before = [p.clone() for p in teacher.transformer.parameters()]
+    straight = Distiller(config, teacher, load_prompts(config))
+    straight.train_step()
+    state = copy.deepcopy(straight.state())
+    rows = [straight.train_step() for _ in range(2)]
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, teacher.transformer.parameters(), strict=True)
+    )
+    resumed = distiller(config)
+    resumed.load_state(state)
+    assert [resumed.train_step()["loss"] for _ in rows] == [row["loss"] for row in rows]
+    saved, text = TrigFlow(straight.whole_student()), straight.text([0, 1])
+    assert (
+        saved.transformer.state_dict().keys()
+        == build_student(teacher.transformer).state_dict().keys()
+    )
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.4, 1.2])
+    with torch.no_grad(), straight.averaged_weights():
+        want = straight.student_net(x, t, *text, torch.ones(2))
+        teachers = straight.teacher_net(x, t, *text)
+        torch.testing.assert_close(saved(x, t, *text, torch.ones(2)), want, rtol=1e-4, atol=1e-5)
+    assert (want - teachers).abs().max() > 1e-3
+
+
+def test_grids_show_the_validation_prompts(tmp_path: Path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the digit 3\n")
+    shown = distiller(settings(tmp_path, validation_prompts=str(prompts)))
+    own = distiller(settings(tmp_path))
+    row = own.prompts.index("the digit 3")
+    for a, b in zip(shown.shown.text([0]), own.text([row]), strict=True):
+        assert torch.equal(a, b)
+    assert len(shown.shown) == 1 and own.shown == own.embeddings == shown.embeddings
+    assert not torch.equal(shown.sample(2, 1), own.sample(2, 1))
+
+
+def test_tensorboard_has_the_losses_and_the_grids(tmp_path: Path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(settings(tmp_path / "run", report_to="tensorboard"))
+    events = reader.EventAccumulator(str(tmp_path / "run" / "tbcm"))
+    events.Reload()
+    losses = [event.step for event in events.Scalars("loss")]
+    assert losses == [1, 2] and len(events.Images("samples")) == 1

@@ -1,0 +1,207 @@
+"""FID and CLIP score on a folder like MJHQ-30K, and GenEval's layout, with judges in miniature."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_pipeline
+import torch
+from huggingface_hub import constants
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+from tbcm import cli, scores
+from tbcm.evaluate import frechet
+from tbcm.scores import score_run
+
+N = 10
+PROMPTS = {f"{i:02x}": tiny_pipeline.PROMPTS[i % 4] for i in range(N)}
+
+
+class Features(nn.Module):
+    """Means of the colours, and with return_features also of the squares: [n, 3 or 6]."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1 / 255))
+
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
+        x = images.float() * self.scale
+        means = x.flatten(2).mean(2)
+        if return_features:
+            return torch.cat([means, (x * x).flatten(2).mean(2)], 1)
+        return means
+
+
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """inception.pt and clip/."""
+    folder = tmp_path_factory.mktemp("judges")
+    torch.jit.script(Features()).save(folder / "inception.pt")
+    torch.manual_seed(8)  # cosines of both signs
+    common = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "projection_dim": 8,
+    }  # fmt: skip
+    text = {"vocab_size": 80, "max_position_embeddings": 12, "bos_token_id": 0, "eos_token_id": 1}
+    vision = {"image_size": 16, "patch_size": 8}
+    config = CLIPConfig(
+        text_config=common | text, vision_config=common | vision, projection_dim=8
+    )  # fmt: skip
+    CLIPModel(config).save_pretrained(folder / "clip")
+    letters = [letter + end for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters]
+    tokenizer = CLIPTokenizer({word: i for i, word in enumerate(vocabulary)}, [])
+    tokenizer.model_max_length = 12
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )  # fmt: skip
+    CLIPProcessor(processor, tokenizer).save_pretrained(folder / "clip")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten random images of two categories, and their prompts."""
+    folder = tmp_path_factory.mktemp("mjhq")
+    noise = np.random.default_rng(0)
+    meta = {}
+    for i, (name, prompt) in enumerate(PROMPTS.items()):
+        category = ("animals", "food")[i % 2]
+        meta[name] = {"category": category, "prompt": prompt}
+        (folder / category).mkdir(exist_ok=True)
+        low, high = sorted(noise.integers(0, 256, 2))
+        pixels = noise.integers(low, high + 1, (24, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / category / f"{name}.png")
+    (folder / "meta_data.json").write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scores, "BATCH", 4)
+    monkeypatch.setattr(scores, "CHUNK", 8)
+
+
+def arguments(judges: Path, real: Path, out: Path) -> list:
+    return [
+        "--images", str(real), "--out", str(out), "--json", f"{out}.json",
+        "--inception", f"{judges}/inception.pt", "--clip", f"{judges}/clip",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report(tiny_run: Path, judges: Path, real: Path, tmp_path_factory) -> tuple[dict, Path]:
+    out = tmp_path_factory.mktemp("scores") / "out"
+    assert cli.main(["eval", str(tiny_run), *arguments(judges, real, out)]) == 0
+    return json.loads(Path(f"{out}.json").read_text()), out
+
+
+def features(paths: list[Path]) -> Tensor:
+    stacked = [scores.pixels([scores.opened(path)]) for path in paths]
+    return torch.cat([Features()(x, return_features=True) for x in stacked])
+
+
+def test_fid_is_the_frechet_distance_of_the_features(report: tuple, real: Path):
+    figures, out = report
+    made = [out / "images" / f"{name}.png" for name in PROMPTS]
+    want = frechet(features(made), features([*real.rglob("*.png")]))
+    assert figures["fid"] == pytest.approx(want, rel=1e-4) and figures["fid"] > 0.01
+    assert figures["images"] == N and figures["steps"] == 1
+
+
+def test_clip_score_is_the_mean_cosine_of_image_and_prompt(report: tuple, judges: Path):
+    figures, out = report
+    model = CLIPModel.from_pretrained(judges / "clip")
+    processor = CLIPProcessor.from_pretrained(judges / "clip")
+    found = []
+    for name, prompt in PROMPTS.items():
+        inputs = processor(
+            text=[prompt], images=[scores.opened(out / "images" / f"{name}.png")],
+            return_tensors="pt", truncation=True,
+        )  # fmt: skip
+        with torch.no_grad():
+            logits = model(**inputs).logits_per_image / model.logit_scale.exp()
+        found.append(100 * logits.item())
+    assert figures["clip_score"] == pytest.approx(sum(max(x, 0) for x in found) / N, abs=1e-3)
+    assert min(found) < -1 and max(found) > 1
+
+
+def test_a_killed_evaluation_continues_and_gives_the_same_figures(
+    report: tuple, tiny_run: Path, judges: Path, real: Path, tmp_path: Path, monkeypatch
+):
+    see, drawn, batches = scores.Judges.see, [], []
+
+    def dying(self: scores.Judges, *batch: list) -> None:
+        batches.append(batch)
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        see(self, *batch)
+
+    draw = scores.draw_images
+    monkeypatch.setattr(scores, "draw_images", lambda *a: drawn.append(a[1]) or draw(*a))
+    monkeypatch.setattr(scores.Judges, "see", dying)
+    line = ["eval", str(tiny_run), *arguments(judges, real, tmp_path / "out")]
+    assert cli.main(line) == 130
+    assert len(drawn) == 3 and len(batches) == 3
+    kept = torch.load(tmp_path / "out" / "progress.pt", weights_only=True)
+    assert len(kept["scores"]) == 8 and not any("inception" in name for name in kept["fid"])
+    assert cli.main(line) == 0
+    assert len(drawn) == 3 and len(batches) == 4  # nothing is drawn twice, two batches are kept
+    assert json.loads((tmp_path / "out.json").read_text()) == report[0]
+    assert cli.main([*line, "--steps", "2"]) == 2
+
+
+def test_missing_weights_are_named_all_at_once(
+    tiny_run: Path, real: Path, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    line = f"eval {tiny_run} --images {real} --out {tmp_path}/out --json {tmp_path}/x.json"
+    assert cli.main(line.split()) == 2
+    said = capsys.readouterr().err
+    assert "inception-2015-12-05.pt" in said and "--inception" in said
+    assert "openai/clip-vit-large-patch14" in said and "--clip" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"samples": 1}, "at least two images"),
+        ({"images": "nowhere"}, "not like MJHQ-30K"),
+        ({"run_dir": "nowhere"}, "nowhere is not a run"),
+    ],
+)
+def test_bad_input(
+    changes: dict, says: str, tiny_run: Path, real: Path, judges: Path, tmp_path: Path
+):
+    settings = {
+        "run_dir": tiny_run, "images": real, "out": tmp_path / "out", "json_path": tmp_path / "j",
+        "inception": f"{judges}/inception.pt", "clip": f"{judges}/clip",
+    }  # fmt: skip
+    with pytest.raises(scores.UserError, match=says):
+        score_run(**{**settings, **changes})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_geneval_gets_the_layout_its_scorer_reads(tiny_run: Path, tmp_path: Path, capsys):
+    metadata, out = tmp_path / "m.jsonl", tmp_path / "out"
+    lines = [json.dumps({"tag": "single_object", "prompt": p}) for p in tiny_pipeline.PROMPTS[:2]]
+    metadata.write_text("\n".join(lines) + "\n")
+    line = f"sample {tiny_run} --geneval {metadata} --out {out} --images_per_prompt 3"
+    assert cli.main(line.split()) == 0
+    made = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
+    names = ["metadata.jsonl", *(f"samples/000{j}.png" for j in range(3))]
+    assert made == [f"0000{i}/{name}" for i in range(2) for name in names]
+    assert (out / "00001/metadata.jsonl").read_text() == lines[1] + "\n"
+    images = {p: p.read_bytes() for p in out.rglob("*.png")}
+    assert len(set(images.values())) == 6
+    (out / "00001/samples/0001.png").unlink()
+    assert cli.main(line.split()) == 0
+    assert {p: p.read_bytes() for p in out.rglob("*.png")} == images
+    metadata.write_text('{"tag": "no prompt"}')
+    assert cli.main(line.split()) == 2 and "evaluation_metadata" in capsys.readouterr().err

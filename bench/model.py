@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,11 +23,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tbcm_kernels
-from bench import timing
+from bench import cost, timing
 from bench.environment import Row, environment, source_hash
 from tbcm import objective
+from tbcm.step_bench import SANA, saved_bytes
 
-HEADS = {"digits": (4, 4, 32), "sana-0.6b": (36, 16, 72), "sana-1.6b": (70, 20, 112)}
+HEADS = {"digits": (4, 4, 32)} | {name: heads for name, (_, *heads) in SANA.items()}
 """Heads of linear attention, 32 wide each; heads of cross-attention and their width."""
 PASSES = ("forward", "jvp", "step")
 
@@ -80,19 +80,7 @@ class Student:
 
     def saved_bytes(self) -> int:
         """What the graph keeps for backward, each storage once, weights not counted."""
-        packed = []
-
-        def pack(x: Tensor) -> Tensor:
-            x = x.detach()
-            packed.append(weakref.ref(x))
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            _graph = self.graph()
-        kept = [x for ref in packed if (x := ref()) is not None]  # not what only a tangent needed
-        sizes = {s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in kept)}
-        own = {p.untyped_storage().data_ptr() for p in self.weights.values()}
-        return sum(size for address, size in sizes.items() if address not in own)
+        return saved_bytes(self.graph, list(self.weights.values()))[1]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -208,6 +196,15 @@ def ratios(row: Row) -> Row:
     }
 
 
+def roofline(row: Row) -> None:
+    """Beside each pass, what share of its time the cost model's floor is at the measured peaks."""
+    m, machine = cost.of_row(row)
+    for mode in ("stock", "fused"):
+        for what in PASSES:
+            floor = cost.floor(m, what, machine)
+            row[mode][what]["roofline"] = 1e6 * floor / row[mode][what]["us"]
+
+
 def report(row: Row) -> str:
     """A row for people."""
     lines = [f"{row['model']}, {row['layers']} layers, B = {row['batch']}, {row['dtype']}"]
@@ -216,7 +213,8 @@ def report(row: Row) -> str:
             r = row[name][what]
             spread = f"[{r['p20_us'] / 1e3:.1f}, {r['p80_us'] / 1e3:.1f}]"
             peak = "" if r["peak_mb"] is None else f"  peak {r['peak_mb']:.0f} MiB"
-            lines.append(f"{name}  {what:<8} {r['us'] / 1e3:>9.1f} ms {spread}{peak}")
+            share = f"  {100 * r['roofline']:.0f}% of the roofline"
+            lines.append(f"{name}  {what:<8} {r['us'] / 1e3:>9.1f} ms {spread}{share}{peak}")
         lines.append(
             f"{name}  jvp / forward {row['jvp_over_forward'][name]:.2f}, saved for backward "
             f"{row[name]['saved_u_per_block']:.1f} u per block"
@@ -236,6 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         figures = measure(models, args)
         row |= {**figures, **ratios(figures)} | environment(args.device, models["stock"].dtype)
+        roofline(row)
         print(report(row))
     if args.json:
         with args.json.open("a") as file:

@@ -11,7 +11,7 @@ import torch
 
 import tbcm_kernels
 from bench import __main__ as bench
-from bench import figures, model, ops, peers
+from bench import figures, model, ops, peers, plots
 
 
 def run(path: Path, *argv: str, main: Callable = bench.main) -> tuple[int, list[dict]]:
@@ -217,3 +217,37 @@ def test_a_wrong_model_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert code == 1
     assert len(row["faults"]) == 1 and row["faults"][0].startswith("tangent: off by 0.01")
     assert "fused" not in row
+
+
+def test_the_figures_are_those_of_the_rows() -> None:
+    """`make figures` would leave the README and the page as they are."""
+    text = (figures.ROOT / "README.md").read_text()
+    between = text.partition(figures.BEGIN)[2].partition(figures.END)[0]
+    assert between.strip("\n") == "\n".join(figures.readme())
+    page = (figures.ROOT / "docs" / "benchmarks.md").read_text()
+    for line in figures.ops(figures.ops_of(figures.HOME)):
+        assert line in page
+
+
+def test_plots_of_the_same_rows_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And hold every row, those that are lost too."""
+    _, rows = run(tmp_path / "rows.jsonl", "--op", "attention", "--impl", "reference")
+    timed = [r | {"variant": r["variant"].replace("reference", "cpu")} for r in rows if "us" in r]
+    timed[0]["speedup"] = 0.5
+    _, (whole,) = run_model(tmp_path / "model.jsonl")
+    step = {"eager": {"ms": 9.0, "phases": dict.fromkeys(plots.PHASES, 2.0)}, "model": "digits"}
+    made = []
+    for folder in ("a", "b"):
+        monkeypatch.setattr(plots, "IMAGES", tmp_path / folder)
+        plots.speedups(timed, "ops-x")
+        plots.roofline(timed, "roofline-x")
+        plots.length(timed, "length-x")
+        plots.breakdown([step], "step-x")
+        plots.growth([whole], "growth-x")
+        made.append({f.name: f.read_bytes() for f in (tmp_path / folder).iterdir()})
+    assert made[0] == made[1] and {n.split("-")[0] for n in made[0]} == set(plots.KINDS)
+    assert b"0.50" in made[0]["ops-x.svg"]
+    plots.clean(["ops-x.svg"])
+    assert [f.name for f in (tmp_path / "b").iterdir()] == ["ops-x.svg"]

@@ -85,9 +85,10 @@ def save(run: Path, step: int, state: dict[str, Any], limit: int | None) -> None
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint folder. Raises UserError if it is absent or damaged."""
+    """The state in a checkpoint folder, and its path. Raises UserError if it cannot be read."""
     try:
-        return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        return {**state, "path": str(path)}
     except Exception as error:  # a damaged archive raises half a dozen types
         reason = "it is missing" if not path.exists() else "it is half-written or damaged"
         raise UserError(

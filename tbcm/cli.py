@@ -148,7 +148,8 @@ def parse(argv: list[str]) -> Namespace:
         from tbcm.config import PRESETS
 
         if not args.train.pretrained_model_name_or_path:
-            preset = PRESETS / f"{args.train.teacher or 'digits'}.yaml"
+            baseline = "" if args.train.method == "tbcm" else "_baselines"
+            preset = PRESETS / f"{args.train.teacher or 'digits'}{baseline}.yaml"
             if preset.exists():
                 return parser.parse_args(["train", "--config", str(preset), *argv[1:]])
     return args

@@ -29,6 +29,12 @@ class TrainConfig:
     """Name of a built-in teacher ("digits", the default if no other teacher is given)."""
     pretrained_model_name_or_path: str | None = None
     """Folder of a flow-matching teacher in the diffusers layout, in place of --teacher."""
+    method: Literal["tbcm", "scm", "sana_sprint"] = "tbcm"
+    """TBCM, or a baseline that learns from images: sCM, or SANA-Sprint (sCM and a GAN)."""
+    images: str | None = None
+    """Folder of images, each with its caption beside it (a.jpg, a.txt), for the baselines."""
+    latents_cache: str | None = None
+    """Folder where the images' latents are kept (none: tbcm_latents beside the images)."""
     prompts: str | None = None
     """Text file with one prompt per line, the only data (built-in teachers bring their own)."""
     fused: bool = False
@@ -43,7 +49,16 @@ class TrainConfig:
     """"latest", or the path of a checkpoint, to continue a run in its own folder."""
 
     train_batch_size: int = 1
-    """Prompts per step; each gives route_steps − 1 student samples."""
+    """Prompts of a whole step, over all processes and accumulation steps, so that a run does not
+    depend on their number; each gives route_steps − 1 student samples."""
+    gradient_accumulation_steps: int = 1
+    """Parts in which each process works off its share of the batch, to save memory."""
+    points_per_pass: int | None = None
+    """Points of a prompt's trajectory in one student pass, to save memory (none: all)."""
+    gradient_checkpointing: bool = False
+    """Compute the student's blocks again in backward, without tangents, to save memory."""
+    fsdp: bool = False
+    """Shard the student over the processes (FSDP2); without it each holds all of it (DDP)."""
     max_train_steps: int = 30000
     """Steps of the whole run."""
     checkpointing_steps: int = 1000
@@ -58,6 +73,8 @@ class TrainConfig:
     """Sampling steps for the images in a grid."""
     logging_steps: int = 50
     """Steps between two printed lines when the output is not a terminal."""
+    report_to: Literal["tensorboard", "wandb"] | None = None
+    """Also send metrics and sample grids to a tracker; tensorboard writes to output_dir/tbcm."""
 
     learning_rate: float = 1e-5
     """Peak learning rate, used as it stands: never rescaled by the batch size."""
@@ -73,6 +90,8 @@ class TrainConfig:
     """AdamW weight decay."""
     adam_epsilon: float = 1e-8
     """AdamW ε."""
+    optimizer: Literal["adamw", "adamw_8bit", "came"] = "adamw"
+    """AdamW, AdamW with 8-bit moments (needs bitsandbytes) or CAME (needs came-pytorch)."""
     gradient_clip: float = 0.1
     """Largest gradient norm applied in a step."""
     ema_decay: float = 0.0
@@ -86,6 +105,8 @@ class TrainConfig:
     """S of the flow shift that spaces the route."""
     jitter: bool = True
     """Redraw every time of the route between its neighbours at each step."""
+    jitter_each_prompt: bool = True
+    """Redraw it for each prompt, not once for all prompts of a step."""
     scm_cfg_scale: list[float] = field(default_factory=lambda: [4.0, 4.5, 5.0])
     """Guidance scales; one is drawn per prompt and kept along its trajectory."""
     filter_latent: str | None = None
@@ -107,6 +128,22 @@ class TrainConfig:
     log_variance: bool = True
     """Learn the log-variance of the loss over t with a linear head."""
 
+    logit_mean: float = 0.2
+    """Baselines: mean of τ in t = arctan(e^τ/σ_d)."""
+    logit_std: float = 1.6
+    """Baselines: standard deviation of τ."""
+    adv_lambda: float = 0.5
+    """sana_sprint: weight of the adversarial loss."""
+    largest_timestep_prob: float = 0.5
+    """sana_sprint: share of the images that the GAN sees made from pure noise, t = π/2."""
+    head_block_ids: list[int] | None = None
+    """sana_sprint: teacher blocks whose features the discriminator reads, from 0 (none: 2, 8, 14
+    and 19, as far as the teacher has them)."""
+    logit_mean_discriminator: float = -0.6
+    """sana_sprint: mean of τ for the noise that the discriminator sees."""
+    logit_std_discriminator: float = 1.0
+    """sana_sprint: its standard deviation."""
+
     def __post_init__(self) -> None:
         """Raises UserError, naming the field and its range, for the first value out of range."""
         for says, holds, names in RANGES:
@@ -117,6 +154,23 @@ class TrainConfig:
             raise UserError("Give --teacher or --pretrained_model_name_or_path, not both.")
         if not self.pretrained_model_name_or_path:
             self.teacher = self.teacher or "digits"
+        self._check_method()
+
+    def _check_method(self) -> None:
+        """Settings that the chosen method would not look at are refused."""
+        if self.method == "tbcm":
+            if self.images:
+                raise UserError("images are for --method scm and sana_sprint; tbcm needs prompts.")
+            return
+        if self.prompts:
+            raise UserError(f"{self.method} takes the images' captions; give images, not prompts.")
+        if self.points_per_pass:
+            raise UserError(
+                f"points_per_pass splits a trajectory, and {self.method} has none; use "
+                "gradient_accumulation_steps."
+            )
+        if self.filter_latent:
+            raise UserError(f"filter_latent drops trajectories, and {self.method} has none.")
 
     @property
     def teacher_source(self) -> str:
@@ -136,23 +190,26 @@ def _within(value: Any, holds: Callable[[Any], bool]) -> bool:
 
 RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("at least 2", lambda v: v >= 2, "route_steps"),
-    ("at least 1", lambda v: v >= 1, "train_batch_size max_train_steps checkpointing_steps "
+    ("at least 1", lambda v: v >= 1, "train_batch_size gradient_accumulation_steps "
+     "points_per_pass max_train_steps checkpointing_steps "
      "checkpoints_total_limit validation_samples logging_steps max_skipped_steps"),
     ("between 0 and 2**63 − 1", lambda v: 0 <= v < 2**63, "seed"),
     ("at least 0", lambda v: v >= 0, "validation_steps lr_warmup_steps adam_weight_decay "
-     "tangent_warmup_steps tangent_calm_start tangent_calm_steps"),
+     "tangent_warmup_steps tangent_calm_start tangent_calm_steps adv_lambda head_block_ids"),
+    ("finite", lambda v: True, "logit_mean logit_mean_discriminator"),
     ("above 0", lambda v: v > 0, "learning_rate adam_epsilon gradient_clip flow_shift "
-     "tangent_norm_constant"),
+     "tangent_norm_constant logit_std logit_std_discriminator"),
     ("at least 0 and below 1", lambda v: 0 <= v < 1, "adam_beta1 adam_beta2 ema_decay"),
-    ("between 0 and 1", lambda v: 0 <= v <= 1, "tangent_calm_value"),
+    ("between 0 and 1", lambda v: 0 <= v <= 1, "tangent_calm_value largest_timestep_prob"),
     ("a list of at least one number, each 0 or more", lambda v: v >= 0, "scm_cfg_scale"),
 ]  # fmt: skip
 """What a value must be (in words and as a test) and the fields it binds."""
 
 MAY_CHANGE = (
-    "output_dir", "fused", "device", "resume_from_checkpoint", "max_train_steps",
+    "output_dir", "fused", "device", "gradient_accumulation_steps", "points_per_pass",
+    "gradient_checkpointing", "fsdp", "resume_from_checkpoint", "max_train_steps",
     "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_samples",
-    "sample_steps", "logging_steps", "max_skipped_steps",
+    "sample_steps", "logging_steps", "report_to", "max_skipped_steps",
 )  # fmt: skip
 """Settings that a resumed run may change; any other would make it a different run."""
 

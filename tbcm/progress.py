@@ -11,7 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from PIL import Image
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,6 +26,7 @@ from rich.progress import (
 )  # fmt: skip
 
 from tbcm.checkpoint import flush, kept_metrics, writing
+from tbcm.config import TrainConfig
 from tbcm.sampling import write_whole
 
 
@@ -55,6 +59,9 @@ class Metrics:
     def flush(self) -> None:
         """On disc before the checkpoint that counts on it."""
         flush(self.path)
+
+
+SCALARS = (bool, int, float, str)
 
 
 class Display:
@@ -93,3 +100,45 @@ class Display:
         elif step % self.every == 0 or step == self.total:
             left = (time.monotonic() - self.began) / (step - self.start) * (self.total - step)
             print(f"step {step}/{self.total}  {says}  ETA {left:.0f} s", flush=True)
+
+
+class Log:
+    """Where a run's records go on the main process: its file, the display and a tracker."""
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, step: int):
+        """Continue after a step."""
+        self.accelerator, self.main = accelerator, accelerator.is_main_process
+        if config.report_to:
+            scalars = {k: v if isinstance(v, SCALARS) else str(v) for k, v in vars(config).items()}
+            accelerator.init_trackers("tbcm", scalars)
+        if self.main:
+            self.metrics = Metrics(Path(config.output_dir) / "metrics.jsonl", step)
+            self.display = Display(step, config.max_train_steps, config.logging_steps)
+
+    def __enter__(self) -> Log:
+        if self.main:
+            self.display.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.main:
+            self.display.__exit__(*error)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One step's record."""
+        if self.main:
+            self.metrics.write(record)
+            self.display.show(record)
+            self.accelerator.log(record, record["step"])
+
+    def flush(self) -> None:
+        """On disc before the checkpoint that counts on it."""
+        if self.main:
+            self.metrics.flush()
+
+    def picture(self, path: Path, step: int) -> None:
+        """A PNG, for the tracker."""
+        pixels = np.asarray(Image.open(path).convert("RGB"))[None]
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": pixels}, step, **layout)

@@ -30,8 +30,22 @@ class Text(NamedTuple):
         return Text(*(a.to(device) for a in self))
 
 
+class Draw(NamedTuple):
+    """The random choices for P prompts of a step, on the CPU.
+
+    rows [P] of the prompts, guidance scale [P], noise [P, C, H, W] of std σ_d, times [P, N] and a
+    uniform number [P].
+    """
+
+    rows: Tensor
+    guidance: Tensor
+    noise: Tensor
+    times: Tensor
+    uniform: Tensor
+
+
 class Trajectory(NamedTuple):
-    """Points x and velocities V [N, P, ...] at times t [N], and the end of the path x0 [P, ...]."""
+    """Points x and velocities V [N, P, ...] at times t [N] or [N, P], and the end x0 [P, ...]."""
 
     x: Tensor
     t: Tensor
@@ -56,9 +70,9 @@ def with_null(text: Text, null: Text) -> Text:
 
 
 def branches(teacher: Net, x: Tensor, t: Tensor, both: Text) -> Tensor:
-    """F [2P, ...] without the prompts and with them, of x [P, ...] at time t."""
+    """F [2P, ...] without the prompts and with them, of x [P, ...] at time t, one or [P]."""
     twice = x.repeat(2, *[1] * (x.ndim - 1)) / SIGMA_DATA
-    return teacher(twice, t.expand(len(twice)), *both)
+    return teacher(twice, t.expand(len(x)).repeat(2), *both)
 
 
 def trajectory_step(
@@ -75,12 +89,14 @@ def rollout(
     teacher: Net, noise: Tensor, times: Tensor, both: Text, guidance: Tensor,
     step: Callable[..., tuple[Tensor, Tensor]] = trajectory_step,
 ) -> Trajectory:  # fmt: skip
-    """Follow dx/dt = V from x = noise [P, ...] ~ N(0, σ_d²) along times [N] and on to t = 0.
+    """Follow dx/dt = V from x = noise [P, ...] ~ N(0, σ_d²) along times and on to t = 0.
+
+    The times are [N], or [N, P] where each prompt has its own.
 
     `step` is `trajectory_step`, or that of tbcm_kernels, which is one kernel.
     """
     x, points, velocities = noise, [], []
-    ends = torch.cat([times[1:], times.new_zeros(1)])
+    ends = torch.cat([times[1:], torch.zeros_like(times[:1])])
     for t, s in zip(times, ends, strict=True):
         points.append(x)
         velocity, x = step(x, branches(teacher, x, t, both), t, s, guidance)
@@ -100,8 +116,22 @@ def keep_mask(x0: Tensor, degenerate: Tensor, uniform: Tensor) -> Tensor:
 def student_samples(path: Trajectory, text: Text, guidance: Tensor, keep: Tensor) -> Samples:
     """All points but the first, which is pure noise: there cos t = 0 and nothing can be learnt."""
     n, prompts = path.x.shape[0] - 1, path.x.shape[1]
+    times = path.t[1:].reshape(n, -1).expand(n, prompts)
     return Samples(
-        path.x[1:].transpose(0, 1).flatten(0, 1), path.t[1:].repeat(prompts),
+        path.x[1:].transpose(0, 1).flatten(0, 1), times.T.flatten(),
         path.velocity[1:].transpose(0, 1).flatten(0, 1), text, guidance.repeat_interleave(n),
         keep.repeat_interleave(n),
     )  # fmt: skip
+
+
+def by_points(samples: Samples, points: int) -> list[Samples]:
+    """The batch in parts that have up to `points` points of every prompt."""
+    x, t, velocity, text, guidance, keep = samples
+    prompts = len(text.mask)
+    parts = [
+        a.unflatten(0, (prompts, -1)).split(points, 1) for a in (x, t, velocity, guidance, keep)
+    ]
+    return [
+        Samples(x.flatten(0, 1), t.flatten(), v.flatten(0, 1), text, g.flatten(), k.flatten())
+        for x, t, v, g, k in zip(*parts, strict=True)
+    ]

@@ -12,8 +12,10 @@ from diffusers import SanaTransformer2DModel
 
 from tbcm import train as trainer
 from tbcm.config import PRESETS, TrainConfig, read_config
+from tbcm.distiller import CACHED_PROMPTS
 from tbcm.errors import UserError
 from tbcm.models import load_teacher
+from tbcm.optimizer import lr_factor
 from tbcm.rollout import rollout
 from tbcm.sampling import consistency_sample
 from tbcm.trigflow import SIGMA_DATA, route
@@ -152,12 +154,12 @@ def test_bf16_keeps_fp32_weights_and_stays_near_fp32(tmp_path: Path, fused: bool
 )
 def test_learning_rate(shape: str, expected: list[float]):
     config = settings(Path(), lr_scheduler=shape, lr_warmup_steps=2, max_train_steps=6)
-    assert [trainer.lr_factor(step, config) for step in range(6)] == expected
+    assert [lr_factor(step, config) for step in range(6)] == expected
 
 
 def test_a_long_prompt_is_refused_before_the_first_step(tmp_path: Path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("the digit 3\n" * trainer.CACHED_PROMPTS + "seven " * 40)
+    prompts.write_text("the digit 3\n" * CACHED_PROMPTS + "seven " * 40)
     with pytest.raises(UserError, match="41 tokens"):
         trainer.train(settings(tmp_path / "run", prompts=str(prompts)))
     assert not (tmp_path / "run").exists()

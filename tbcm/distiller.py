@@ -1,0 +1,362 @@
+"""One step of TBCM: draw, follow the teacher, student pass, backward, update; and its state.
+
+Source of the method: TBCM (arXiv 2511.20410); the parts are in rollout.py and objective.py. The
+baselines change the parts that differ: scm.py and sprint.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from diffusers import SanaTransformer2DModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tbcm import distributed, objective
+from tbcm.config import TrainConfig
+from tbcm.errors import UserError
+from tbcm.models import Teacher
+from tbcm.optimizer import lr_factor, make_optimizer
+from tbcm.rollout import (
+    Draw,
+    Samples,
+    Text,
+    by_points,
+    keep_mask,
+    rollout,
+    student_samples,
+    trajectory_step,
+    with_null,
+)
+from tbcm.sampling import consistency_sample
+from tbcm.student import GUIDANCE_SCALE, build_student
+from tbcm.trigflow import SIGMA_DATA, TrigFlow, jittered, route
+
+CACHED_PROMPTS = 256
+"""Up to this many prompts are encoded once; beyond, each step encodes its own."""
+
+
+def load_filter(config: TrainConfig, teacher: Teacher) -> Tensor | None:
+    """The latent of a degenerate image [C, H, W]. Raises UserError if the file holds none."""
+    if not config.filter_latent:
+        return None
+    try:
+        latent = torch.load(config.filter_latent, map_location="cpu", weights_only=True)
+        if latent.shape == teacher.latent_shape:
+            return latent.float()
+    except Exception as error:
+        raise UserError(f"Cannot read filter_latent {config.filter_latent}: {error}") from error
+    raise UserError(
+        f"filter_latent {config.filter_latent} has shape {tuple(latent.shape)}, but the teacher's "
+        f"latents have {teacher.latent_shape}."
+    )
+
+
+class Distiller:
+    """Teacher, student, optimiser and random state of a run, and the parts of a step.
+
+    Every random draw of the method comes from one CPU generator, in the same order whether fused
+    or not and on however many processes, so all give the same curve and a GPU sees the noise that
+    a CPU sees. Each process draws the whole batch and works off its share.
+    """
+
+    def __init__(self, config: TrainConfig, teacher: Teacher, prompts: list[str]):
+        torch.manual_seed(config.seed)
+        self.config, self.teacher, self.prompts = config, teacher, prompts
+        self.accelerator = distributed.make_accelerator(config)
+        self.device = self.accelerator.device
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.step = self.skipped = self.skipped_in_row = 0
+        transformer = teacher.transformer.to(self.device).eval().requires_grad_(False)
+        self.teacher_digest = digest(transformer)
+        self.student = build_student(transformer).train().requires_grad_(True)
+        self.log_variance = objective.LogVariance().to(self.device) if config.log_variance else None
+        if config.gradient_checkpointing:
+            self.student.enable_gradient_checkpointing()
+        self.student_pass, self.loss = objective.two_passes, objective.tangent_loss
+        self.trajectory_step, self.fused = trajectory_step, None
+        if config.fused:
+            import tbcm_kernels
+
+            self.student_pass, self.loss = objective.one_pass, tbcm_kernels.tangent_loss
+            self.trajectory_step = tbcm_kernels.trajectory_step
+            self.fused = tbcm_kernels.fuse(transformer)
+            tbcm_kernels.fuse(self.student)
+        self.teacher_net = TrigFlow(transformer, config.fused)
+        self.student_net = TrigFlow(self.spread(self.student), config.fused)
+        self.log_variance_net = self.spread(self.log_variance) if self.log_variance else None
+        self.parameters = list(self.student.parameters())
+        decay = config.ema_decay
+        # Sharded tensors have no foreach copy.
+        self.ema = EMAModel(self.parameters, decay, foreach=not config.fsdp) if decay else None
+        if self.log_variance:
+            self.parameters += self.log_variance.parameters()
+        self.optimizer = make_optimizer(self.parameters, config)
+        self.route = route(config.route_steps, config.flow_shift)
+        self.filter_latent = load_filter(config, teacher)
+        self.null = self.encode([""])
+        teacher.text.check(prompts)
+        self.cache = self.encode(prompts) if len(prompts) <= CACHED_PROMPTS else None
+
+    @property
+    def main(self) -> bool:
+        """True on the one process that writes files."""
+        return self.accelerator.is_main_process
+
+    def spread(self, module: torch.nn.Module) -> torch.nn.Module:
+        """The module to call so that its gradients are shared by all processes."""
+        return distributed.spread(module, self.accelerator, self.config.fsdp)
+
+    def encode(self, prompts: list[str]) -> Text:
+        """Encoded prompts on the device."""
+        return Text(*self.teacher.text.encode(prompts)).to(self.device)
+
+    def text(self, rows: list[int]) -> Text:
+        """The encoded prompts of these rows of the prompts file."""
+        if self.cache is not None:
+            return Text(*(a[rows] for a in self.cache))
+        return self.encode([self.prompts[row] for row in rows])
+
+    def autocast(self) -> AbstractContextManager:
+        """bf16 for the networks if asked for; master weights and loss stay in fp32."""
+        if self.config.mixed_precision == "no":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def train_step(self) -> dict[str, Any]:
+        """One step: its record for metrics.jsonl. A step that is not finite is not applied.
+
+        Samples whose ‖g‖ is not finite are counted; in fused mode the others still make a step, if
+        the student's own output is finite.
+        """
+        start = time.perf_counter()
+        r, lr = self.schedule()
+        loss, norms = self.gradients(r)
+        grad_norm, applied = self.update(loss)
+        self.step += 1
+        self.count_skips(applied)
+        finite = norms[norms.isfinite()]
+        rate = self.config.train_batch_size / (time.perf_counter() - start)
+        return {
+            "step": self.step, "loss": loss.item(), "g_norm": finite.mean().item(), "r": r,
+            "lr": lr, "grad_norm": grad_norm, "images_per_s": rate, "skipped": not applied,
+            "bad_samples": len(norms) - len(finite),
+        }  # fmt: skip
+
+    def schedule(self) -> tuple[float, float]:
+        """r of this step, and its learning rate, which is set."""
+        c = self.config
+        lr = c.learning_rate * lr_factor(self.step, c)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        r = objective.tangent_weight(
+            self.step, c.tangent_warmup_steps, c.tangent_calm_start, c.tangent_calm_steps,
+            c.tangent_calm_value,
+        )  # fmt: skip
+        return r, lr
+
+    def gradients(self, r: float) -> tuple[Tensor, Tensor]:
+        """Gradients of the whole batch, pass by pass: its loss, and ‖g‖ of all its samples."""
+        passes = [p for draw in self.shares(self.draw()) for p in self.split(self.harvest(draw))]
+        total, losses, norms = sum(len(p.x) for p in passes), [], []
+        for samples in passes:
+            with self.averaging(last=samples is passes[-1]):
+                loss, norm = self.forward(samples, r)
+                loss = loss * (len(samples.x) / total)
+                self.backward(loss)
+            losses.append(loss.detach())
+            norms.append(norm)
+        loss = self.accelerator.reduce(torch.stack(losses).sum(), "mean")
+        return loss, self.accelerator.gather(torch.cat(norms))
+
+    def draw(self) -> Draw:
+        """The random choices of this step, for the whole batch."""
+        n, gen, scales = self.config.train_batch_size, self.generator, self.config.scm_cfg_scale
+        rows = torch.randint(len(self.prompts), (n,), generator=gen)
+        chosen = torch.randint(len(scales), (n,), generator=gen)
+        guidance = torch.tensor(scales, dtype=torch.float32)[chosen]
+        noise = SIGMA_DATA * torch.randn(n, *self.teacher.latent_shape, generator=gen)
+        return Draw(rows, guidance, noise, self.times(n), torch.rand(n, generator=gen))
+
+    def times(self, n: int) -> Tensor:
+        """The route of n prompts [n, N]: one for all of them, or each its own."""
+        if not self.config.jitter:
+            times = [self.route]
+        elif self.config.jitter_each_prompt:
+            times = [jittered(self.route, self.generator) for _ in range(n)]
+        else:
+            times = [jittered(self.route, self.generator)]
+        return torch.stack(times).float().expand(n, -1)
+
+    def shares(self, draw: Draw) -> list[Draw]:
+        """This process's share of the batch, in one part for each accumulation step."""
+        parts, rank = self.config.gradient_accumulation_steps, self.accelerator.process_index
+        n = len(draw.rows) // (parts * self.accelerator.num_processes)
+        starts = range(rank * parts * n, (rank + 1) * parts * n, n)
+        return [type(draw)(*(a[start : start + n] for a in draw)) for start in starts]
+
+    def harvest(self, draw: Draw) -> Samples:
+        """Follow the teacher from the noise of these prompts; keep its path."""
+        text = self.text(draw.rows.tolist())
+        _, guidance, noise, times, _ = (a.to(self.device) for a in draw)
+        with self.autocast():
+            path = rollout(
+                self.teacher_net, noise, times.T, self.guided(text), guidance, self.trajectory_step
+            )
+        keep = torch.ones_like(guidance)
+        if self.filter_latent is not None:
+            keep = keep_mask(path.x0.cpu(), self.filter_latent, draw.uniform).to(self.device)
+        return student_samples(path, text, GUIDANCE_SCALE * guidance, keep)
+
+    def split(self, samples: Samples) -> list[Samples]:
+        """The batch in passes of points_per_pass points of each prompt, to save memory."""
+        points = self.config.points_per_pass
+        return by_points(samples, points) if points else [samples]
+
+    def averaging(self, last: bool) -> AbstractContextManager:
+        """Processes exchange gradients in the last backward of a step alone."""
+        nets = [self.student_net.transformer, self.log_variance_net]
+        return nullcontext() if last else distributed.local_gradients(nets)
+
+    @torch.no_grad()
+    def guided(self, text: Text) -> Text:
+        """Both branches of guidance; a fused teacher reads them once for the whole route."""
+        both = with_null(text, self.null)
+        if self.fused is None:
+            return both
+        return Text(self.fused.encode_text(both.embeds), both.mask)
+
+    def forward(self, samples: Samples, r: float) -> tuple[Tensor, Tensor]:
+        """The loss of a student batch and ‖g‖ of its samples."""
+        x, t, velocity, text, guidance, keep = samples
+        # A fused student reads each prompt once; the stock model wants one text per image.
+        text = text if self.fused else text.each(len(x) // len(text.mask))
+        with self.autocast():
+            out, jvp = self.student_pass(self.student_net, x, t, velocity, *text, guidance)
+        weight = objective.time_weight(t) if self.config.time_weighting else torch.ones_like(t)
+        lv = self.log_variance_net(t) if self.log_variance else torch.zeros_like(t)
+        c = self.config.tangent_norm_constant
+        return self.loss(out, jvp, velocity, x, t, r, c, keep, weight, lv)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the loss."""
+        loss.backward()
+
+    def update(self, loss: Tensor) -> tuple[float, bool]:
+        """Clip and apply the gradients; their norm before clipping, and whether all was finite."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        finite = math.isfinite(norm) and math.isfinite(loss.item())
+        if finite:
+            self.optimizer.step()
+            if self.ema:
+                self.ema.step(self.student.parameters())
+        self.optimizer.zero_grad()
+        return norm, finite
+
+    def count_skips(self, finite: bool) -> None:
+        """Count a skipped step. Raises UserError after too many in a row."""
+        self.skipped += not finite
+        self.skipped_in_row = 0 if finite else self.skipped_in_row + 1
+        if self.skipped_in_row >= self.config.max_skipped_steps:
+            raise UserError(
+                f"The loss was not finite for {self.skipped_in_row} steps in a row, up to step "
+                f"{self.step}; lower learning_rate or raise tangent_warmup_steps."
+            )
+
+    @contextmanager
+    def averaged_weights(self):
+        """Within, the student has its averaged weights, if the run keeps them."""
+        if not self.ema:
+            yield
+            return
+        self.ema.store(self.student.parameters())
+        self.ema.copy_to(self.student.parameters())
+        try:
+            yield
+        finally:
+            self.ema.restore(self.student.parameters())
+
+    def whole_student(self) -> SanaTransformer2DModel | None:
+        """The student with its averaged weights, on the CPU; None but on the main process."""
+        with self.averaged_weights():
+            state = distributed.whole(self.student.state_dict())
+            state = {name: weight.cpu().clone() for name, weight in state.items()}
+        if not self.main:
+            return None
+        with torch.device("meta"):
+            student = SanaTransformer2DModel.from_config(self.student.config)
+        student.load_state_dict(state, assign=True)
+        return student
+
+    @torch.no_grad()
+    def sample(self, n: int, steps: int) -> Tensor:
+        """x0/σ_d of n images from fixed noise; the run's own draws are left alone."""
+        gen = torch.Generator(self.device).manual_seed(self.config.seed)
+        shape = (n, *self.teacher.latent_shape)
+        noise = SIGMA_DATA * torch.randn(shape, generator=gen, device=self.device)
+        text = self.text([i % len(self.prompts) for i in range(n)])
+        scales = sorted(self.config.scm_cfg_scale)
+        guidance = noise.new_full((n,), GUIDANCE_SCALE * scales[len(scales) // 2])
+        with self.averaged_weights(), self.autocast():
+            return consistency_sample(self.student_net, noise, *text, guidance, steps, gen)
+
+    def state(self) -> dict[str, Any]:
+        """All that a checkpoint needs to continue bit for bit; the schedules follow the step.
+
+        It does not depend on the number of processes, all of which must ask for it.
+        """
+        return distributed.whole({
+            "step": self.step, "skipped": self.skipped, "skipped_in_row": self.skipped_in_row,
+            "config": vars(self.config), "prompts": self.prompts_digest(),
+            "teacher": self.teacher_digest,
+            "student": self.student.state_dict(),
+            "log_variance": self.log_variance.state_dict() if self.log_variance else None,
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "generator": self.generator.get_state(), "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        })  # fmt: skip
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint. Raises UserError if prompts or teacher are not the same."""
+        if state["prompts"] != self.prompts_digest():
+            raise UserError("The prompts are not those of the checkpoint; restore their file.")
+        if state["teacher"] != self.teacher_digest:
+            raise UserError("The teacher's weights are not those of the checkpoint; restore them.")
+        self.step, self.skipped = state["step"], state["skipped"]
+        self.skipped_in_row = state["skipped_in_row"]
+        try:
+            distributed.load_whole(self.student, state["student"])
+        except RuntimeError as error:
+            raise UserError("The checkpoint's student does not fit this teacher.") from error
+        distributed.load_optimizer(self.optimizer, self.parameters, state["optimizer"])
+        if self.log_variance:
+            distributed.load_whole(self.log_variance, state["log_variance"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.device)
+            pairs = zip(self.ema.shadow_params, self.parameters, strict=False)
+            self.ema.shadow_params = [distributed.shared_as(*pair) for pair in pairs]
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch_rng"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+    def prompts_digest(self) -> str:
+        """Fingerprint of the prompts, the only data."""
+        return hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
+
+
+def digest(net: torch.nn.Module) -> str:
+    """Fingerprint of a network's weights."""
+    found = hashlib.sha256()
+    for weight in net.parameters():
+        found.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()

@@ -1,0 +1,140 @@
+"""Many processes: how a module, its gradients and its weights are shared.
+
+Every process draws the random numbers of the whole batch and takes its own part, so a run is the
+same on any number of processes. Start them with `accelerate launch` or `torchrun`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from tbcm.config import TrainConfig
+from tbcm.errors import UserError, package
+
+Result = TypeVar("Result")
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
+
+
+def check_device(config: TrainConfig) -> torch.device:
+    """The kind of device to compute on. Raises UserError if it is not there."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but PyTorch finds no GPU here; use --device cpu.")
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """This process among the others, and the trackers.
+
+    Raises UserError where the settings and the number of processes do not go together.
+    """
+    cpu = check_device(config).type == "cpu"
+    if config.report_to:
+        package(TRACKERS[config.report_to], f"report_to {config.report_to}")
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise UserError(f"Leave {name} out of accelerate's own settings; give tbcm --fsdp.")
+    # The networks run under the trainer's own autocast.
+    accelerator = Accelerator(
+        cpu=cpu, mixed_precision="no", log_with=config.report_to, project_dir=config.output_dir
+    )
+    check_shares(config, accelerator.num_processes)
+    return accelerator
+
+
+def check_shares(config: TrainConfig, processes: int) -> None:
+    """Raises UserError if the batch cannot be shared, or FSDP has nothing to share with."""
+    parts = processes * config.gradient_accumulation_steps
+    if config.train_batch_size % parts:
+        raise UserError(
+            f"train_batch_size counts a whole step: {config.train_batch_size} must become a "
+            f"multiple of {parts}, that is {processes} processes × gradient_accumulation_steps "
+            f"{config.gradient_accumulation_steps}."
+        )
+    if config.fsdp and processes == 1:
+        raise UserError("fsdp shares a model among processes; start several, or leave it out.")
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """What work() returns on the main process, on all of them; its UserError likewise."""
+    told: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            told[0] = work()
+        except UserError as error:
+            told[1] = str(error)
+    broadcast_object_list(told)
+    if told[1] is not None:
+        raise UserError(told[1])
+    return told[0]
+
+
+def spread(module: nn.Module, accelerator: Accelerator, fsdp: bool) -> nn.Module:
+    """The module to call so that its gradients are averaged: itself, in DDP, or sharded in place.
+
+    A fused forward reads the parameters of its blocks itself, past their hooks, so a fused model is
+    sharded as one unit; another by its blocks.
+    """
+    if accelerator.num_processes == 1:
+        return module
+    if not fsdp:
+        return accelerator.prepare_model(module)
+    if "forward" not in module.__dict__:
+        for block in getattr(module, "transformer_blocks", ()):
+            fully_shard(block)
+    return fully_shard(module, reshard_after_forward=True)
+
+
+@contextmanager
+def local_gradients(modules: list[nn.Module]) -> Iterator[None]:
+    """Within, DDP leaves gradients unaveraged: another backward of the same step will follow."""
+    with ExitStack() as stack:
+        for module in modules:
+            if isinstance(module, DistributedDataParallel):
+                stack.enter_context(module.no_sync())
+        yield
+
+
+def whole(state: Any) -> Any:
+    """The same nested state with every sharded tensor made whole; a collective call."""
+    if isinstance(state, dict):
+        return {key: whole(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [whole(value) for value in state]
+    return state.full_tensor().cpu() if isinstance(state, DTensor) else state
+
+
+def shared_as(state: Any, like: Tensor) -> Any:
+    """A whole tensor shared among the processes as `like` is, if it has its shape."""
+    if not isinstance(like, DTensor) or not isinstance(state, Tensor) or state.shape != like.shape:
+        return state
+    return distribute_tensor(state.to(like.device), like.device_mesh, like.placements)
+
+
+def load_whole(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """`load_state_dict` of whole tensors into a module that may be sharded."""
+    own = module.state_dict()
+    module.load_state_dict({k: shared_as(v, own[k]) if k in own else v for k, v in state.items()})
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], state: dict[str, Any]
+) -> None:
+    """`load_state_dict` of whole tensors into an optimiser of `parameters`, in their order."""
+    shared = {
+        i: {name: shared_as(value, parameters[i]) for name, value in values.items()}
+        for i, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": shared})

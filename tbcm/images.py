@@ -1,0 +1,148 @@
+"""Images and their captions for the baselines: latents, encoded once and kept on disc.
+
+A folder holds `name.jpg` (or .jpeg, .png, .webp) and its caption `name.txt`. A latent's file is
+named after the content of its image, of the VAE and the resolution, and written whole, so an
+encoding that was stopped continues and several processes share the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from rich.progress import track
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from tbcm import digits
+from tbcm.config import TrainConfig
+from tbcm.errors import UserError
+from tbcm.models import Teacher
+from tbcm.sampling import write_whole
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class Latents(NamedTuple):
+    """M images: the row of each one's caption in the prompts [M], and a way to read them.
+
+    load(picks [n]) gives x0/σ_d [n, C, H, W] fp32 on the CPU; `digest` is the data's fingerprint.
+    """
+
+    rows: Tensor
+    load: Callable[[Tensor], Tensor]
+    digest: str
+
+
+def captioned(folder: str | Path) -> list[tuple[Path, str]]:
+    """Every image of a folder, in the order of the names, with its caption.
+
+    Raises:
+        UserError: the folder holds no image, or an image lacks a caption that can be read.
+    """
+    found = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in SUFFIXES)
+    if not found:
+        raise UserError(f"images {folder} holds no {', '.join(SUFFIXES)} file.")
+    return [(path, _caption(path.with_suffix(".txt"))) for path in found]
+
+
+def _caption(path: Path) -> str:
+    try:
+        text = " ".join(path.read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Cannot read the caption {path} ({error}); write it as UTF-8.") from error
+    if not text:
+        raise UserError(f"The caption {path} is empty; write what the image shows.")
+    return text
+
+
+def captions(folder: str | Path) -> list[str]:
+    """The different captions of a folder."""
+    return sorted({caption for _, caption in captioned(folder)})
+
+
+def open_latents(
+    config: TrainConfig, teacher: Teacher, prompts: list[str], accelerator: Accelerator
+) -> Latents:
+    """The images of a run; those that are not in the cache are encoded first.
+
+    Raises:
+        UserError: there is no folder of images, no VAE for them, or an image that cannot be read.
+    """
+    if config.images is None:
+        return built_in(prompts)
+    pairs = captioned(config.images)
+    files = encoded([path for path, _ in pairs], config, teacher, accelerator)
+    rows = {caption: row for row, caption in enumerate(prompts)}
+    digest = hashlib.sha256("".join(file.name for file in files).encode()).hexdigest()
+
+    def load(picks: Tensor) -> Tensor:
+        return torch.stack([load_file(files[i])["latent"] for i in picks.tolist()])
+
+    return Latents(torch.tensor([rows[caption] for _, caption in pairs]), load, digest)
+
+
+def built_in(prompts: list[str]) -> Latents:
+    """The training digits, which are their own latents, asked for in each phrasing in turn."""
+    (images, labels), _ = digits.load_digits()
+    phrasings = torch.arange(len(labels)) % (len(prompts) // len(digits.WORDS))
+    return Latents(phrasings * len(digits.WORDS) + labels, images.__getitem__, "digits")
+
+
+def encoded(
+    images: list[Path], config: TrainConfig, teacher: Teacher, accelerator: Accelerator
+) -> list[Path]:
+    """The files of the images' latents, all of them there."""
+    vae = teacher.path / "vae"
+    if not (vae / "config.json").exists():
+        raise UserError(
+            f"{teacher.path} has no vae/ to encode images with; save the whole pipeline."
+        )
+    folder = Path(config.latents_cache or Path(config.images) / "tbcm_latents")
+    salt = content(*sorted(vae.iterdir())) + repr(teacher.latent_shape)
+    names = [content(image, salt=salt) for image in images]
+    files = [folder / f"{name}.safetensors" for name in names]
+    missing = [pair for pair in zip(images, files, strict=True) if not pair[1].exists()]
+    # Every process has listed what is missing before one of them makes a file.
+    accelerator.wait_for_everyone()
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    if mine:
+        encode(mine, vae, teacher.latent_shape, accelerator.device)
+    accelerator.wait_for_everyone()
+    return files
+
+
+def content(*files: Path, salt: str = "") -> str:
+    """Fingerprint of what is in some files."""
+    found = hashlib.sha256(salt.encode())
+    for path in files:
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
+
+
+@torch.no_grad()
+def encode(
+    pairs: list[tuple[Path, Path]], folder: Path, shape: tuple[int, int, int], device: torch.device
+) -> None:
+    """Write the latent of each (image, file), of images cut to a square in the middle."""
+    from diffusers import AutoencoderDC
+    from diffusers.image_processor import VaeImageProcessor
+
+    vae = AutoencoderDC.from_pretrained(folder, torch_dtype=torch.float32).to(device).eval()
+    ratio = vae.spatial_compression_ratio
+    processor = VaeImageProcessor(vae_scale_factor=ratio)
+    height, width = ratio * shape[1], ratio * shape[2]
+    for path, file in track(pairs, "latents", disable=len(pairs) < 2):
+        try:
+            image = Image.open(path).convert("RGB")
+        except (OSError, Image.DecompressionBombError) as error:
+            raise UserError(f"Cannot read the image {path} ({error}); remove it.") from error
+        pixels = processor.preprocess(image, height, width, resize_mode="crop").to(device)
+        latent = vae.encode(pixels).latent[0] * vae.config.scaling_factor
+        write_whole(file, save({"latent": latent.cpu().contiguous()}))

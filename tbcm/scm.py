@@ -1,0 +1,70 @@
+"""sCM, the baseline that learns from images: noise is added to them, nothing is rolled out.
+
+Source: sCM (arXiv 2410.11081), with the settings of SANA-Sprint (2503.09641).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tbcm.config import TrainConfig
+from tbcm.distiller import Distiller
+from tbcm.distributed import make_accelerator
+from tbcm.images import open_latents
+from tbcm.models import Teacher
+from tbcm.rollout import Draw, Samples, Text, branches
+from tbcm.student import GUIDANCE_SCALE
+from tbcm.trigflow import SIGMA_DATA, to_time
+
+
+def normal_times(n: int, mean: float, std: float, generator: torch.Generator) -> Tensor:
+    """t = arctan(e^τ/σ_d) [n] with τ ~ N(mean, std²)."""
+    return torch.atan(torch.exp(mean + std * torch.randn(n, generator=generator)) / SIGMA_DATA)
+
+
+def noised(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t = cos t · x0 + sin t · z, for z [B, ...] of std σ_d."""
+    return to_time(x0, noise, torch.zeros_like(t), t)
+
+
+class ScmDistiller(Distiller):
+    """The baseline's own two parts of a step: what is drawn, and where x and V come from.
+
+    train_batch_size counts images, each of which is one student sample.
+    """
+
+    def __init__(self, config: TrainConfig, teacher: Teacher, prompts: list[str]):
+        # The VAE has gone before the student comes.
+        self.latents = open_latents(config, teacher, prompts, make_accelerator(config))
+        super().__init__(config, teacher, prompts)
+
+    def draw(self) -> Draw:
+        """As for TBCM, but rows are of images and times [P, 1] are drawn alone."""
+        n, gen, c = self.config.train_batch_size, self.generator, self.config
+        rows = torch.randint(len(self.latents.rows), (n,), generator=gen)
+        chosen = torch.randint(len(c.scm_cfg_scale), (n,), generator=gen)
+        guidance = torch.tensor(c.scm_cfg_scale, dtype=torch.float32)[chosen]
+        noise = SIGMA_DATA * torch.randn(n, *self.teacher.latent_shape, generator=gen)
+        times = normal_times(n, c.logit_mean, c.logit_std, gen)[:, None]
+        return Draw(rows, guidance, noise, times, torch.rand(n, generator=gen))
+
+    def images(self, draw: Draw) -> Tensor:
+        """x0 [P, C, H, W] of the images drawn."""
+        return SIGMA_DATA * self.latents.load(draw.rows).to(self.device)
+
+    def harvest(self, draw: Draw) -> Samples:
+        """Noise on the images, and the guided teacher's velocity there."""
+        text: Text = self.text(self.latents.rows[draw.rows].tolist())
+        guidance, noise, t = (
+            a.to(self.device) for a in (draw.guidance, draw.noise, draw.times[:, 0])
+        )
+        x = noised(self.images(draw), noise, t)
+        with torch.no_grad(), self.autocast():
+            out = branches(self.teacher_net, x, t, self.guided(text))
+            velocity, _ = self.trajectory_step(x, out, t, t, guidance)
+        return Samples(x, t, velocity, text, GUIDANCE_SCALE * guidance, torch.ones_like(guidance))
+
+    def prompts_digest(self) -> str:
+        """Fingerprint of captions and images."""
+        return super().prompts_digest() + self.latents.digest

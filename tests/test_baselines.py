@@ -1,0 +1,307 @@
+"""sCM and SANA-Sprint: their own parts of a step, the latents' cache, and that they learn."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from diffusers import AutoencoderDC
+from PIL import Image
+
+from tbcm import digits, images
+from tbcm.config import PRESETS, TrainConfig
+from tbcm.distiller import Distiller
+from tbcm.errors import UserError
+from tbcm.models import ASSETS, load_teacher
+from tbcm.rollout import rollout
+from tbcm.sampling import consistency_sample
+from tbcm.sprint import Features, Head, Heads
+from tbcm.train import METHODS, load_prompts, train
+from tbcm.trigflow import SIGMA_DATA, like, route
+
+
+def settings(out: Path, **changes: object) -> TrainConfig:
+    """A run of a few quick steps of a baseline."""
+    preset = yaml.safe_load((PRESETS / "digits_baselines.yaml").read_text())
+    quick = {"train_batch_size": 4, "max_train_steps": 2, "method": "scm", "output_dir": str(out)}
+    return TrainConfig(**{**preset, **quick, "tangent_warmup_steps": 0, **changes})
+
+
+def distiller(config: TrainConfig) -> Distiller:
+    """The parts of a run without its folder."""
+    return METHODS[config.method](config, load_teacher("digits"), load_prompts(config))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_scm_adds_noise_to_images_and_asks_the_guided_teacher_there(fused: bool, tmp_path: Path):
+    parts = distiller(settings(tmp_path, fused=fused, scm_cfg_scale=[1.0, 4.0]))
+    draw = parts.draw()
+    x, t, velocity, text, guidance, keep = parts.harvest(draw)
+    (pixels, labels), _ = digits.load_digits()
+    cos, sin = like(torch.cos(t), x), like(torch.sin(t), x)
+    torch.testing.assert_close(x, SIGMA_DATA * cos * pixels[draw.rows] + sin * draw.noise)
+    asked = [digits.prompt_digit(parts.prompts[i]) for i in parts.latents.rows[draw.rows]]
+    assert asked == labels[draw.rows].tolist() and keep.min() == 1
+    torch.testing.assert_close(guidance, 0.1 * draw.guidance)
+    teacher = distiller(settings(tmp_path)).teacher_net
+    null = [a.expand_as(b) for a, b in zip(parts.null, text, strict=True)]
+    with torch.no_grad():
+        with_text, without = (teacher(x / SIGMA_DATA, t, *c) for c in (text, null))
+    scale = like(draw.guidance, x)
+    want = SIGMA_DATA * (without + scale * (with_text - without))
+    torch.testing.assert_close(velocity, want, rtol=1e-4, atol=1e-5)
+
+
+def test_scm_draws_its_times_from_a_log_normal(tmp_path: Path):
+    config = settings(tmp_path, train_batch_size=4000, logit_mean=0.5, logit_std=2.0)
+    tau = torch.log(SIGMA_DATA * torch.tan(distiller(config).draw().times.double()))
+    assert tau.mean().item() == pytest.approx(0.5, abs=0.1)
+    assert tau.std().item() == pytest.approx(2.0, abs=0.1)
+
+
+@pytest.mark.parametrize("method", ["scm", "sana_sprint"])
+def test_a_baseline_brings_the_one_step_image_to_the_end_of_the_teachers_path(
+    method: str, tmp_path: Path
+):
+    parts = distiller(settings(tmp_path, method=method, fused=True, train_batch_size=24,
+                               ema_decay=0.0, max_train_steps=450))  # fmt: skip
+    noise = SIGMA_DATA * torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    text, scale = parts.text(list(range(32))), torch.full((32,), 1.5)
+    path = rollout(parts.teacher_net, noise, route(30, 2.5).float(), parts.guided(text), scale)
+
+    def pair_rmse() -> float:
+        with torch.no_grad():
+            image = consistency_sample(parts.student_net, noise, *text, 0.1 * scale, steps=1)
+        return (image - path.x0 / SIGMA_DATA).square().mean().sqrt().item()
+
+    before = pair_rmse()
+    for _ in range(30):
+        parts.train_step()
+    assert pair_rmse() < 0.8 * before
+
+
+def test_the_heads_read_the_stock_teachers_blocks_through_a_fused_one(tmp_path: Path):
+    parts = distiller(settings(tmp_path, method="sana_sprint", fused=True, head_block_ids=[1, 3]))
+    x = torch.randn(2, 1, 8, 8, requires_grad=True)
+    t, text = torch.tensor([0.3, 1.2]), parts.text([0, 1])
+    fused = parts.features(x, t, text)
+    stock = Features(load_teacher("digits").transformer, [1, 3])(x, t, text)
+    assert [f.shape for f in fused] == 2 * [(2, 16, 128)] and not torch.equal(*fused)
+    for a, b in zip(fused, stock, strict=True):
+        assert torch.equal(a, b)
+    parts.teacher_net(x, t, *text)  # no hook is left, which the fused forward would refuse
+
+
+def test_student_and_heads_each_follow_their_own_loss(tmp_path: Path):
+    parts = distiller(settings(tmp_path, method="sana_sprint", adv_lambda=0.5))
+    samples = parts.harvest(parts.draw())
+    loss, _ = parts.forward(samples, 0.5)
+    parts.backward(loss)
+    got = {id(p): p.grad for p in [*parts.parameters, *parts.heads.parameters()]}
+    base, _ = super(type(parts), parts).forward(samples[:6], 0.5)
+    fake, real = parts.fake_features(samples), parts.real_features(samples)
+    adversarial = -parts.heads(fake).mean()
+    assert loss.item() == pytest.approx((base + 0.5 * adversarial).item(), rel=1e-5)
+    want = torch.autograd.grad(base + 0.5 * adversarial, parts.parameters, retain_graph=True)
+    wrong, right = parts.heads([f.detach() for f in fake]), parts.heads(real)
+    hinge = 0.5 * ((1 + wrong).clamp(min=0).mean() + (1 - right).clamp(min=0).mean())
+    theirs = torch.autograd.grad(hinge, list(parts.heads.parameters()))
+    for p, gradient in zip([*parts.parameters, *parts.heads.parameters()], [*want, *theirs],
+                           strict=True):  # fmt: skip
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(got[id(p)], gradient, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_half_of_what_the_gan_sees_comes_from_pure_noise(tmp_path: Path):
+    parts = distiller(settings(tmp_path, method="sana_sprint", train_batch_size=1000))
+    draw = parts.draw()
+    assert 0.45 < (draw.gan_t == torch.tensor(torch.pi / 2)).float().mean() < 0.55
+    tau = torch.log(SIGMA_DATA * torch.tan(draw.fake_t.double()))
+    assert tau.mean().item() == pytest.approx(-0.6, abs=0.15)
+    assert not torch.equal(draw.fake_t, draw.real_t)
+
+
+def test_the_heads_learn_to_tell_images_from_the_students(tmp_path: Path):
+    parts = distiller(
+        settings(tmp_path, method="sana_sprint", fused=True, train_batch_size=16, adv_lambda=0.0,
+                 largest_timestep_prob=1.0, learning_rate=2e-3, lr_scheduler="constant")
+    )  # fmt: skip
+    parts.optimizer.step = lambda: None  # the student stands still
+    hinge = [parts.train_step()["hinge_loss"] for _ in range(25)]
+    assert sum(hinge[-5:]) < 0.9 * sum(hinge[:5])
+
+
+def test_spectral_norms_change_by_renewal_alone():
+    heads = Heads([Head(8)]).eval()
+    before = copy.deepcopy(heads.state_dict())
+    heads([torch.randn(2, 16, 8)])
+    assert all(torch.equal(v, before[k]) for k, v in heads.state_dict().items())
+    heads.renew()
+    assert any(not torch.equal(v, before[k]) for k, v in heads.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["scm", "sana_sprint"])
+def test_a_baseline_continues_bit_for_bit(method: str, tmp_path: Path):
+    config = settings(tmp_path, method=method, fused=True)
+    straight = distiller(config)
+    straight.train_step()
+    state = copy.deepcopy(straight.state())
+    rows = [straight.train_step() for _ in range(2)]
+    resumed = distiller(config)
+    resumed.load_state(state)
+    for row in rows:
+        again = resumed.train_step()
+        assert all(again[key] == row[key] for key in row if key != "images_per_s")
+    for mine, its in zip(resumed.parameters, straight.parameters, strict=True):
+        assert torch.equal(mine, its)
+
+
+def test_accumulation_changes_no_gradient_of_student_or_heads(tmp_path: Path):
+    found = []
+    for parts in (1, 2):
+        config = settings(tmp_path, method="sana_sprint", gradient_accumulation_steps=parts)
+        run = distiller(config)
+        run.gradients(0.5)
+        found.append([p.grad for p in [*run.parameters, *run.heads.parameters()]])
+    for mine, its in zip(*found, strict=True):
+        scale = its.abs().max().item()
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=2e-5 * scale + 1e-9)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits teacher with a tiny DC-AE: images of 16 × 16 pixels are latents [1, 8, 8]."""
+    folder = tmp_path_factory.mktemp("teacher") / "teacher"
+    shutil.copytree(ASSETS / "digits", folder)
+    torch.manual_seed(0)
+    AutoencoderDC(
+        latent_channels=1, attention_head_dim=4, encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock", encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8), encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()), scaling_factor=0.41,
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five images of different sizes with captions, two of which are the same."""
+    found = tmp_path / "images"
+    found.mkdir()
+    random = np.random.default_rng(0)
+    for i in range(5):
+        pixels = random.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(found / f"{i}.png")
+        (found / f"{i}.txt").write_text(f"the digit {max(i, 1)}\n")
+    return found
+
+
+def opened(config: TrainConfig, teacher: Path) -> images.Latents:
+    """The latents of a run in this process."""
+    loaded = load_teacher(str(teacher))
+    return images.open_latents(config, loaded, load_prompts(config), Accelerator(cpu=True))
+
+
+def of_folder(out: Path, teacher: Path, folder: Path, **changes: object) -> TrainConfig:
+    """A run on a folder of images."""
+    return settings(
+        out, teacher=None, pretrained_model_name_or_path=str(teacher), images=str(folder), **changes
+    )
+
+
+def test_latents_are_encoded_once_and_after_a_change_alone(
+    teacher: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = of_folder(tmp_path / "run", teacher, folder)
+    found = opened(config, teacher)
+    latents = found.load(torch.tensor([3, 0]))
+    vae = AutoencoderDC.from_pretrained(teacher / "vae")
+    pixels = np.asarray(Image.open(folder / "3.png").resize((20, 16), Image.LANCZOS))
+    middle = torch.from_numpy(pixels[:, 2:18].copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        want = 0.41 * vae.encode(middle).latent
+    torch.testing.assert_close(latents[:1], want, rtol=0, atol=0.05)
+    assert load_prompts(config) == [f"the digit {i}" for i in (1, 2, 3, 4)]
+    assert found.rows.tolist() == [0, 0, 1, 2, 3]
+
+    asked: list[str] = []
+    encode = images.encode
+
+    def watched(pairs: list, *rest: object) -> None:
+        asked.extend(image.name for image, _ in pairs)
+        encode(pairs, *rest)
+
+    monkeypatch.setattr(images, "encode", watched)
+    assert torch.equal(opened(config, teacher).load(torch.tensor([3, 0])), latents)
+    assert asked == []
+    Image.new("RGB", (16, 16)).save(folder / "3.png")
+    assert opened(config, teacher).digest != found.digest and asked == ["3.png"]
+
+
+def test_a_folder_of_images_trains(teacher: Path, folder: Path, tmp_path: Path):
+    cache = tmp_path / "cache"
+    train(of_folder(tmp_path / "run", teacher, folder, latents_cache=str(cache), fused=True))
+    assert len(list(cache.iterdir())) == 5 and not (folder / "tbcm_latents").exists()
+    assert (tmp_path / "run" / "student" / "config.json").exists()
+
+
+def without_caption(folder: Path) -> None:
+    (folder / "2.txt").unlink()
+
+
+def empty_caption(folder: Path) -> None:
+    (folder / "2.txt").write_text(" \n")
+
+
+def torn_image(folder: Path) -> None:
+    (folder / "2.png").write_bytes(b"torn")
+
+
+def no_image(folder: Path) -> None:
+    for image in folder.glob("*.png"):
+        image.unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (without_caption, r"Cannot read the caption .*2\.txt"), (empty_caption, r"2\.txt is empty"),
+        (torn_image, r"Cannot read the image .*2\.png"), (no_image, r"holds no \.jpg"),
+    ],
+)  # fmt: skip
+def test_bad_images_are_named(
+    harm: Callable[[Path], None], says: str, teacher: Path, folder: Path, tmp_path: Path
+):
+    harm(folder)
+    with pytest.raises(UserError, match=says):
+        train(of_folder(tmp_path / "run", teacher, folder))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"prompts": "p.txt"}, "takes the images' captions"),
+        ({"points_per_pass": 2}, "points_per_pass splits a trajectory"),
+        ({"filter_latent": "l.pt"}, "filter_latent drops trajectories"),
+        ({"method": "tbcm", "images": "folder"}, "tbcm needs prompts"),
+    ],
+)
+def test_settings_that_a_method_would_pass_by_are_refused(changes: dict, says: str, tmp_path: Path):
+    with pytest.raises(UserError, match=says):
+        settings(tmp_path, **changes)
+
+
+def test_a_teacher_without_vae_and_blocks_it_has_not_are_refused(folder: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="has no vae/ to encode images with"):
+        train(of_folder(tmp_path / "run", ASSETS / "digits", folder))
+    with pytest.raises(UserError, match="4 blocks, from 0 to 3"):
+        distiller(settings(tmp_path, method="sana_sprint", head_block_ids=[2, 8]))

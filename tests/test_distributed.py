@@ -1,0 +1,112 @@
+"""Two processes do what one does: the same samples, and losses and weights equal to rounding."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from tbcm.config import TrainConfig
+from tbcm.distributed import check_shares
+from tbcm.errors import UserError
+from tbcm.train import train
+
+QUICK = {
+    "train_batch_size": 4, "route_steps": 3, "max_train_steps": 3, "checkpointing_steps": 2,
+    "lr_warmup_steps": 0, "learning_rate": 1e-3, "tangent_warmup_steps": 0,
+    "scm_cfg_scale": [1.0, 1.5], "ema_decay": 0.9, "validation_steps": 0, "validation_samples": 2,
+}  # fmt: skip
+RUNS = {
+    "ddp": {},
+    "ddp_fused": {"fused": True, "gradient_accumulation_steps": 2, "points_per_pass": 1},
+    "fsdp": {"fsdp": True},
+    "fsdp_fused": {"fsdp": True, "fused": True},
+    "from_one": {"fsdp": True, "fused": True, "resume_from_checkpoint": "step-000002"},
+}
+"""What each run of two processes changes."""
+
+
+def settings(run: Path, **changes: object) -> TrainConfig:
+    """A run of a few quick steps."""
+    return TrainConfig(str(run), **{**QUICK, **changes})
+
+
+def process(rank: int, folder: str) -> None:
+    """One of two processes: all the runs, one after the other."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"LOCAL_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    for name, changes in RUNS.items():
+        meeting = f"file://{folder}/meeting_{name}"
+        torch.distributed.init_process_group(
+            "gloo", meeting, timedelta(seconds=60), rank=rank, world_size=2
+        )
+        train(settings(Path(folder) / name, **changes))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all runs; "one" is what a single process does."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(settings(folder / "one"))
+    train(settings(folder / "from_one", max_train_steps=2))
+    processes = torch.multiprocessing.spawn(process, (str(folder),), 2, join=False, daemon=True)
+    end = time.monotonic() + 120
+    while not processes.join(timeout=5):  # raises what a process raises, and ends the other
+        assert time.monotonic() < end, "the processes hang"
+    return folder
+
+
+def rows(run: Path) -> list[dict]:
+    """The records of a run."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def state(run: Path, step: int = 3) -> dict:
+    """A checkpoint."""
+    return torch.load(run / f"checkpoints/step-{step:06d}/state.pt", weights_only=True)
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Records, weights and averaged weights differ by rounding."""
+    for mine, its in zip(rows(run), rows(other), strict=True):
+        for key in ("loss", "g_norm", "grad_norm"):
+            assert mine[key] == pytest.approx(its[key], rel=1e-4), (key, mine["step"])
+    a, b = state(run), state(other)
+    moved = QUICK["learning_rate"] * QUICK["max_train_steps"]
+    for name, weight in b["student"].items():
+        # AdamW turns a gradient that is all rounding into a step of either sign.
+        apart = (a["student"][name] - weight).abs()
+        assert apart.mean() < 0.02 * moved and apart.max() <= 2 * moved, name
+    for mine, its in zip(a["ema"]["shadow_params"], b["ema"]["shadow_params"], strict=True):
+        assert (mine - its).abs().mean() < 0.02 * moved
+    assert torch.equal(a["generator"], b["generator"])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_do_what_one_does(runs: Path, name: str):
+    assert_same_run(runs / name, runs / "one")
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp_fused"])
+def test_one_process_continues_what_two_began(runs: Path, name: str):
+    checkpoint = str(runs / name / "checkpoints/step-000002")
+    (runs / "metrics").mkdir(exist_ok=True)
+    kept = (runs / name / "metrics.jsonl").read_text().splitlines(keepends=True)[:2]
+    run = runs / f"{name}_on_one"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("".join(kept))
+    train(settings(run, resume_from_checkpoint=checkpoint))
+    assert_same_run(run, runs / "one")
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(UserError, match=r"train_batch_size .* 3 must become a multiple of 4"):
+        check_shares(settings(Path(), train_batch_size=3, gradient_accumulation_steps=2), 2)
+    with pytest.raises(UserError, match="fsdp shares a model among processes"):
+        check_shares(settings(Path(), fsdp=True), 1)

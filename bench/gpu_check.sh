@@ -100,10 +100,12 @@ if [[ $DEVICE == cuda ]]; then
     bench wan --op attention --shape wan-1.3b-480p --pass jvp --pass step
     has diffusers && tbcm_step sana-1.6b 8
 fi
-bench digits --shape digits
+quick=()
+[[ $DEVICE == cpu ]] && quick=(--op attention --op adaln --op tangent_loss --batch 1 --seconds 0) # to try the script
+bench digits --shape digits "${quick[@]}"
 if has diffusers; then
     tbcm_step digits 40
-    if [[ $DEVICE == cpu ]]; then # the smallest of each, to try the script
+    if [[ $DEVICE == cpu ]]; then # the smallest of each
         tiny=(--layers 1 --latent 4 --text 8 --seconds 1 --device cpu)
         step bench-model 100 "$PYTHON" -m bench.model "${tiny[@]}" --json "$out/model.jsonl"
         tbcm_step sana-0.6b 2 "layers=1, resolution=64, route_steps=2"

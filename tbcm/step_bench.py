@@ -28,11 +28,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tbcm import objective
 from tbcm.config import PRESETS, TrainConfig
+from tbcm.digits import WORDS
+from tbcm.distiller import Distiller
 from tbcm.errors import UserError
+from tbcm.images import Latents
 from tbcm.models import Teacher, load_teacher
 from tbcm.progress import peak_memory_mb
 from tbcm.sampling import write_whole
-from tbcm.train import Distiller, load_prompts
+from tbcm.sprint import HEAD_BLOCKS
+from tbcm.train import METHODS, load_prompts
 
 MODES = ("eager", "compile", "fused")
 PHASES = {"rollout": "harvest", "dual": "forward", "backward": "backward", "optimizer": "update"}
@@ -206,32 +210,47 @@ def work(variant: Variant, plan: Plan, pipe: Connection) -> None:
 
 
 def make_distiller(method: str, mode: str, plan: Plan) -> Distiller:
-    """A distiller of a method, in a mode."""
+    """A distiller of a method, in a mode; every method has as many student samples in a step."""
     # r = 1 from the start, so that the check of the losses sees the whole tangent.
-    settings = {"tangent_warmup_steps": 0, "fused": mode == "fused", "output_dir": "unused"}
-    sizes = plan.sizes()
-    if plan.model == "digits":
-        preset = yaml.safe_load((PRESETS / "digits.yaml").read_text())
-        config = TrainConfig(**{**preset, **settings})
-        teacher, prompts = load_teacher("digits"), load_prompts(config)
-    else:
-        settings |= {"mixed_precision": plan.precision, "train_batch_size": sizes["batch"]}
-        settings["route_steps"] = sizes["route_steps"]
-        config = TrainConfig(**settings)
-        torch.manual_seed(0)
-        latent = sizes["resolution"] // 32
-        transformer = sana(plan.model, sizes["layers"], latent, guidance=False)
-        shape = (transformer.config.in_channels, latent, latent)
-        teacher, prompts = Teacher(transformer, RandomText(), Path(), shape), ["a prompt"]
-    distiller = METHODS[method](config, teacher, prompts)
+    settings = {"method": method, "fused": mode == "fused", "output_dir": "unused"}
+    settings["tangent_warmup_steps"] = 0
+    make = digits_distiller if plan.model == "digits" else sana_distiller
+    distiller = make(settings, plan)
     if mode == "compile":
         distiller.student_pass = torch.compile(objective.two_passes)
         distiller.teacher_net = torch.compile(distiller.teacher_net)
     return distiller
 
 
-METHODS: dict[str, Callable[[TrainConfig, Teacher, list[str]], Distiller]] = {"tbcm": Distiller}
-"""What steps: the distiller of each method."""
+def digits_distiller(settings: dict[str, Any], plan: Plan) -> Distiller:
+    """The built-in teacher, as in its preset."""
+    name = "digits" if settings["method"] == "tbcm" else "digits_baselines"
+    preset = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
+    config = TrainConfig(**{**preset, **settings})
+    return METHODS[config.method](config, load_teacher("digits"), load_prompts(config))
+
+
+def sana_distiller(settings: dict[str, Any], plan: Plan) -> Distiller:
+    """A SANA with random weights; the baselines' images are random latents.
+
+    Baselines encode their images once, before training, so no step contains their VAE.
+    """
+    sizes = plan.sizes()
+    points = 1 if settings["method"] == "tbcm" else sizes["route_steps"] - 1
+    settings |= {"mixed_precision": plan.precision, "route_steps": sizes["route_steps"]}
+    if sizes["layers"] <= min(HEAD_BLOCKS):  # the discriminator reads what there is
+        settings["head_block_ids"] = [sizes["layers"] - 1]
+    config = TrainConfig(**settings, train_batch_size=points * sizes["batch"])
+    torch.manual_seed(0)
+    latent = sizes["resolution"] // 32
+    transformer = sana(plan.model, sizes["layers"], latent, guidance=False)
+    shape = (transformer.config.in_channels, latent, latent)
+    teacher = Teacher(transformer, RandomText(), Path(), shape)
+    distiller = METHODS[config.method](config, teacher, list(WORDS))
+    if config.method != "tbcm":
+        rows = torch.zeros(1, dtype=torch.long)
+        distiller.latents = Latents(rows, lambda picks: torch.randn(len(picks), *shape), "random")
+    return distiller
 
 
 class Counts:

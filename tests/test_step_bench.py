@@ -11,7 +11,6 @@ import torch
 from tbcm.cli import main
 from tbcm.errors import UserError
 from tbcm.step_bench import (
-    METHODS,
     MODES,
     PHASES,
     Counts,
@@ -21,6 +20,7 @@ from tbcm.step_bench import (
     make_distiller,
     report,
 )
+from tbcm.train import METHODS
 
 ROW = {"step": 1, "loss": 1.0, "g_norm": 2.0, "grad_norm": 3.0}
 EAGER, FUSED = ("tbcm", "eager"), ("tbcm", "fused")
@@ -59,20 +59,21 @@ def test_report_has_medians_and_their_ratios():
     assert "fused: memory -50.0%, time -50.0%" in "\n".join(lines({**result, "model": "digits"}))
 
 
-def test_random_sana_steps_and_its_counts() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_random_sana_steps_and_its_counts(method: str) -> None:
     """The smallest model: fused saves less, and asks less of the dispatcher."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    plan = Plan("sana-0.6b", layers=1, resolution=64, route_steps=2, gpu=False)
+    plan = Plan("sana-0.6b", layers=1, resolution=64, route_steps=3, gpu=False)
     assert plan.sizes()["reduced"] and plan.sizes()["of_layers"] == 28
     counts = {}
     for mode in ("eager", "fused"):
-        distiller = make_distiller("tbcm", mode, plan)
+        distiller = make_distiller(method, mode, plan)
         counts[mode] = Counts(distiller).of_a_step(mode)
         assert distiller.step == 1 and distiller.skipped == 0
     torch.set_num_threads(threads)
     eager, fused = counts["eager"], counts["fused"]
-    assert eager["samples"] == fused["samples"] == 1
+    assert eager["samples"] == fused["samples"] == 2
     assert 0 < fused["launches"] < eager["launches"] and fused["saved_mb"] < eager["saved_mb"]
 
 

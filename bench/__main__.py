@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -59,7 +60,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU here")
     for name in ("batch", "tokens"):
-        if (getattr(args, name) or 1) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
     if args.save and args.json:
         parser.error("give --json FILE or --save, not both")
@@ -151,7 +152,7 @@ def line(row: Row) -> str:
 def plan(args: argparse.Namespace, earlier: list[Row]) -> list[tuple[str, str, ops.Shape]]:
     """The ops and shapes to time: those that were asked for, or else those of the earlier rows.
 
-    Raises SystemExit where a model has no such op.
+    Raises SystemExit where a model has no such op, or the tokens make no image.
     """
     if earlier and not (args.op or args.shape):
         cases = {(r["op"], r["shape"], r["batch"], r["tokens"]): None for r in earlier}
@@ -163,6 +164,8 @@ def plan(args: argparse.Namespace, earlier: list[Row]) -> list[tuple[str, str, o
         shape = ops.SHAPES[name]
         if ops.has(shape, op):
             shape = replace(shape, batch=batch or shape.batch, tokens=tokens or shape.tokens)
+            if op == "conv_glu" and math.isqrt(shape.tokens) ** 2 != shape.tokens:
+                raise SystemExit(f"conv_glu needs a square of tokens, not {shape.tokens}")
             work.append((op, name, shape))
     if not work:
         raise SystemExit(f"{', '.join(args.shape)} has no {' or '.join(args.op)}; see bench list")

@@ -23,7 +23,11 @@ def read(path: Path, device: str, dtype: str) -> list[Row]:
     if not all(file.is_file() for file in files):
         raise SystemExit(f"--against: there is no {path}")
     lines = [line for file in files for line in file.read_text().splitlines()]
-    found = [row for row in map(json.loads, lines) if "op" in row and "us" in row]
+    try:
+        rows = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise SystemExit(f"--against: {path} does not hold JSON lines ({error})") from error
+    found = [row for row in rows if "op" in row and "us" in row]
     on_cpu = device == "cpu"
     found = [
         row for row in found

@@ -86,9 +86,24 @@ def test_a_pass_of_ours_gives_what_pytorch_gives(
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)  # stock casts to fp32
 
 
-def test_ops_that_a_model_has_not_are_refused() -> None:
-    with pytest.raises(SystemExit, match="flux-1024 has no conv_glu"):
-        bench.main(["--device", "cpu", "--shape", "flux-1024", "--op", "conv_glu"])
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("--shape flux-1024 --op conv_glu", "flux-1024 has no conv_glu"),
+        ("--tokens 250 --op conv_glu", "square of tokens, not 250"),
+        ("--batch 0", "--batch must be at least 1"),
+        ("--save --json rows.jsonl", "not both"),
+        ("--against nowhere", "there is no nowhere"),
+        ("--against README.md", "does not hold JSON lines"),
+    ],
+)
+def test_bad_input_ends_in_a_sentence(
+    argv: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(figures.ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["--device", "cpu", *argv.split()])
+    assert says in f"{stopped.value} {capsys.readouterr().err}"
 
 
 def test_list_names_every_op_and_shape(capsys: pytest.CaptureFixture[str]) -> None:

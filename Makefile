@@ -37,7 +37,7 @@ rows: $(INSTALLED)
 	$(PY) -m bench --save --device cpu --shape sana-0.6b-1024 --batch 1
 	$(PY) -m bench --save --device cpu --shape dit-b-512 --op attention
 	for n in 256 512 1024 2048; do $(PY) -m bench --device cpu --shape dit-b-512 --op attention --tokens $$n \
-		--pass forward --pass jvp --pass step --json $(CPU)/length.jsonl || exit 1; done
+		--pass forward --pass jvp --pass step --sets 2 --json $(CPU)/length.jsonl || exit 1; done
 	$(MODEL) $(CPU)/model.jsonl
 	for size in "" "--latent 8" "--latent 32" "--layers 2" "--layers 4" "--batch 2" "--batch 4" "--model sana-1.6b"; do \
 		$(MODEL) $(CPU)/growth.jsonl --seed 1 --layers 1 --latent 16 $$size || exit 1; done

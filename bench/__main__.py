@@ -46,6 +46,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--compile", action="store_true", help="time torch.compile too")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each pass of each op")
+    parser.add_argument("--sets", type=int, default=64, help="input sets at most (64)")
     parser.add_argument("--json", type=Path, help="file to append JSON lines to")
     parser.add_argument("--save", action="store_true", help="append to bench/results/<machine>")
     parser.add_argument(
@@ -59,7 +60,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU here")
-    for name in ("batch", "tokens"):
+    for name in ("batch", "tokens", "sets"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
     if args.save and args.json:
@@ -91,7 +92,7 @@ def rows(op: str, name: str, shape: ops.Shape, args: argparse.Namespace) -> Iter
         else:
             variants[peers.label()] = ops.peer(few)
     cases = [ops.draw(op, shape, dtype, args.device)]
-    sets = min(64, -(-timing.beyond_cache(args.device) // ops.traffic(cases[0], "forward")))
+    sets = min(args.sets, -(-timing.beyond_cache(args.device) // ops.traffic(cases[0], "forward")))
     cases += [ops.draw(op, shape, dtype, args.device) for _ in range(sets - 1)]
     for what in ops.passes(op):
         if args.what is None or what in args.what:

@@ -11,8 +11,8 @@ Forward<T> operands(const Tensor& x, const Maybe& h, const Maybe& gate, const Ma
                     const Maybe& tx, const Maybe& th, const Maybe& tgate, const Maybe& tscale, const Maybe& tshift,
                     const Maybe& out, const Tensor& y, const Maybe& tout, const Maybe& ty, double eps) {
   return {rows<const T>(x), rows<const T>(h), rows<const T>(tx), rows<const T>(th),
-          rows<const float>(gate), rows<const float>(scale), rows<const float>(shift),
-          rows<const float>(tgate), rows<const float>(tscale), rows<const float>(tshift),
+          broadcast_rows(gate), broadcast_rows(scale), broadcast_rows(shift),
+          broadcast_rows(tgate), broadcast_rows(tscale), broadcast_rows(tshift),
           rows<T>(out), rows<T>(y), rows<T>(tout), rows<T>(ty),
           x.size(0), x.size(1), x.size(2), float(eps)};
 }
@@ -22,7 +22,7 @@ Backward<T> operands(const Maybe& gout, const Maybe& gy, const Tensor& x, const 
                      const Maybe& scale, const Tensor& gx, const Maybe& gh, const Maybe& ggate, const Maybe& gscale,
                      const Maybe& gshift, int64_t chunk, double eps) {
   return {rows<const T>(gout), rows<const T>(gy), rows<const T>(x), rows<const T>(h),
-          rows<const float>(gate), rows<const float>(scale), rows<T>(gx), rows<T>(gh),
+          broadcast_rows(gate), broadcast_rows(scale), rows<T>(gx), rows<T>(gh),
           rows<float>(ggate), rows<float>(gscale), rows<float>(gshift),
           x.size(0), x.size(1), x.size(2), chunk, float(eps)};
 }

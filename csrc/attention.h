@@ -75,13 +75,6 @@ template <class Vector>
 constexpr int64_t width_of = sizeof(Vector) / sizeof(float);
 
 template <class Vector>
-TBCM_INLINE float sum(Vector v) {
-  for (int64_t n = width_of<Vector> / 2; n > 0; n /= 2)
-    for (int64_t i = 0; i < n; ++i) v[i] += v[i + n];
-  return v[0];
-}
-
-template <class Vector>
 TBCM_INLINE float greatest(const float* s, int64_t n) {
   Vector top = get<Vector>(s);
   for (int64_t j = width_of<Vector>; j < n; j += width_of<Vector>) {
@@ -96,25 +89,25 @@ TBCM_INLINE float greatest(const float* s, int64_t n) {
 // s = exp(s - shift); returns the sum.
 template <class Vector>
 TBCM_INLINE float exponentiate(float* s, float shift, int64_t n) {
-  Vector total = {};
+  Vector sum = {};
   for (int64_t j = 0; j < n; j += width_of<Vector>) {
     const Vector e = exponential(get<Vector>(s + j) - shift);
     put(s + j, e);
-    total += e;
+    sum += e;
   }
-  return sum(total);
+  return total(sum);
 }
 
 // t = e (scale t); returns the sum.
 template <class Vector>
 TBCM_INLINE float weigh(float* t, const float* e, float scale, int64_t n) {
-  Vector total = {};
+  Vector sum = {};
   for (int64_t j = 0; j < n; j += width_of<Vector>) {
     const Vector v = get<Vector>(e + j) * (get<Vector>(t + j) * scale);
     put(t + j, v);
-    total += v;
+    sum += v;
   }
-  return sum(total);
+  return total(sum);
 }
 
 template <class Vector>

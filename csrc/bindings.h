@@ -38,6 +38,13 @@ Rows<T> rows(const Maybe& x) {
   return x ? rows<T>(*x) : Rows<T>{};
 }
 
+// A modulation with up to three dimensions as rows that broadcast where its size is 1 or missing.
+inline Rows<const float> broadcast_rows(const Maybe& m) {
+  if (!m) return {};
+  const auto stride = [&](int64_t d) { return d < 0 || m->size(d) == 1 ? 0 : m->stride(d); };
+  return {pointer<const float>(*m), stride(m->dim() - 3), stride(m->dim() - 2)};
+}
+
 // Run f(begin, end) over `count` items of `cost` elements each on PyTorch's threads.
 template <class F>
 void parallel(int64_t count, int64_t cost, const F& f) {

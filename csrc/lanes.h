@@ -2,6 +2,8 @@
 // to one, two or four registers. Loops where that is too slow take the vector type as a parameter.
 #pragma once
 
+#include <type_traits>
+
 #include "vector.h"
 
 namespace tbcm {
@@ -41,6 +43,19 @@ TBCM_INLINE void put(T* p, Lanes v, int64_t n) {
     for (int64_t i = 0; i < LANES; ++i) narrow(buffer[i], &p[i]);
   } else {
     for (int64_t i = 0; i < n; ++i) narrow(buffer[i], &p[i]);
+  }
+}
+
+// The sum of all lanes, by halves.
+template <class Vector>
+TBCM_INLINE auto total(Vector v) {
+  using Number = std::remove_cvref_t<decltype(v[0])>;
+  if constexpr (sizeof v == 2 * sizeof(Number)) return v[0] + v[1];
+  else {
+    typedef Number Half __attribute__((vector_size(sizeof(Vector) / 2)));
+    Half halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    return total(Half(halves[0] + halves[1]));
   }
 }
 

@@ -1,20 +1,20 @@
 // CPU kernels of linear_attention: a task is a few heads of one sample, tiles of tokens in fp32, products
-// from gemm.h. The ones of v' = [v, 1] are a column of the tiles, so that the normaliser is one, too.
-// A head's row of 32 numbers is short and the next one lies a whole token away: heads that are
-// neighbours in memory are read together.
+// from gemm.h. Of v' = [v, 1] the tiles hold v; the ones make sums of features, z, and the normaliser q.z.
+// A head's row of 32 numbers is short and the next one lies a whole token away, on another page: heads that
+// are neighbours in memory are read together.
 #include "operands.h"
 
 namespace tbcm::linear_attention {
 namespace {
 
-constexpr int64_t TOKENS = 32, GROUP = 4;
+constexpr int64_t TOKENS = 16, GROUP = 16;
 enum class Feature { relu, elu, identity };
 
-// x = phi(x), slope = phi'(x), for n features.
+// x = phi(x), slope = phi'(x), for n features; zeros of phi up to a whole number of lanes.
 template <class Vector>
 TBCM_INLINE void apply(Feature feature, float* x, float* slope, int64_t n) {
   constexpr int64_t step = sizeof(Vector) / sizeof(float);
-  for (int64_t d = 0; d < n; d += step) {
+  for (int64_t d = 0; d < round_up(n, LANES); d += step) {
     const Vector v = get<Vector>(x + d), one = Vector{} + 1.f;
     if (feature == Feature::relu) {
       put(x + d, v < 0 ? Vector{} : v);  // a NaN stays one
@@ -27,6 +27,7 @@ TBCM_INLINE void apply(Feature feature, float* x, float* slope, int64_t n) {
       put(slope + d, one);
     }
   }
+  for (int64_t d = n; d < round_up(n, LANES); ++d) x[d] = 0;
 }
 
 struct Problem {
@@ -37,7 +38,7 @@ struct Problem {
   TBCM_INLINE int64_t groups() const { return (heads + group - 1) / group; }
   TBCM_INLINE int64_t floats() const { return round_up(width(), 8) * ldv(); }  // of a state
   TBCM_INLINE int64_t width() const { return q.x.width; }
-  TBCM_INLINE int64_t columns() const { return v.x.width + 1; }
+  TBCM_INLINE int64_t columns() const { return v.x.width; }
   TBCM_INLINE int64_t ldq() const { return tile_stride(width()); }
   TBCM_INLINE int64_t ldv() const { return tile_stride(columns()); }
 };
@@ -50,13 +51,30 @@ TBCM_INLINE void look_ahead(const Operand& x, int64_t b, int64_t h, int64_t n, i
   for (int64_t at = 0; at < x.width * bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
 }
 
-// Row n of [v, 1], or of [tv, 0].
 TBCM_INLINE void value(const Problem& p, float* dst, bool moving, int64_t b, int64_t h, int64_t n) {
   look_ahead(moving ? p.v.tx : p.v.x, b, h, n, p.v.tokens);
-  if (moving) p.v.tangent(dst, 0, b, h, n);
-  else p.v.primal(dst, b, h, n);
-  for (int64_t d = p.columns(); d < round_up(p.columns(), LANES); ++d) dst[d] = 0;
-  dst[p.columns() - 1] = moving ? 0.f : 1.f;
+  p.v.row(dst, moving, 0, b, h, n);
+}
+
+// z += the sum of m rows.
+TBCM_INLINE void add_rows(float* z, const float* x, int64_t ldx, int64_t m, int64_t n) {
+  for (int64_t d = 0; d < n; d += LANES) {
+    Lanes sum = {};
+    for (int64_t r = 0; r < m; ++r) sum += get(x + r * ldx + d);
+    put(z + d, get(z + d) + sum);
+  }
+}
+
+// y += a x
+TBCM_INLINE void add_scaled(float* y, float a, const float* x, int64_t n) {
+  for (int64_t d = 0; d < n; d += LANES) put(y + d, get(y + d) + a * get(x + d));
+}
+
+// a.b in fp32, of rows that are padded with zeros.
+TBCM_INLINE float inner(const float* a, const float* b, int64_t n) {
+  Lanes sum = {};
+  for (int64_t d = 0; d < n; d += LANES) sum += get(a + d) * get(b + d);
+  return total(sum);
 }
 
 // Row n of phi(x) and of phi'(x), and of phi'(x) tx where there is a tangent.
@@ -66,37 +84,40 @@ TBCM_INLINE void feature_row(const Problem& p, const Input& in, float* x, float*
   look_ahead(in.x, b, h, n, in.tokens);
   look_ahead(in.tx, b, h, n, in.tokens);
   in.primal(x, b, h, n);
-  apply<Vector>(p.feature, x, slope, in.padded());
+  apply<Vector>(p.feature, x, slope, in.x.width);
   if (!in.tx) return;
   in.tangent(tx, 0, b, h, n);
-  for (int64_t d = 0; d < in.padded(); ++d) tx[d] *= slope[d];
+  for (int64_t d = 0; d < in.padded(); d += LANES) put(tx + d, get(tx + d) * get(slope + d));
 }
 
 struct Forward : Problem {
   Operand o, to;
-  float* state;  // [B, H, D, Dv + 1]
+  float* state;  // [B, H, D, Dv + 1]: S, and z in the last column
+  TBCM_INLINE bool state_moves() const { return k.tx || v.tx; }
 };
 
 struct ForwardTiles {
-  float *x, *tx, *slope;       // features of a tile of tokens, and their tangents
-  float *v, *tv;               // [v, 1] and [tv, 0]; then n and its tangent
-  float *state, *tstate;
+  float *x, *tx, *slope;  // features of a tile of tokens, and their tangents
+  float *v, *tv;          // v and its tangent; then n and its tangent
+  float *state, *tstate, *z, *tz;
 };
 
 TBCM_INLINE int64_t forward_floats(const Forward& p, Arena* arena, ForwardTiles* t) {
   const int64_t x = p.group * TOKENS * p.ldq(), v = p.group * TOKENS * p.ldv(), state = p.group * p.floats();
-  const Piece pieces[] = {{&t->x, x}, {&t->tx, x},         {&t->slope, p.ldq()}, {&t->v, v},
-                          {&t->tv, v}, {&t->state, state}, {&t->tstate, state}};
+  const int64_t z = p.group * p.ldq();
+  const Piece pieces[] = {{&t->x, x},         {&t->tx, x},          {&t->slope, p.ldq()}, {&t->v, v}, {&t->tv, v},
+                          {&t->state, state}, {&t->tstate, state}, {&t->z, z},           {&t->tz, z}};
   return take(arena, pieces);
 }
 
-// S = phi(k)' v' and its tangent, over all keys, of heads [h, h + count).
+// S = phi(k)' v, z = sum of phi(k), and their tangents, over all keys, of heads [h, h + count).
 template <class Isa>
 TBCM_INLINE void gather(const Forward& p, const ForwardTiles& t, int64_t b, int64_t h, int64_t count) {
   const Isa isa;
   const int64_t width = p.width(), columns = p.columns(), ldq = p.ldq(), ldv = p.ldv();
   zero(t.state, count * p.floats());
-  zero(t.tstate, count * p.floats());
+  zero(t.z, count * ldq);
+  if (p.to) zero(t.tstate, count * p.floats()), zero(t.tz, count * ldq);
   for (int64_t i = 0; i < p.k.tokens; i += TOKENS) {
     const int64_t m = smaller(TOKENS, p.k.tokens - i);
     for (int64_t r = 0; r < m; ++r)
@@ -109,21 +130,37 @@ TBCM_INLINE void gather(const Forward& p, const ForwardTiles& t, int64_t b, int6
     for (int64_t g = 0; g < count; ++g) {
       const int64_t q = g * TOKENS * ldq, v = g * TOKENS * ldv, s = g * p.floats();
       add_transposed(isa, t.x + q, ldq, t.v + v, ldv, t.state + s, ldv, width, columns, m);
+      add_rows(t.z + g * ldq, t.x + q, ldq, m, width);
       if (p.k.tx) add_transposed(isa, t.tx + q, ldq, t.v + v, ldv, t.tstate + s, ldv, width, columns, m);
+      if (p.k.tx) add_rows(t.tz + g * ldq, t.tx + q, ldq, m, width);
       if (p.v.tx) add_transposed(isa, t.x + q, ldq, t.tv + v, ldv, t.tstate + s, ldv, width, columns, m);
     }
   }
 }
 
-// o = n_v / (n_1 + eps), to = (tn_v - o tn_1) / (n_1 + eps), from a row of n and tn.
-TBCM_INLINE void divide(const Forward& p, float* n, float* tn, int64_t b, int64_t h, int64_t at) {
-  const int64_t last = p.columns() - 1;
-  const float inverse = 1.f / (n[last] + p.eps), drift = p.to ? tn[last] : 0.f;
-  for (int64_t d = 0; d < last; ++d) n[d] *= inverse;
-  write(p.o, p.o.offset(0, b, h, at), n, 1);
+// o = n / (q.z + eps), to = (tn - o (q.z)') / (q.z + eps), for row r of n and tn of head g of the group.
+TBCM_INLINE void divide(const Forward& p, const ForwardTiles& t, int64_t b, int64_t h, int64_t g, int64_t i, int64_t r) {
+  const int64_t width = p.width(), row = g * TOKENS + r;
+  const float *x = t.x + row * p.ldq(), *tx = t.tx + row * p.ldq(), *z = t.z + g * p.ldq();
+  float *n = t.v + row * p.ldv(), *tn = t.tv + row * p.ldv();
+  const float inverse = 1.f / (inner(x, z, width) + p.eps);
+  for (int64_t d = 0; d < p.columns(); d += LANES) put(n + d, get(n + d) * inverse);
+  write(p.o, p.o.offset(0, b, h + g, i + r), n, 1);
   if (!p.to) return;
-  for (int64_t d = 0; d < last; ++d) tn[d] -= n[d] * drift;
-  write(p.to, p.to.offset(0, b, h, at), tn, inverse);
+  const float drift = (p.k.tx ? inner(x, t.tz + g * p.ldq(), width) : 0) + (p.q.tx ? inner(tx, z, width) : 0);
+  add_scaled(tn, -drift, n, p.columns());
+  write(p.to, p.to.offset(0, b, h + g, i + r), tn, inverse);
+}
+
+// S and z of heads [h, h + count) for backward.
+TBCM_INLINE void write_state(const Forward& p, const ForwardTiles& t, int64_t b, int64_t h, int64_t count) {
+  const int64_t columns = p.columns();
+  float* row = p.state + (b * p.heads + h) * p.width() * (columns + 1);
+  for (int64_t g = 0; g < count; ++g)
+    for (int64_t d = 0; d < p.width(); ++d, row += columns + 1) {
+      std::memcpy(row, t.state + g * p.floats() + d * p.ldv(), columns * sizeof(float));
+      row[columns] = t.z[g * p.ldq() + d];
+    }
 }
 
 template <class Isa>
@@ -136,10 +173,7 @@ TBCM_INLINE void forward_tasks(const Forward& p, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / p.groups(), h = task % p.groups() * p.group, count = smaller(p.group, p.heads - h);
     gather<Isa>(p, t, b, h, count);
-    for (int64_t g = 0; g < count; ++g)
-      for (int64_t d = 0; d < width; ++d)
-        std::memcpy(p.state + ((b * p.heads + h + g) * width + d) * columns, t.state + g * p.floats() + d * ldv,
-                    columns * sizeof(float));
+    write_state(p, t, b, h, count);
     for (int64_t i = 0; i < p.q.tokens; i += TOKENS) {
       const int64_t m = smaller(TOKENS, p.q.tokens - i);
       for (int64_t r = 0; r < m; ++r)
@@ -150,14 +184,12 @@ TBCM_INLINE void forward_tasks(const Forward& p, int64_t begin, int64_t end) {
       for (int64_t g = 0; g < count; ++g) {
         const int64_t q = g * TOKENS * ldq, v = g * TOKENS * ldv, s = g * p.floats();
         set_product(isa, t.x + q, ldq, t.state + s, ldv, t.v + v, ldv, m, columns, width);
-        if (p.to) set_product(isa, t.x + q, ldq, t.tstate + s, ldv, t.tv + v, ldv, m, columns, width);
-        if (p.q.tx) add_product(isa, t.tx + q, ldq, t.state + s, ldv, t.tv + v, ldv, m, columns, width);
+        if (p.q.tx) set_product(isa, t.tx + q, ldq, t.state + s, ldv, t.tv + v, ldv, m, columns, width);
+        else if (p.to) zero(t.tv + v, m * ldv);
+        if (p.state_moves()) add_product(isa, t.x + q, ldq, t.tstate + s, ldv, t.tv + v, ldv, m, columns, width);
       }
       for (int64_t r = 0; r < m; ++r)
-        for (int64_t g = 0; g < count; ++g) {
-          const int64_t row = (g * TOKENS + r) * ldv;
-          divide(p, t.v + row, t.tv + row, b, h + g, i + r);
-        }
+        for (int64_t g = 0; g < count; ++g) divide(p, t, b, h, g, i, r);
     }
   }
   trim_scratch();
@@ -171,15 +203,18 @@ struct Backward : Problem {
 };
 
 struct BackwardTiles {
-  float *x, *slope, *gx;          // features of a tile of tokens, their slopes and gradients
-  float *v, *n;                   // [v, 1] or g_n; n or gv
+  float *x, *slope, *gx;           // features of a tile of tokens, their slopes and gradients
+  float *v, *n, *rate;             // v or the gradient of n; n or gv; the gradient of q.z
   float *state, *turned, *gstate;  // S, a transposed state, gS
+  float *z, *gz;
 };
 
 TBCM_INLINE int64_t backward_floats(const Backward& p, Arena* arena, BackwardTiles* t) {
   const int64_t x = p.group * TOKENS * p.ldq(), v = p.group * TOKENS * p.ldv(), state = p.group * p.floats();
-  const Piece pieces[] = {{&t->x, x}, {&t->slope, x},     {&t->gx, x},      {&t->v, v},
-                          {&t->n, v}, {&t->state, state}, {&t->turned, p.group * p.columns() * p.ldq()}, {&t->gstate, state}};
+  const int64_t turned = p.group * p.columns() * p.ldq(), z = p.group * p.ldq();
+  const Piece pieces[] = {{&t->x, x},           {&t->slope, x},   {&t->gx, x}, {&t->v, v},
+                          {&t->n, v},           {&t->rate, p.group * TOKENS}, {&t->state, state},
+                          {&t->turned, turned}, {&t->gstate, state}, {&t->z, z}, {&t->gz, z}};
   return take(arena, pieces);
 }
 
@@ -196,28 +231,29 @@ TBCM_INLINE void slopes_row(const Problem& p, const Input& in, const BackwardTil
                             int64_t n) {
   look_ahead(in.x, b, h, n, in.tokens);
   in.primal(t.x + row * p.ldq(), b, h, n);
-  apply<Vector>(p.feature, t.x + row * p.ldq(), t.slope + row * p.ldq(), in.padded());
+  apply<Vector>(p.feature, t.x + row * p.ldq(), t.slope + row * p.ldq(), in.x.width);
 }
 
-// The gradient of a normalised token: gphi phi'(x).
-TBCM_INLINE void write_gradient(const Problem& p, const BackwardTiles& t, const Operand& out, int64_t row, int64_t at) {
-  float* g = t.gx + row * p.ldq();
-  for (int64_t d = 0; d < p.width(); ++d) g[d] *= t.slope[row * p.ldq() + d];
+// The gradient of a normalised token: (gphi + a z) phi'(x).
+TBCM_INLINE void write_gradient(const Problem& p, const BackwardTiles& t, const Operand& out, int64_t row, int64_t at,
+                                float a, const float* z) {
+  float *g = t.gx + row * p.ldq(), *slope = t.slope + row * p.ldq();
+  for (int64_t d = 0; d < p.width(); d += LANES) put(g + d, (get(g + d) + a * get(z + d)) * get(slope + d));
   write(out, at, g, 1);
 }
 
-// From n in t.n, row n of g_n = [g, -g.o] / (n_1 + eps).
-TBCM_INLINE void divide(const Backward& p, float* g, const float* n, int64_t b, int64_t h, int64_t at) {
-  const int64_t last = p.columns() - 1;
-  const float inverse = 1.f / (n[last] + p.eps);
-  look_ahead(p.go, b, h, at, p.q.tokens);
-  read(g, p.go, p.go.offset(0, b, h, at));
-  for (int64_t d = last + 1; d < round_up(last + 1, LANES); ++d) g[d] = 0;
-  g[last] = -dot(g, n, last) * inverse;
-  for (int64_t d = 0; d <= last; ++d) g[d] *= inverse;
+// From row r of n: the gradients of n, g / (q.z + eps), and of q.z, -g.o / (q.z + eps).
+TBCM_INLINE void divide(const Backward& p, const BackwardTiles& t, int64_t b, int64_t h, int64_t g, int64_t i, int64_t r) {
+  const int64_t row = g * TOKENS + r, columns = p.columns();
+  float *gn = t.v + row * p.ldv(), *n = t.n + row * p.ldv();
+  const float inverse = 1.f / (inner(t.x + row * p.ldq(), t.z + g * p.ldq(), p.width()) + p.eps);
+  look_ahead(p.go, b, h + g, i + r, p.q.tokens);
+  read(gn, p.go, p.go.offset(0, b, h + g, i + r));
+  t.rate[row] = -dot(gn, n, columns) * inverse * inverse;
+  for (int64_t d = 0; d < columns; d += LANES) put(gn + d, get(gn + d) * inverse);
 }
 
-// A tile of queries: gphi(q) = g_n S', gS += phi(q)' g_n.
+// A tile of queries: gphi(q) = gn S' + rate z, gS += phi(q)' gn, gz += rate phi(q).
 template <class Isa>
 TBCM_INLINE void backward_queries(const Backward& p, const BackwardTiles& t, int64_t b, int64_t h, int64_t count, int64_t i,
                                   int64_t m) {
@@ -229,20 +265,21 @@ TBCM_INLINE void backward_queries(const Backward& p, const BackwardTiles& t, int
     set_product(isa, t.x + g * TOKENS * ldq, ldq, t.state + g * p.floats(), ldv, t.n + g * TOKENS * ldv, ldv, m, columns,
                 width);
   for (int64_t r = 0; r < m; ++r)
-    for (int64_t g = 0; g < count; ++g) {
-      const int64_t row = (g * TOKENS + r) * ldv;
-      divide(p, t.v + row, t.n + row, b, h + g, i + r);
-    }
+    for (int64_t g = 0; g < count; ++g) divide(p, t, b, h, g, i, r);
   for (int64_t g = 0; g < count; ++g) {
     const int64_t q = g * TOKENS * ldq, v = g * TOKENS * ldv;
     set_product(isa, t.v + v, ldv, t.turned + g * columns * ldq, ldq, t.gx + q, ldq, m, width, columns);
     add_transposed(isa, t.x + q, ldq, t.v + v, ldv, t.gstate + g * p.floats(), ldv, width, columns, m);
+    for (int64_t r = 0; r < m; ++r) add_scaled(t.gz + g * ldq, t.rate[g * TOKENS + r], t.x + q + r * ldq, width);
   }
   for (int64_t r = 0; r < m; ++r)
-    for (int64_t g = 0; g < count; ++g) write_gradient(p, t, p.gq, g * TOKENS + r, p.gq.offset(0, b, h + g, i + r));
+    for (int64_t g = 0; g < count; ++g) {
+      const int64_t row = g * TOKENS + r;
+      write_gradient(p, t, p.gq, row, p.gq.offset(0, b, h + g, i + r), t.rate[row], t.z + g * ldq);
+    }
 }
 
-// A tile of keys: gphi(k) = v' gS', gv = (phi(k) gS)_v.
+// A tile of keys: gphi(k) = v gS' + gz, gv = phi(k) gS.
 template <class Isa>
 TBCM_INLINE void backward_keys(const Backward& p, const BackwardTiles& t, int64_t b, int64_t h, int64_t count, int64_t i,
                                int64_t m) {
@@ -260,8 +297,20 @@ TBCM_INLINE void backward_keys(const Backward& p, const BackwardTiles& t, int64_
   }
   for (int64_t r = 0; r < m; ++r)
     for (int64_t g = 0; g < count; ++g) {
-      write_gradient(p, t, p.gk, g * TOKENS + r, p.gk.offset(0, b, h + g, i + r));
+      write_gradient(p, t, p.gk, g * TOKENS + r, p.gk.offset(0, b, h + g, i + r), 1, t.gz + g * ldq);
       write(p.gv, p.gv.offset(0, b, h + g, i + r), t.n + (g * TOKENS + r) * ldv, 1);
+    }
+}
+
+TBCM_INLINE void read_state(const Backward& p, const BackwardTiles& t, int64_t b, int64_t h, int64_t count) {
+  const int64_t columns = p.columns();
+  const float* row = p.state + (b * p.heads + h) * p.width() * (columns + 1);
+  zero(t.state, count * p.floats());
+  zero(t.z, count * p.ldq());
+  for (int64_t g = 0; g < count; ++g)
+    for (int64_t d = 0; d < p.width(); ++d, row += columns + 1) {
+      std::memcpy(t.state + g * p.floats() + d * p.ldv(), row, columns * sizeof(float));
+      t.z[g * p.ldq() + d] = row[columns];
     }
 }
 
@@ -270,16 +319,12 @@ TBCM_INLINE void backward_tasks(const Backward& p, int64_t begin, int64_t end) {
   BackwardTiles t;
   Arena arena{Arena::begin(backward_floats(p, nullptr, &t))};
   backward_floats(p, &arena, &t);
-  const int64_t width = p.width(), columns = p.columns(), ldv = p.ldv();
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / p.groups(), h = task % p.groups() * p.group, count = smaller(p.group, p.heads - h);
-    zero(t.state, count * p.floats());
-    for (int64_t g = 0; g < count; ++g)
-      for (int64_t d = 0; d < width; ++d)
-        std::memcpy(t.state + g * p.floats() + d * ldv, p.state + ((b * p.heads + h + g) * width + d) * columns,
-                    columns * sizeof(float));
+    read_state(p, t, b, h, count);
     turn(p, t.turned, t.state, count);
     zero(t.gstate, count * p.floats());
+    zero(t.gz, count * p.ldq());
     for (int64_t i = 0; i < p.q.tokens; i += TOKENS)
       backward_queries<Isa>(p, t, b, h, count, i, smaller(TOKENS, p.q.tokens - i));
     turn(p, t.turned, t.gstate, count);
@@ -299,8 +344,8 @@ void describe(Problem& p, const Tensor& q, const Tensor& k, const Tensor& v, con
   p.v = input(v, tv, Maybe{}, 1, 0);
   p.feature = Feature(feature), p.eps = float(eps);
   p.batch = q.size(0), p.heads = q.size(1);
-  // As long as there are tasks for many cores; a head's sums are the same in any group.
-  const int64_t enough = p.batch * p.heads / 16;
+  // Two tasks a thread at least; a head's sums are the same in any group.
+  const int64_t enough = p.batch * p.heads / (2 * int64_t(torch::stable::get_num_threads()));
   p.group = enough < 1 ? 1 : smaller(enough, GROUP);
 }
 

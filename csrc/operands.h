@@ -26,19 +26,28 @@ struct Operand {
 };
 
 // Row `at` as floats, with zeros up to a whole number of lanes.
+template <class T>
+TBCM_INLINE void read_as(float* dst, const T* src, int64_t n) {
+  int64_t d = 0;
+  for (; d + LANES <= n; d += LANES) put(dst + d, get(src + d, LANES));
+  if (d == n) return;
+  put(dst + d, Lanes{});
+  load(dst + d, src + d, n - d);
+}
+
 TBCM_INLINE void read(float* dst, const Operand& x, int64_t at) {
   switch (x.type) {
-    case Type::f32: load(dst, reinterpret_cast<const float*>(x.data) + at, x.width); break;
-    case Type::bf16: load(dst, reinterpret_cast<const bfloat16*>(x.data) + at, x.width); break;
-    case Type::f16: load(dst, reinterpret_cast<const float16*>(x.data) + at, x.width); break;
+    case Type::f32: read_as(dst, reinterpret_cast<const float*>(x.data) + at, x.width); break;
+    case Type::bf16: read_as(dst, reinterpret_cast<const bfloat16*>(x.data) + at, x.width); break;
+    case Type::f16: read_as(dst, reinterpret_cast<const float16*>(x.data) + at, x.width); break;
   }
-  for (int64_t d = x.width; d < round_up(x.width, LANES); ++d) dst[d] = 0;
 }
 
 template <class T>
 TBCM_INLINE void write_as(T* dst, const float* src, float factor, int64_t n) {
-#pragma omp simd
-  for (int64_t d = 0; d < n; ++d) narrow(src[d] * factor, &dst[d]);
+  int64_t d = 0;
+  for (; d + LANES <= n; d += LANES) put(dst + d, get(src + d) * factor, LANES);
+  for (; d < n; ++d) narrow(src[d] * factor, &dst[d]);
 }
 
 TBCM_INLINE void write(const Operand& x, int64_t at, const float* src, float factor) {
@@ -51,8 +60,8 @@ TBCM_INLINE void write(const Operand& x, int64_t at, const float* src, float fac
 
 // RMSNorm of the rows of an operand, by each head or over all: r, and m = mean(x tx) of each lane.
 struct Norm {
-  const float* weight = nullptr;  // [D], or [H, D] over all heads
   bool all_heads = false;
+  std::vector<float> weight;  // [D], or [H, D] over all heads, rows padded with zeros; empty: no norm
   std::vector<float> r, m;  // [B, H or 1, N] and [T, B, H or 1, N]
 };
 
@@ -70,15 +79,15 @@ struct Input {
 
   TBCM_INLINE bool clear(float* dst, int64_t b, int64_t n) const {
     if (n < tokens && !(seen && !seen[b * tokens + n])) return false;
-    for (int64_t d = 0; d < padded(); ++d) dst[d] = 0;
+    for (int64_t d = 0; d < padded(); d += LANES) put(dst + d, Lanes{});
     return true;
   }
 
   TBCM_INLINE void normalize(float* dst, int64_t b, int64_t h, int64_t n) const {
-    if (!norm.weight) return;
-    const float* w = norm.weight + (norm.all_heads ? h * x.width : 0);
+    if (norm.weight.empty()) return;
+    const float* w = norm.weight.data() + (norm.all_heads ? h * padded() : 0);
     const float r = norm.r[statistic(0, b, h, n)];
-    for (int64_t d = 0; d < x.width; ++d) dst[d] *= w[d] * r;
+    for (int64_t d = 0; d < padded(); d += LANES) put(dst + d, get(dst + d) * (get(w + d) * r));
   }
 
   // Row n of the primal; n may lie beyond the end.
@@ -92,11 +101,11 @@ struct Input {
   TBCM_INLINE void tangent(float* dst, int64_t l, int64_t b, int64_t h, int64_t n) const {
     if (clear(dst, b, n)) return;
     read(dst, tx, tx.offset(l, b, h, n));
-    if (norm.weight) {
+    if (!norm.weight.empty()) {
       float row[MAX_WIDTH];
       read(row, x, x.offset(0, b, h, n));
       const float r = norm.r[statistic(0, b, h, n)], drift = r * r * norm.m[statistic(l, b, h, n)];
-      for (int64_t d = 0; d < x.width; ++d) dst[d] -= row[d] * drift;
+      for (int64_t d = 0; d < padded(); d += LANES) put(dst + d, get(dst + d) - get(row + d) * drift);
     }
     normalize(dst, b, h, n);
   }
@@ -137,17 +146,24 @@ TBCM_INLINE int64_t take(Arena* arena, const Piece (&pieces)[count]) {
   return total;
 }
 
-// In fp64: D = G.O is subtracted from GV', which is nearly the same where few keys are seen.
-TBCM_INLINE float dot(const float* a, const float* b, int64_t n) {
-  double total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t j = 0; j < n; ++j) total += double(a[j]) * b[j];
-  return float(total);
+TBCM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Sums of products in fp64: D = G.O is subtracted from GV', which is nearly the same where few keys are seen.
+typedef double Doubles __attribute__((vector_size(LANES * sizeof(double))));
+
+// a.b by lanes.
+TBCM_INLINE Doubles products(const float* a, const float* b, int64_t n) {
+  Doubles sum = {};
+  for (int64_t d = 0; d < n; d += LANES) {
+    const int64_t there = smaller(LANES, n - d);
+    sum += __builtin_convertvector(get(a + d, there), Doubles) * __builtin_convertvector(get(b + d, there), Doubles);
+  }
+  return sum;
 }
 
-TBCM_INLINE void zero(float* x, int64_t n) { std::memset(x, 0, n * sizeof(float)); }
+TBCM_INLINE float dot(const float* a, const float* b, int64_t n) { return float(total(products(a, b, n))); }
 
-TBCM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+TBCM_INLINE void zero(float* x, int64_t n) { std::memset(x, 0, n * sizeof(float)); }
 
 inline Type type_of(const Tensor& x) {
   using torch::headeronly::ScalarType;
@@ -170,14 +186,15 @@ TBCM_CLONES static void measure_rows(Input& in, int64_t lanes, float eps, int64_
   for (int64_t row = begin; row < end; ++row) {
     const int64_t n = row % in.tokens, h = row / in.tokens % heads, b = row / in.tokens / heads;
     for (int64_t l = -1; l < (in.tx ? lanes : 0); ++l) {
-      float total = 0;
+      Doubles sum = {};
       for (int64_t s = 0; s < summed; ++s) {
         read(x, in.x, in.x.offset(0, b, h + s, n));
         if (l >= 0) read(tx, in.tx, in.tx.offset(l, b, h + s, n));
-        total += dot(x, l >= 0 ? tx : x, in.x.width);
+        sum += products(x, l >= 0 ? tx : x, in.x.width);
       }
-      if (l < 0) in.norm.r[row] = 1 / __builtin_sqrtf(total / float(width) + eps);
-      else in.norm.m[l * rows + row] = total / float(width);
+      const float mean = float(total(sum) / double(width));
+      if (l < 0) in.norm.r[row] = 1 / __builtin_sqrtf(mean + eps);
+      else in.norm.m[l * rows + row] = mean;
     }
   }
 }
@@ -193,8 +210,11 @@ inline void measure(Input& in, int64_t lanes, double eps) {
 inline Input input(const Tensor& x, const Maybe& tx, const Maybe& weight, int64_t lanes, double eps) {
   Input in{operand(x), operand(tx), x.size(1), x.size(2), x.size(0)};
   if (weight) {
-    in.norm.weight = pointer<const float>(*weight);
     in.norm.all_heads = weight->size(0) != x.size(3);
+    const int64_t heads = in.norm.all_heads ? in.heads : 1;
+    in.norm.weight.resize(heads * in.padded());
+    for (int64_t h = 0; h < heads; ++h)
+      load(in.norm.weight.data() + h * in.padded(), pointer<const float>(*weight) + h * in.x.width, in.x.width);
     measure(in, lanes, eps);
   }
   return in;

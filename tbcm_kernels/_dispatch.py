@@ -109,15 +109,20 @@ def choose(op: str, impl: str, x: Tensor) -> str:
     Raises:
         ValueError: an unknown `impl`, or an explicit one that cannot run here, with the reason.
     """
-    chosen, reason = _choice(op, impl, x.device.type, x.dtype)
+    chosen, reason = _known_choice(op, impl, x.device.type, x.dtype)
     if chosen is None:
         raise ValueError(f"{op}: {reason}.")
     return chosen
 
 
 @constant_under_compile
+def _known_choice(op: str, impl: str, device: str, dtype: torch.dtype) -> tuple[str | None, str]:
+    """`_choice`, looked up after its first time and where torch.compile traces."""
+    return _remembered(op, impl, device, dtype)
+
+
 def _choice(op: str, impl: str, device: str, dtype: torch.dtype) -> tuple[str | None, str]:
-    """The chosen implementation, or None and why; evaluated once where torch.compile traces."""
+    """The chosen implementation, or None and why."""
     if impl == "reference":
         return impl, "asked for"
     if impl not in IMPLEMENTATIONS:
@@ -138,6 +143,9 @@ def _choice(op: str, impl: str, device: str, dtype: torch.dtype) -> tuple[str | 
     if reasons:
         _notice_fallback(op, device, dtype, reasons)
     return "reference", reasons or "PyTorch's own GEMM is the implementation"
+
+
+_remembered = functools.cache(_choice)
 
 
 @constant_under_compile

@@ -74,7 +74,9 @@ def constant_under_compile(function: Callable[..., T]) -> Callable[..., T]:
 @constant_under_compile
 def _functorch_levels() -> tuple[int, int]:
     """How many forward-mode and how many reverse-mode functorch levels surround this call."""
-    stack = torch._C._functorch.get_interpreter_stack() or ()
+    stack = torch._C._functorch.get_interpreter_stack()
+    if not stack:
+        return 0, 0
     keys = [level.key() for level in stack]
     kinds = torch._C._functorch.TransformType
     return keys.count(kinds.Jvp), keys.count(kinds.Grad)

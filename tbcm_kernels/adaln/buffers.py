@@ -19,10 +19,10 @@ def forward_buffers(
     tangent_in = any(t is not None for t in (tx, th, tgate))
     tangent_out = tangent_in or tscale is not None or tshift is not None
     there = (h is not None, True, h is not None and tangent_in, tangent_out)
-    moving = (modulation(m, x) for m in (tgate, tscale, tshift))
     inputs = (
-        unit_stride(x), unit_stride(h), *(modulation(m, x) for m in (gate, scale, shift)),
-        unit_stride(tx), unit_stride(th), *moving,
+        unit_stride(x), unit_stride(h), modulation(gate), modulation(scale), modulation(shift),
+        unit_stride(tx), unit_stride(th), modulation(tgate), modulation(tscale),
+        modulation(tshift),
     )  # fmt: skip
     return inputs, tuple(fresh(x) if t else None for t in there)
 
@@ -39,10 +39,10 @@ def backward_buffers(
         torch.empty(shape, dtype=torch.float32, device=out.device) if t else None for t in there
     )
     still = map(unit_stride, (gout, gy, out, h))
-    inputs = (*still, modulation(gate, out), modulation(scale, out))
+    inputs = (*still, modulation(gate), modulation(scale))
     return inputs, (fresh(out), fresh(out) if gate is not None else None, *sums)
 
 
-def modulation(m: Tensor | None, x: Tensor) -> Tensor | None:
-    """A modulation as fp32 rows that broadcast over x by zero strides."""
-    return None if m is None else unit_stride(m.to(torch.float32)).expand(x.shape)
+def modulation(m: Tensor | None) -> Tensor | None:
+    """A modulation as fp32 rows; the kernels see which dimensions broadcast."""
+    return None if m is None else unit_stride(m.to(torch.float32))

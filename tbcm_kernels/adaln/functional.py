@@ -146,6 +146,8 @@ def _check(
 
 
 def _broadcasts(small: torch.Size, big: torch.Size) -> bool:
+    if small == (big[0], 1, big[2]):
+        return True
     padded = (1,) * (len(big) - len(small)) + tuple(small)
     return len(padded) == len(big) and all(
         s in (1, b) for s, b in zip(padded, big, strict=True)

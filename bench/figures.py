@@ -216,8 +216,9 @@ def machine(folder: Path) -> list[str]:
         lines += ["", *models(rows)]
     files = sorted(folder.glob("*step*.json"))
     if found := [json.loads(file.read_text()) for file in files]:
-        lines += ["", "Whole training steps (`tbcm bench step`); launches are GPU kernels, or on a "
-                  "CPU calls of the dispatcher:", "", *steps(found)]  # fmt: skip
+        lines += ["", "Whole training steps (`tbcm bench step`). Launches are GPU kernels, or on a "
+                  "CPU calls of the dispatcher. The baselines learn from latents that were encoded "
+                  "before, so no VAE is in their steps:", "", *steps(found)]  # fmt: skip
         lines += ["", f"![step]({plots.breakdown(found, f'step-{name}')})"]
     if rows := read(folder / "growth.jsonl"):
         lines += ["", *growth(rows), "", f"![growth]({plots.growth(rows, f'growth-{name}')})"]

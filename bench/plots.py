@@ -98,7 +98,7 @@ def roofline(rows: list[Row], name: str) -> str:
     axis.set_yticks(range(len(ours)), names, fontsize=7)
     axis.set_ylim(-0.8, len(ours) - 0.2)
     axis.set_xlim(0)
-    axis.set_xlabel("% of the roofline, the copy bandwidth or matmul peak measured in the same run")
+    axis.set_xlabel("% of the roofline that was measured in the same run")
     line = matplotlib.lines.Line2D
     handles = [
         line([], [], color=c, marker=m, linestyle="", label=label)

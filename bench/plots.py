@@ -220,6 +220,8 @@ def growth(rows: list[Row], name: str) -> str:
             axis.xaxis.set_minor_formatter(lambda v, _: "")
             axis.set_xticks(xs, [f"{x:g}" for x in xs])
     _gpus(axes[:, -1])
+    for axis in axes.flat:
+        axis.yaxis.set_minor_formatter(lambda v, _: f"{v:g}")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     return save(figure, name)
@@ -248,10 +250,10 @@ def _gpus(axes: Any) -> None:
         for axis, values in zip(axes, (steps, memory), strict=True):
             axis.plot(counts, values, color=colour, linestyle="--")
     for axis in axes:
-        _logarithmic(axis, "GPUs (assumed, not measured)", "")
+        _logarithmic(axis, "GPUs (not measured)", "")
         axis.xaxis.set_minor_formatter(lambda v, _: "")
         axis.set_xticks(counts, [str(n) for n in counts])
-    axes[0].set_title("whole 0.6B step, 1024 px, 480 samples", fontsize=8)
+    axes[0].set_title("0.6B, 1024 px, 480 samples", fontsize=8)
 
 
 def clean(names: Iterable[str]) -> None:

@@ -1,6 +1,6 @@
 # make train   distil the built-in teacher to one step and print the table
 # make test    run the tests
-# make lint | bench | figures | clean
+# make lint | bench | rows | figures | clean
 # PYTHON chooses the interpreter that makes .venv.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 RUN := runs/digits
 INSTALLED := $(VENV)/installed
 
-.PHONY: train test lint bench figures clean
+.PHONY: train test lint bench rows figures clean
 
 # A run that is there already is continued; one that is finished is only evaluated again.
 train: $(INSTALLED)
@@ -30,6 +30,21 @@ bench: $(INSTALLED)
 	$(PY) -m bench --shape digits --json runs/bench_ops.jsonl
 	$(PY) -m tbcm bench step --json runs/bench_step.json
 
+# Measures again what docs/benchmarks.md shows of a CPU, a quarter of an hour on a quiet machine.
+CPU := bench/results/cpu-2-cores
+MODEL := $(PY) -m bench.model --device cpu --seconds 10 --json
+rows: $(INSTALLED)
+	$(PY) -m bench --save --device cpu --shape sana-0.6b-1024 --batch 1
+	$(PY) -m bench --save --device cpu --shape dit-b-512 --op attention
+	for n in 256 512 1024 2048; do $(PY) -m bench --device cpu --shape dit-b-512 --op attention --tokens $$n \
+		--pass forward --pass jvp --pass step --sets 2 --json $(CPU)/length.jsonl || exit 1; done
+	$(MODEL) $(CPU)/model.jsonl
+	for size in "" "--latent 8" "--latent 32" "--layers 2" "--layers 4" "--batch 2" "--batch 4" "--model sana-1.6b"; do \
+		$(MODEL) $(CPU)/growth.jsonl --seed 1 --layers 1 --latent 16 $$size || exit 1; done
+	$(PY) -m tbcm bench step --json $(CPU)/digits-step.json --methods tbcm scm sana_sprint
+	$(PY) -m tbcm bench step --json $(CPU)/sana-step.json --model sana-0.6b --steps 4
+
+# The README's figures, docs/benchmarks.md and its plots, from the rows in bench/results.
 figures: $(INSTALLED)
 	$(PY) -m bench.figures
 

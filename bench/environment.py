@@ -27,9 +27,17 @@ def environment(device: str, dtype: torch.dtype) -> Row:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "commit": _commit(),
         "copy_gb_s": timing.copy_bandwidth(device) / 1e9,
         "matmul_tflop_s": timing.matmul_peak(device, dtype) / 1e12,
     }
+
+
+def machine(device: str) -> str:
+    """The folder of this machine's rows in bench/results."""
+    if device == "cuda":
+        return torch.cuda.get_device_name().replace(" ", "-")
+    return f"cpu-{torch.get_num_threads()}-cores"
 
 
 def source_hash(folder: str) -> str:
@@ -47,6 +55,14 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _commit() -> str | None:
+    """The checkout's commit, marked where it has changes that are not committed."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def _driver() -> str | None:

@@ -1,4 +1,7 @@
-"""`python -m bench.figures`: writes the README's figures from the rows in bench/results."""
+"""`python -m bench.figures`: writes every figure of the README, docs/benchmarks.md and the plots.
+
+All of it comes from the rows in bench/results; of rows measured again the last counts.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from bench import cost, plots
+from bench.environment import ROOT, Row
+from bench.ops import PASSES
+from tbcm.sampling import write_whole
+
 FIGURES = {"fd_teacher": 2, "pair_rmse": 3}
-ROWS = Path(__file__).parent / "results" / "cpu-2-cores"
+RESULTS = ROOT / "bench" / "results"
+HOME = RESULTS / "cpu-2-cores"
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
+INTRODUCTION = """\
+# Benchmarks
+
+Made by `make figures` from the rows in bench/results; nothing here is typed by hand. An
+implementation that fails its check against fp64 is not timed. Variants take turns, the median
+counts, and several input sets keep caches from serving repeats. "PyTorch" is the fastest of eager
+under `torch.func.jvp`, `torch.compile` where it was asked for, SDPA, and, for a step, the two
+passes that people train with. Rows that we lose are here too. `python -m bench list` names ops and
+shapes, `python -m bench --save` adds rows, and `python -m bench --against bench/results/MACHINE`
+compares speed-ups with them, never times.
+"""
 
 
 def quality(report: dict[str, Any]) -> list[str]:
@@ -39,39 +58,58 @@ def speed(step: dict[str, Any]) -> list[str]:
     ]
 
 
-PASSES = {
-    "forward": "value", "jvp": "value and tangent", "backward": "gradient of the value",
-    "through": "gradient of both",
-}  # fmt: skip
+def best(rows: list[Row]) -> list[str]:
+    """The README's sentence on the ops: the range of speed-ups, and the rows that are lost."""
+    ours = [r for r in plots.last(rows).values() if r["variant"] in plots.OURS]
+    found = []
+    for what in ("jvp", "step"):
+        ratios = [r["speedup"] for r in ours if r["pass"] == what]
+        if ratios:
+            found.append(f"{PASSES[what]} {min(ratios):.1f} to {max(ratios):.1f} times as fast")
+    lost = sum(r["speedup"] < 1 for r in ours)
+    return [
+        f"Ops in {rows[0]['dtype']} on {rows[0]['threads']} CPU threads, against the fastest way "
+        f"in PyTorch: {'; '.join(found)}. Of {len(ours)} rows we lose {lost}; all are in "
+        f"[docs/benchmarks.md](docs/benchmarks.md), with memory and rooflines.",
+    ]
 
 
-def ops(rows: list[dict[str, Any]]) -> list[str]:
-    """Our kernels against the fastest way in PyTorch; of rows measured again the last counts."""
-    last = {(r["op"], r["shape"], r["batch"], r["pass"], r["variant"]): r for r in rows}
+def ops(rows: list[Row]) -> list[str]:
+    """Our kernels against the fastest way in PyTorch."""
+    last = plots.last(rows)
     lines = [
-        f"Ops in {rows[0]['dtype']} on {rows[0]['threads']} CPU threads, in turns with "
-        f"PyTorch's fastest (`python -m bench`); memory is what a first call takes, its outputs "
-        f"included, but not the scratch that our threads keep, at most 8 MiB each:",
+        f"Ops in {rows[0]['dtype']} on {rows[0]['device']}, in turns with PyTorch's fastest "
+        f"(`python -m bench`); memory is what a first call takes, its outputs included, but not "
+        f"the scratch that CPU threads keep, at most 8 MiB each:",
         "",
-        "| op | shape | pass | PyTorch | ours | | MiB, PyTorch's and ours |",
-        "|---|---|---|---|---|---|---|",
+        "| op | shape | pass | PyTorch | ours | | MiB, PyTorch's and ours | roofline |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for (op, shape, batch, what, variant), row in last.items():
-        if variant != "cpu":
+        if variant not in plots.OURS:
             continue
         other = last[op, shape, batch, what, row["baseline"]]
         eager = "math" if op == "attention" else "eager"
-        name = {"sdpa": "flash", "eager": eager, "compile": "compiled"}[row["baseline"]]
+        names = {"sdpa": "flash", "eager": eager, "compile": "compiled"}
+        share = f"{100 * row['roofline']:.0f}% of {row['bound']}" if "roofline" in row else ""
         lines.append(
-            f"| `{op}` | {shape}, B = {batch} | {PASSES[what]} | {other['us'] / 1e3:.1f} ms "
-            f"({name}) | {row['us'] / 1e3:.1f} ms | **{row['speedup']:.2f}×** | "
-            f"{other['peak_mb']:.0f}, {row['peak_mb']:.0f} |"
+            f"| `{op}` | {shape}, B = {batch} | {PASSES[what]} | {_time(other['us'])} "
+            f"({names.get(row['baseline'], row['baseline'])}) | {_time(row['us'])} | "
+            f"**{row['speedup']:.2f}×** | {_memory(other)}, {_memory(row)} | {share} |"
         )
     return lines
 
 
-def models(rows: list[dict[str, Any]]) -> list[str]:
-    """Whole models, fused against stock; of rows measured again the last counts."""
+def _time(us: float) -> str:
+    return f"{us / 1e3:.1f} ms" if us >= 1e3 else f"{us:.0f} µs"
+
+
+def _memory(row: Row) -> str:
+    return "?" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
+
+
+def models(rows: list[Row]) -> list[str]:
+    """Whole models, fused against stock."""
     last = {(r["model"], r["layers"], r["latent"], r["batch"]): r for r in rows}
     lines = [
         f"SANA's transformer at reduced depth in {rows[0]['dtype']} on {rows[0]['threads']} CPU "
@@ -101,26 +139,112 @@ def _cells(row: dict[str, Any]) -> str:
     return " | ".join(cells)
 
 
-def measured() -> list[dict[str, Any]]:
-    """The rows in fp32, without those that failed their check."""
-    lines = [x for file in sorted(ROWS.glob("*.jsonl")) for x in file.read_text().splitlines()]
-    rows = [json.loads(x) for x in lines]
-    return [r for r in rows if r["dtype"] == "float32" and "faults" not in r]
+def steps(rows: list[Row]) -> list[str]:
+    """The variants of whole training steps, by phase, and TBCM against sCM beside the paper."""
+    head = ["step", "variant", "ms", *plots.PHASES, "samples/s", "peak MB", "saved MB", "launches"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for step in rows:
+        for name, row in step.items():
+            if isinstance(row, dict) and "phases" in row:
+                phases = [f"{row['phases'][p]:.0f}" for p in plots.PHASES]
+                rest = [f"{row[k]:.0f}" if k in row else ""
+                        for k in ("samples_s", "peak_mb", "saved_mb")]  # fmt: skip
+                count = row.get("launches") or ""
+                cells = [plots.title(step), name, f"{row['ms']:.0f}", *phases, *rest, str(count)]
+                lines.append(f"| {' | '.join(cells)} |")
+    return lines + [line for step in rows for line in against_scm(step)]
+
+
+def against_scm(step: Row) -> list[str]:
+    """TBCM's savings beside those of the paper."""
+    found = dict(step.get("against_scm", {}))
+    paper = found.pop("paper", None)
+    return [
+        line
+        for mode, ours in found.items()
+        for line in (
+            "",
+            f"TBCM against sCM, {mode}, {plots.title(step)}: memory {ours['memory']:+.1%}, time "
+            f"{ours['time']:+.1%}; in the paper, at full size on GPUs: {paper['memory']:+.1%} and "
+            f"{paper['time']:+.1%}.",
+        )
+    ]
+
+
+def growth(rows: list[Row]) -> list[str]:
+    """How far the cost model is from what was measured."""
+    found = cost.check(rows)
+    lines = []
+    for quantity, what in (("s", "time"), ("MiB", "memory of a step")):
+        off = sorted(abs(r["predicted"] / r["measured"] - 1) for r in found
+                     if r["quantity"] == quantity)  # fmt: skip
+        middle, most = off[len(off) // 2], off[-1]
+        lines.append(f"{what} off by {middle:.0%} in the median and {most:.0%} at most")
+    return [
+        f"The cost model (bench/cost.py) against {len(rows)} models of other sizes, one layer of "
+        f"SANA 0.6B at 512 px where not said: {'; '.join(lines)}. Lines are predicted, dots "
+        f"measured."
+    ]
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file, without those that were not timed."""
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [r for r in rows if "faults" not in r and "skipped" not in r]
+
+
+def ops_of(folder: Path) -> list[Row]:
+    """A machine's rows of ops in its own dtype: fp32 on a CPU, bf16 on a GPU."""
+    rows = [r for name in ("attention", "ops") for r in read(folder / f"{name}.jsonl")]
+    dtype = "float32" if folder.name.startswith("cpu") else "bfloat16"
+    return [r for r in rows if r["dtype"] == dtype]
+
+
+def machine(folder: Path) -> list[str]:
+    """Tables and plots of one machine."""
+    lines, name = [f"## {folder.name}"], folder.name
+    if rows := ops_of(folder):
+        lines += ["", *ops(rows), "", f"![speed-ups]({plots.speedups(rows, f'ops-{name}')})"]
+        if shares := [r for r in rows if "roofline" in r]:
+            lines += ["", f"![roofline]({plots.roofline(shares, f'roofline-{name}')})"]
+    if rows := read(folder / "length.jsonl"):
+        about = f"Attention of {rows[0]['shape']} at other lengths:"
+        lines += ["", about, "", f"![length]({plots.length(rows, f'length-{name}')})"]
+    if rows := read(folder / "model.jsonl"):
+        lines += ["", *models(rows)]
+    files = sorted(folder.glob("*step*.json"))
+    if found := [json.loads(file.read_text()) for file in files]:
+        lines += ["", "Whole training steps (`tbcm bench step`). Launches are GPU kernels, or on a "
+                  "CPU calls of the dispatcher. The baselines learn from latents that were encoded "
+                  "before, so no VAE is in their steps:", "", *steps(found)]  # fmt: skip
+        lines += ["", f"![step]({plots.breakdown(found, f'step-{name}')})"]
+    if rows := read(folder / "growth.jsonl"):
+        lines += ["", *growth(rows), "", f"![growth]({plots.growth(rows, f'growth-{name}')})"]
+    return lines
+
+
+def readme() -> list[str]:
+    """What stands between the marks of the README."""
+    found = [json.loads((HOME / f"digits-{name}.json").read_text()) for name in ("eval", "step")]
+    lines = [*quality(found[0]), "", *speed(found[1]), "", *best(ops_of(HOME)), ""]
+    lines += [f"![speed-ups of the ops](docs/img/ops-{HOME.name}.svg)"]
+    if rows := read(HOME / "model.jsonl"):
+        lines += ["", *models(rows)]
+    return lines
 
 
 def main() -> None:
-    """Replace what stands between the two marks in README.md."""
-    read = {
-        name: json.loads((ROWS / f"digits-{name}.json").read_text()) for name in ("eval", "step")
-    }
-    lines = [*quality(read["eval"]), "", *speed(read["step"])]
-    for table, kind in ((ops, "op"), (models, "model")):
-        if rows := [r for r in measured() if kind in r]:
-            lines += ["", *table(rows)]
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
+    """Write docs/benchmarks.md with its plots, and the README between its marks."""
+    folders = [f for f in sorted(RESULTS.iterdir()) if ops_of(f)]
+    page = [INTRODUCTION, *("\n".join([*machine(folder), ""]) for folder in folders)]
+    write_whole(ROOT / "docs" / "benchmarks.md", "\n".join(page).encode())
+    plots.clean(f"{kind}-{f.name}.svg" for f in folders for kind in plots.KINDS)
+    path = ROOT / "README.md"
+    before, _, rest = path.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
-    readme.write_text("\n".join([before + BEGIN, *lines, END + after]))
+    write_whole(path, "\n".join([before + BEGIN, *readme(), END + after]).encode())
 
 
 if __name__ == "__main__":

@@ -48,6 +48,13 @@ bench() { # bench NAME ARGUMENTS...
     step "bench-$1" 100 "$PYTHON" -m bench --device "$DEVICE" --json "$out/ops.jsonl" "${@:2}"
 }
 
+tbcm_step() { # tbcm_step MODEL STEPS [SIZES]: `tbcm bench step`, without the packages of its command line
+    local code="from tbcm.step_bench import Plan, bench_step, lines
+result = bench_step('$out/$1-step.json', $2, Plan('$1'${3:+, $3}))
+print(*lines(result), sep='\n')"
+    step "bench-step-$1" 90 "$PYTHON" -c "$code"
+}
+
 echo "== $(date -u +%FT%TZ) $name" >>"$out/steps.log"
 command -v nvidia-smi >/dev/null && nvidia-smi >"$out/nvidia-smi.log"
 
@@ -74,22 +81,36 @@ fi
 
 if [[ $DEVICE == cuda ]]; then
     bench attention --op attention --shape sd3-1024 --shape flux-1024 --shape sana-0.6b-1024
-    bench adaln-0.6b --op adaln --shape sana-0.6b-1024
-    bench linear_attention --op linear_attention --shape sana-0.6b-1024 --shape sana-1.6b-1024
-    bench conv_glu --op conv_glu --shape sana-0.6b-1024 --shape sana-1.6b-1024
-    bench rms_norm-0.6b --op rms_norm --shape sana-0.6b-1024
-    bench adaln-1.6b --op adaln --op rms_norm --shape sana-1.6b-1024
+    if has diffusers; then
+        big=(--layers 28 --batch 15 --dtype bfloat16 --seconds 20)
+        step bench-model 100 "$PYTHON" -m bench.model "${big[@]}" --json "$out/model.jsonl"
+        tbcm_step sana-0.6b 8
+    fi
+    bench blocks --op adaln --op linear_attention --op conv_glu --op rms_norm --shape sana-0.6b-1024
+    bench blocks-1.6b --op adaln --op linear_attention --op conv_glu --op rms_norm --shape sana-1.6b-1024
+    bench objective --op tangent_loss --op flow_input --op flow_output --op trajectory_step --shape sana-0.6b-1024
+    for tokens in 256 1024 4096 16384; do
+        step "bench-length-$tokens" 40 "$PYTHON" -m bench --op attention --shape dit-b-512 --tokens "$tokens" \
+            --pass forward --pass jvp --pass step --device cuda --json "$out/length.jsonl"
+    done
     bench linear --op linear --shape sana-0.6b-1024 --shape sana-1.6b-1024
-    bench attention-1.6b --op attention --shape sana-1.6b-1024 --shape dit-xl-512
+    bench attention-others --op attention --shape sana-1.6b-1024 --shape dit-xl-512 --shape pixart-1024
     bench 512 --shape sana-0.6b-512
     bench compiled --op adaln --op rms_norm --shape sana-0.6b-1024 --compile
-    big=(--layers 28 --batch 15 --dtype bfloat16 --seconds 20)
-    has diffusers && step bench-model 150 "$PYTHON" -m bench.model "${big[@]}" --json "$out/model.jsonl"
+    bench wan --op attention --shape wan-1.3b-480p --pass jvp --pass step
+    has diffusers && tbcm_step sana-1.6b 8
 fi
-bench digits --shape digits
+quick=()
+[[ $DEVICE == cpu ]] && quick=(--op attention --op adaln --op tangent_loss --batch 1 --seconds 0) # to try the script
+bench digits --shape digits "${quick[@]}"
 if has diffusers; then
-    code="import tbcm.step_bench as b; print(b.bench_step('$out/step.json'))"
-    step bench-step 120 "$PYTHON" -c "$code"
+    tbcm_step digits 40
+    if [[ $DEVICE == cpu ]]; then # the smallest of each
+        tiny=(--layers 1 --latent 4 --text 8 --seconds 1 --device cpu)
+        step bench-model 100 "$PYTHON" -m bench.model "${tiny[@]}" --json "$out/model.jsonl"
+        tbcm_step sana-0.6b 2 "layers=1, resolution=64, route_steps=2"
+    fi
+    [[ -s $out/model.jsonl ]] && step cost 30 "$PYTHON" -m bench.cost "$out/model.jsonl"
 else
     skip bench-step "no diffusers"
 fi

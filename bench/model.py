@@ -3,6 +3,8 @@
 Random weights at SANA's widths, fewer layers where asked. Timed are the value; value and tangent;
 and a student's step, which is a tangent and the gradient of the value: two passes of the stock
 model, one of the fused, both as the trainer has them. Where the models disagree nothing is timed.
+That can be chance in fp32: a ReLU of linear attention whose argument is zero but for rounding may
+open in one model alone, which moves a gradient by one element of all; another --seed decides.
 bfloat16 runs under autocast, as in training, and the casts of weights then count as saved.
 """
 
@@ -11,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,11 +25,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tbcm_kernels
-from bench import timing
+from bench import cost, timing
 from bench.environment import Row, environment, source_hash
 from tbcm import objective
+from tbcm.step_bench import SANA, saved_bytes
 
-HEADS = {"digits": (4, 4, 32), "sana-0.6b": (36, 16, 72), "sana-1.6b": (70, 20, 112)}
+HEADS = {"digits": (4, 4, 32)} | {name: heads for name, (_, *heads) in SANA.items()}
 """Heads of linear attention, 32 wide each; heads of cross-attention and their width."""
 PASSES = ("forward", "jvp", "step")
 
@@ -80,19 +82,7 @@ class Student:
 
     def saved_bytes(self) -> int:
         """What the graph keeps for backward, each storage once, weights not counted."""
-        packed = []
-
-        def pack(x: Tensor) -> Tensor:
-            x = x.detach()
-            packed.append(weakref.ref(x))
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            _graph = self.graph()
-        kept = [x for ref in packed if (x := ref()) is not None]  # not what only a tangent needed
-        sizes = {s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in kept)}
-        own = {p.untyped_storage().data_ptr() for p in self.weights.values()}
-        return sum(size for address, size in sizes.items() if address not in own)
+        return saved_bytes(self.graph, list(self.weights.values()))[1]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -105,6 +95,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--seed", type=int, default=0, help="of weights and inputs")
     parser.add_argument("--seconds", type=float, default=60.0, help="for all passes together")
     parser.add_argument("--json", type=Path, help="file to append a JSON line to")
     args = parser.parse_args(argv)
@@ -114,7 +105,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def students(args: argparse.Namespace) -> dict[str, Student]:
     """One model with random weights as diffusers has it, and as `fuse` makes it."""
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     heads, cross_heads, cross_width = HEADS[args.model]
     model = SanaTransformer2DModel(
         num_attention_heads=heads, attention_head_dim=32, num_cross_attention_heads=cross_heads,
@@ -208,6 +199,15 @@ def ratios(row: Row) -> Row:
     }
 
 
+def roofline(row: Row) -> None:
+    """Beside each pass, what share of its time the cost model's floor is at the measured peaks."""
+    m, machine = cost.of_row(row)
+    for mode in ("stock", "fused"):
+        for what in PASSES:
+            floor = cost.floor(m, what, machine)
+            row[mode][what]["roofline"] = 1e6 * floor / row[mode][what]["us"]
+
+
 def report(row: Row) -> str:
     """A row for people."""
     lines = [f"{row['model']}, {row['layers']} layers, B = {row['batch']}, {row['dtype']}"]
@@ -216,7 +216,8 @@ def report(row: Row) -> str:
             r = row[name][what]
             spread = f"[{r['p20_us'] / 1e3:.1f}, {r['p80_us'] / 1e3:.1f}]"
             peak = "" if r["peak_mb"] is None else f"  peak {r['peak_mb']:.0f} MiB"
-            lines.append(f"{name}  {what:<8} {r['us'] / 1e3:>9.1f} ms {spread}{peak}")
+            share = f"  {100 * r['roofline']:.0f}% of the roofline"
+            lines.append(f"{name}  {what:<8} {r['us'] / 1e3:>9.1f} ms {spread}{share}{peak}")
         lines.append(
             f"{name}  jvp / forward {row['jvp_over_forward'][name]:.2f}, saved for backward "
             f"{row[name]['saved_u_per_block']:.1f} u per block"
@@ -236,6 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         figures = measure(models, args)
         row |= {**figures, **ratios(figures)} | environment(args.device, models["stock"].dtype)
+        roofline(row)
         print(report(row))
     if args.json:
         with args.json.open("a") as file:

@@ -1,4 +1,4 @@
-"""What is timed: each op at the shapes of real models, and the same maths in eager PyTorch."""
+"""What is timed: each op at the shapes of real models, beside the same maths in PyTorch."""
 
 from __future__ import annotations
 
@@ -10,117 +10,101 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tbcm_kernels
+from bench import counts, peers
+from bench import eager as plain
+from bench.shapes import SHAPES, Shape
 from tbcm_kernels import _dispatch
-from tbcm_kernels.testing.cases import Case, attention_case, op_case
+from tbcm_kernels.testing.cases import OBJECTIVE, Case, attention_case, objective_case, op_case
 from tbcm_kernels.testing.check import check
 from tbcm_kernels.testing.compare import faults
 
+__all__ = ["OPS", "SHAPES", "Shape", "Variant", "call", "draw", "eager", "ours"]
+
 Function = Callable[..., Any]
 IMPLEMENTATIONS = _dispatch.IMPLEMENTATIONS[1:]
-PASSES = ("forward", "jvp", "backward", "through")
-"""The value; value and tangent; the value's gradient; the gradient of both, for attention."""
+PASSES = {
+    "forward": "value",
+    "jvp": "value and tangent",
+    "backward": "gradient of the value",
+    "through": "gradient of both",
+    "step": "value, tangent, gradient of the value",
+}
+"""A "step" is what a loss that takes the tangent as a constant needs of an op, forward included."""
+MOST = ("forward", "jvp", "backward", "step")
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Sizes of the residual stream [B, N, C] of a model in training, and of its attention.
+class Variant:
+    """One way to compute an op: its value, and value with tangent of (*primals, *tangents)."""
 
-    Tokens are a square of pixels. Linear attention has heads of 32, as SANA's.
-    """
+    value: Function
+    pair: Function | None
+    one_pass: bool = False
+    """Whether the pair's value has a graph, so that a step needs no second forward."""
+    through: bool = True
+    """Whether gradients through the tangent are right."""
 
-    batch: int
-    tokens: int
-    width: int
-    heads: int
-    text: int = 0
-    """Keys of cross-attention on text, whose tangent is zero; 0 for self-attention."""
-
-
-SHAPES = {
-    "digits": Shape(56, 16, 128, 4, 8),
-    "sana-0.6b-512": Shape(16, 256, 1152, 16, 300),
-    "sana-0.6b-1024": Shape(16, 1024, 1152, 16, 300),
-    "sana-1.6b-1024": Shape(16, 1024, 2240, 20, 300),
-    "dit-b-512": Shape(1, 1024, 768, 12),
-    "dit-xl-512": Shape(1, 1024, 1152, 16),
-    "sd3-1024": Shape(1, 4096, 1536, 24),
-    "flux-1024": Shape(1, 4096, 3072, 24),
-}
-
-
-def plain_adaln(x: Tensor, h: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> Any:
-    """As diffusers writes it, with the modulations in x's dtype."""
-    gate, scale, shift = (m.to(x.dtype) for m in (gate, scale, shift))
-    out = x + gate * h
-    return out, F.layer_norm(out, out.shape[-1:], eps=1e-6) * (1 + scale) + shift
-
-
-def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """PyTorch's own."""
-    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), 1e-5)
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's own, in the one form that has a forward derivative."""
-    with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(q, k, v)
-
-
-def plain_conv_glu(a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GLUMBConv between its 1×1 convolutions, on the memory it has there: tokens seen as NCHW."""
-    side = math.isqrt(a.shape[1])
-    pixels = a.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    weight, bias = weight.to(a.dtype), bias.to(a.dtype)
-    values, gates = F.conv2d(F.silu(pixels), weight, bias, padding=1, groups=len(bias)).chunk(2, 1)
-    return values * F.silu(gates)
-
-
-def plain_linear_attention(q: Tensor, k: Tensor, v: Tensor, *norms: Tensor) -> Tensor:
-    """As diffusers' processor: fp32, tokens last, and a row of ones that sums the weights."""
-    dtype = q.dtype
-    if norms:
-        q, k = (_norm_of_heads(x, w) for x, w in zip((q, k), norms, strict=True))
-    q, k, v = F.relu(q).mT.float(), F.relu(k).float(), v.mT.float()
-    o = F.pad(v, (0, 0, 0, 1), value=1.0) @ k @ q
-    return (o[:, :, :-1] / (o[:, :, -1:] + 1e-15)).mT.to(dtype)
-
-
-def _norm_of_heads(x: Tensor, weight: Tensor) -> Tensor:
-    """RMSNorm over all heads, on tokens [B, N, C] as the model has them."""
-    rows = x.transpose(1, 2)
-    return plain_rms_norm(rows.flatten(2), weight).view(rows.shape).transpose(1, 2)
+    def takes(self, what: str) -> bool:
+        """Whether it has a pass."""
+        return what in ("forward", "backward") or (
+            self.pair is not None and (self.through or what != "through")
+        )
 
 
 @dataclass(frozen=True)
 class Op:
-    """One op: its arguments, those that move, those that backward reads, and the eager form."""
+    """An op: its arguments, those that move, those backward reads, its eager form and its leaves.
+
+    Leaves, to which there are gradients, are the arguments where they are not named.
+    """
 
     arguments: str
     moving: str
     saved: str
     plain: Function
+    leaves: str | None = None
+    passes: tuple[str, ...] = MOST
+    sana: bool = False
+    """Only SANA's blocks have it."""
+
+    @property
+    def gradients(self) -> str:
+        """The names of the leaves."""
+        return self.arguments if self.leaves is None else self.leaves
 
 
-QKV = "q k v"
-NORMED = f"{QKV} q_weight k_weight"
+QKV, NORMED = "q k v", "q k v q_weight k_weight"
+STEP, LOSS = (OBJECTIVE[o][f] for o, f in (
+    ("trigflow", "trajectory_step"), ("tangent_loss", "tangent_loss"),
+))  # fmt: skip
 OPS = {
-    "attention": Op(QKV, QKV, QKV, plain_attention),
-    "linear_attention": Op(QKV, QKV, NORMED, plain_linear_attention),
-    "linear_attention+norm": Op(NORMED, QKV, NORMED, plain_linear_attention),
-    "conv_glu": Op("a weight bias", "a", "a weight bias", plain_conv_glu),
-    "adaln": Op("x h gate scale shift", "x h gate scale shift", "x h gate scale", plain_adaln),
-    "rms_norm": Op("x weight", "x", "x weight", plain_rms_norm),
+    "attention": Op(QKV, QKV, QKV, plain.attention, passes=tuple(PASSES)),
+    "linear_attention": Op(QKV, QKV, NORMED, plain.linear_attention, NORMED, sana=True),
+    "linear_attention+norm": Op(NORMED, QKV, NORMED, plain.linear_attention, NORMED, sana=True),
+    "conv_glu": Op("a weight bias", "a", "a weight bias", plain.conv_glu, sana=True),
+    "adaln": Op("x h gate scale shift", "x h gate scale shift", "x h gate scale", plain.adaln),
+    "rms_norm": Op("x weight", "x", "x weight", plain.rms_norm),
     "linear": Op("x weight bias", "x", "x weight", F.linear),
+    "flow_input": Op("x t", "x t", "t", plain.flow_input, "x"),
+    "flow_output": Op("v x t", "v x t", "t", plain.flow_output, "v"),
+    "trajectory_step": Op(STEP, "", "", plain.trajectory_step, "", ("forward",)),
+    "tangent_loss": Op(
+        LOSS, "", "out jvp velocity x", plain.tangent_loss, "out", ("forward", "backward")
+    ),
 }
 """What follows a plus is a variant of the op that stands before it."""
 
 
 def base(op: str) -> str:
-    """The op of the library that a variant belongs to."""
-    return op.partition("+")[0]
+    """The op of the library, a folder, that a row belongs to."""
+    return "trigflow" if op in OBJECTIVE["trigflow"] else op.partition("+")[0]
+
+
+def has(shape: Shape, op: str) -> bool:
+    """Whether the model of a shape has an op."""
+    return shape.sana or not OPS[op].sana
 
 
 def draw(op: str, shape: Shape, dtype: torch.dtype, device: str) -> Case:
@@ -130,6 +114,8 @@ def draw(op: str, shape: Shape, dtype: torch.dtype, device: str) -> Case:
         return _attention(shape, dtype, device, shape.heads)
     if op == "linear":
         return _linear((b, n, c), dtype, device)
+    if op in OBJECTIVE.get(base(op), ()):
+        return objective_case(op, (b, *shape.latent), dtype, device)
     sizes = {
         "conv_glu": (b, math.isqrt(n), math.isqrt(n), 5 * c // 2),
         "linear_attention": (b, c // 32, n, n, 32, 32),
@@ -164,11 +150,6 @@ def checked(op: str, shape: Shape, dtype: torch.dtype, device: str) -> Case:
     return _attention(replace(shape, batch=1, tokens=min(1024, shape.tokens)), dtype, device, 1)
 
 
-def passes(op: str) -> tuple[str, ...]:
-    """The passes that are timed."""
-    return PASSES if op == "attention" else PASSES[:3]
-
-
 def implementations(
     op: str, device: str, dtype: torch.dtype, asked: list[str] | None = None
 ) -> list[str]:
@@ -188,26 +169,30 @@ def wrong(case: Case, impl: str) -> list[str]:
     values = tbcm_kernels.linear_jvp(*case.primals, *case.tangents)
     x, weight, bias = (p.double() for p in case.primals)
     exact = (F.linear(x, weight, bias), F.linear(case.tangents[0].double(), weight))
-    plain = (F.linear(*case.primals), F.linear(case.tangents[0], case.primals[1]))
+    rounded = (F.linear(*case.primals), F.linear(case.tangents[0], case.primals[1]))
     return [
         fault
-        for name, v, e, p in zip(("y", "ty"), values, exact, plain, strict=True)
+        for name, v, e, p in zip(("y", "ty"), values, exact, rounded, strict=True)
         for fault in faults(name, v, e.cpu(), p.double().cpu(), v.dtype)
     ]
 
 
-def ours(case: Case, impl: str) -> tuple[Function, Function]:
+def ours(case: Case, impl: str) -> Variant:
     """The op and its `_jvp` form in one implementation."""
-    op, jvp = (getattr(tbcm_kernels, name) for name in (case.op, f"{case.op}_jvp"))
+    op = getattr(tbcm_kernels, case.op)
+    jvp = getattr(tbcm_kernels, f"{case.op}_jvp", None)
     if case.op == "linear_attention":
         return _with_norms(op, jvp, case, impl)
     options = {} if impl == "pair" else {"impl": impl}
     if case.op != "attention":
         options |= case.options
-    return lambda *p: op(*p, **options), lambda *p: jvp(*p, **options)
+    if case.op == "tangent_loss":  # whose numbers stand between its tensors
+        return Variant(lambda *p: op(**dict(zip(case.arguments, p, strict=True)), **options), None)
+    pair = jvp and (lambda *p: jvp(*p, **options))
+    return Variant(lambda *p: op(*p, **options), pair, one_pass=True)
 
 
-def _with_norms(op: Function, jvp: Function, case: Case, impl: str) -> tuple[Function, Function]:
+def _with_norms(op: Function, jvp: Function, case: Case, impl: str) -> Variant:
     """Linear attention, whose norms are options: a weight with its eps each."""
 
     def options(weights: Sequence[Tensor]) -> dict[str, Any]:
@@ -218,52 +203,105 @@ def _with_norms(op: Function, jvp: Function, case: Case, impl: str) -> tuple[Fun
         primals, tangents = both[: len(both) // 2], both[len(both) // 2 :]
         return jvp(*primals[:3], *tangents[:3], **options(primals[3:]))
 
-    return lambda q, k, v, *weights: op(q, k, v, **options(weights)), pair
+    return Variant(lambda q, k, v, *weights: op(q, k, v, **options(weights)), pair, one_pass=True)
 
 
-def peers(case: Case) -> dict[str, tuple[Function, Function | None]]:
-    """What else computes the op, value and pair; None where it cannot."""
-    if case.op != "attention":
-        return {}
-    return {"sdpa": (F.scaled_dot_product_attention, None)}
-
-
-def eager(case: Case) -> tuple[Function, Function]:
+def eager(case: Case) -> Variant:
     """The same maths in PyTorch, and `torch.func.jvp` of it along the inputs that move."""
-    plain = OPS[case.op].plain
     moving = [i for i, t in enumerate(case.tangents) if t is not None]
-
-    def jvp(*both: Tensor | None) -> Any:
-        primals, tangents = both[: len(both) // 2], both[len(both) // 2 :]
-
-        def of_moving(*values: Tensor) -> Any:
-            inputs = list(primals)
-            for i, v in zip(moving, values, strict=True):
-                inputs[i] = v
-            return plain(*inputs)
-
-        return torch.func.jvp(
-            of_moving, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving)
-        )
-
-    return plain, jvp
+    function = OPS[case.op].plain
+    return Variant(function, plain.jvp_of(function, moving) if moving else None)
 
 
-def call(functions: tuple[Function, Function], what: str, case: Case) -> Callable[[], Any]:
+def baselines(case: Case, compiled: bool) -> dict[str, Variant]:
+    """How PyTorch computes the op; "two-pass" is how people train, its value by the fastest way."""
+    own = eager(case)
+    found = {"eager": own, "two-pass": own}
+    if case.op == "attention":
+        found["sdpa"] = Variant(F.scaled_dot_product_attention, None)
+        found["two-pass"] = replace(own, value=F.scaled_dot_product_attention)
+    if compiled:
+        functions = (f and torch.compile(f, dynamic=False) for f in (own.value, own.pair))
+        found["compile"] = Variant(*functions)
+    return found
+
+
+def peer(case: Case) -> Variant:
+    """The installed peer."""
+    return Variant(*peers.functions(), one_pass=True, through=False)
+
+
+def off(case: Case, variant: Variant) -> str | None:
+    """How a peer is wrong: further from fp64 than four times eager PyTorch in value or tangent."""
+    present = len([p for p in case.primals if p is not None])
+    inputs = case.primals[:present] + case.tangents[:present]
+    own = eager(case)
+    exact = tensors(own.pair(*(x if x is None else x.double() for x in inputs)))
+    for name, e, a, b in zip(
+        ("value", "tangent"), exact, tensors(variant.pair(*inputs)), tensors(own.pair(*inputs)),
+        strict=True,
+    ):  # fmt: skip
+        error, limit = ((x.double() - e).norm() / e.norm() for x in (a, b))
+        if not error <= 4 * limit:
+            return f"its {name} is off by {error:.2g} where eager PyTorch's is by {limit:.2g}"
+    return None
+
+
+def takes_part(name: str, variant: Variant, what: str) -> bool:
+    """Whether a variant is timed in a pass; eager's step is called "two-pass"."""
+    return variant.takes(what) and name != ("eager" if what == "step" else "two-pass")
+
+
+def call(variant: Variant, what: str, case: Case) -> Callable[[], Any]:
     """One pass as a function of nothing: "backward" and "through" repeat a kept graph."""
-    function, jvp = functions
     primals = [p for p in case.primals if p is not None]  # attention's norm weights are absent
     tangents = case.tangents[: len(primals)]
-    if what in ("forward", "jvp"):
-        inputs = primals if what == "forward" else primals + tangents
-        return torch.no_grad()(lambda: (function if what == "forward" else jvp)(*inputs))
-    leaves = [p.detach().requires_grad_() for p in primals]
+    if what == "forward":
+        return torch.no_grad()(lambda: variant.value(*primals))
+    if what == "jvp":
+        return torch.no_grad()(lambda: variant.pair(*primals, *tangents))
+    names = OPS[case.op].gradients.split()
+    inputs = [
+        p.detach().requires_grad_(name in names)
+        for name, p in zip(case.arguments, primals, strict=False)
+    ]
+    leaves = [x for x in inputs if x.requires_grad]
+    if what == "step":
+        return _step(variant, inputs, tangents, leaves)
     moving = [None if t is None else t.detach().requires_grad_() for t in tangents]
-    outputs = tensors(function(*leaves) if what == "backward" else jvp(*leaves, *moving))
+    result = variant.value(*inputs) if what == "backward" else variant.pair(*inputs, *moving)
+    outputs = [o for o in tensors(result) if o.requires_grad]
     cotangents = [torch.randn_like(o) for o in outputs]
     if what == "through":
         leaves += [t for t in moving if t is not None]
     return lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
+
+
+def _step(
+    variant: Variant, inputs: list[Tensor], tangents: list[Tensor | None], leaves: list[Tensor]
+) -> Callable[[], Any]:
+    """Value with its graph, tangent without one, and the value's gradient."""
+
+    def both() -> tuple[list[Tensor], Any]:
+        if variant.one_pass:
+            with tbcm_kernels.stop_tangent_gradient():
+                pair = tensors(variant.pair(*inputs, *tangents))
+            return pair[: len(pair) // 2], pair
+        with torch.no_grad():
+            tangent = variant.pair(*inputs, *tangents)
+        return tensors(variant.value(*inputs)), tangent
+
+    cotangents = [torch.randn_like(o) for o in both()[0]]
+
+    def step() -> Any:
+        values, tangent = both()
+        outputs, given = zip(
+            *((o, c) for o, c in zip(values, cotangents, strict=True) if o.requires_grad),
+            strict=True,
+        )
+        return torch.autograd.grad(outputs, leaves, given), tangent
+
+    return step
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -273,41 +311,11 @@ def tensors(value: Any) -> list[Tensor]:
     return [t for v in value or () for t in tensors(v)]
 
 
+def passes(op: str) -> tuple[str, ...]:
+    """The passes that are timed."""
+    return OPS[op].passes
+
+
 def traffic(case: Case, what: str) -> int:
-    """Bytes by count: every input read once, every output written once."""
-    if case.op == "attention":
-        return _attention_traffic(case, what)
-    first = case.primals[0].nbytes
-    outputs = {"adaln": 2 * first, "conv_glu": first // 2}.get(case.op, first)
-    if what == "backward":
-        named = dict(zip(case.arguments, case.primals, strict=True))
-        saved = [named[a] for a in OPS[case.op].saved.split()]
-        return outputs + _size(saved) + _size(case.primals)
-    pair = outputs + _size(case.tangents) if what == "jvp" else 0
-    return _size(case.primals) + outputs + pair
-
-
-def _attention_traffic(case: Case, what: str) -> int:
-    """q, k, v, o and, where they move, their tangents; twice in backward, with the gradients."""
-    values = [*case.primals[:3], case.primals[0]]
-    if what in ("jvp", "through"):
-        values += [t for t in case.tangents if t is not None] + case.primals[:1]
-    return _size(values) * (2 if what in ("backward", "through") else 1)
-
-
-def operations(case: Case, what: str) -> int:
-    """FLOPs by count of the matrix products; 0 for an op without."""
-    if case.op == "attention":
-        q, k = case.primals[:2]
-        alone = case.tangents[1] is None
-        jvp, through = (4, 10) if alone else (6, 15)
-        products = {"forward": 2, "jvp": jvp, "backward": 5, "through": through}
-        return 2 * q.numel() * k.shape[2] * products[what]
-    if case.op != "linear":
-        return 0
-    x, weight, _ = case.primals
-    return 2 * x.numel() * weight.shape[0] * (1 if what == "forward" else 2)
-
-
-def _size(values: Sequence[Tensor | None]) -> int:
-    return sum(v.nbytes for v in values if v is not None)
+    """Bytes of a pass, by count."""
+    return counts.traffic(case, what, OPS[case.op].saved, OPS[case.op].gradients)

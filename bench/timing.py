@@ -100,7 +100,7 @@ def copy_bandwidth(device: str) -> float:
 
 def matmul_peak(device: str, dtype: torch.dtype) -> float:
     """FLOPs per second of a large square product: the roof of attention and linear."""
-    n = 8192 if device == "cuda" else 1024
+    n = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     measure, _ = stopwatch([lambda: a @ b], device)
     return 2 * n**3 / min(measure() for _ in range(MIN_ROUNDS))

@@ -7,7 +7,7 @@ from argparse import ArgumentError
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
 
@@ -127,18 +127,27 @@ def info(args: Namespace) -> None:
 
 
 def add_bench(parser: ArgumentParser) -> None:
-    parser.add_argument("what", choices=["step"], help="What to time: one distillation step.")
-    parser.add_argument("--json", required=True, help="JSON file to write.")
-    parser.add_argument("--steps", type=int, default=40, help="Steps of each mode to time.")
+    models = Literal["digits", "sana-0.6b", "sana-1.6b"]
+    add = parser.add_argument
+    add("what", choices=["step"], help="What to time: one distillation step.")
+    add("--json", required=True, help="JSON file to write.")
+    add("--steps", type=int, default=40, help="Steps of each variant to time, at least 2.")
+    add("--model", type=models, default="digits", help="digits, or a SANA with random weights.")
+    add("--methods", type=str, nargs="+", default=["tbcm"], help="Methods to step.")
+    add("--modes", type=str, nargs="+", default=["eager", "fused"],
+        help="eager, fused and compile; compiling takes minutes.")  # fmt: skip
+    add("--layers", type=int, help="SANA's layers (on a GPU all of them, else 2).")
+    add("--resolution", type=int, help="SANA's pixels a side (on a GPU 1024, else 512).")
+    add("--route_steps", type=int, help="SANA's teacher steps (on a GPU 16, else 4).")
+    add("--batch", type=int, help="SANA's prompts of a step (1).")
 
 
 def bench(args: Namespace) -> None:
-    from tbcm.step_bench import bench_step
+    from tbcm.step_bench import Plan, bench_step, lines
 
-    result = bench_step(args.json, args.steps)
-    for mode in ("eager", "fused"):
-        print(f"{mode}: {result[mode]['ms']:.1f} ms, {result[mode]['peak_mb']:.0f} MB")
-    print(f"speed-up {result['speedup']:.2f}")
+    plan = Plan(args.model, args.layers, args.resolution, args.route_steps, args.batch)
+    result = bench_step(args.json, args.steps, plan, args.methods, args.modes)
+    print("\n".join(lines(result)))
 
 
 Adds, Runs = Callable[[ArgumentParser], None], Callable[[Namespace], None]
@@ -149,7 +158,7 @@ COMMANDS: dict[str, tuple[str, Adds, Runs]] = {
     "export": ("Write a SanaSprintPipeline folder for diffusers.", add_export, export),
     "eval": ("Measure a student against its teacher.", add_eval, evaluate),
     "info": ("Show versions and which implementation of each op runs here.", add_info, info),
-    "bench": ("Time one step, fused against plain.", add_bench, bench),
+    "bench": ("Time one step, plain, compiled and fused.", add_bench, bench),
 }
 
 

@@ -1,7 +1,10 @@
-"""`tbcm bench step`: one digits step, fused against plain, in two processes that take turns.
+"""`tbcm bench step`: one distillation step of each method, plain, compiled and fused.
 
-Both processes stay alive and only one computes at a time, in blocks of a few steps, so that drift
-of the machine falls on both alike and each has a peak memory of its own.
+Every variant has a process of its own, hence a peak memory of its own. On a CPU, and for digits,
+all stay alive and only one computes at a time, in blocks of a few steps, so that drift of the
+machine falls on all alike; on a GPU, whose memory one variant may fill, they run one after another.
+SANA has its real widths and random weights: all its layers at 1024 px with 16 teacher steps on a
+GPU, and on a CPU 2 layers at 512 px with 4, unless it is told otherwise. The report says which.
 """
 
 from __future__ import annotations
@@ -10,62 +13,177 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from diffusers import SanaTransformer2DModel
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tbcm import objective
 from tbcm.config import PRESETS, TrainConfig
+from tbcm.digits import WORDS
+from tbcm.distiller import Distiller
 from tbcm.errors import UserError
-from tbcm.models import load_teacher
+from tbcm.images import Latents
+from tbcm.models import Teacher, load_teacher
 from tbcm.progress import peak_memory_mb
 from tbcm.sampling import write_whole
-from tbcm.train import Distiller, load_prompts
+from tbcm.sprint import HEAD_BLOCKS
+from tbcm.train import METHODS, load_prompts
 
-MODES = ("eager", "fused")
+MODES = ("eager", "compile", "fused")
 PHASES = {"rollout": "harvest", "dual": "forward", "backward": "backward", "optimizer": "update"}
 BLOCK, WARM_UP = 4, 3
-TOLERANCE = 1e-3
+TOLERANCE = {"no": 1e-3, "bf16": 5e-2}
+"""How far the losses of two modes may be apart; under autocast each layer rounds to 8 bits."""
+PAPER = {"memory": -0.641, "time": -0.417}
+"""TBCM against sCM in the same configuration (arXiv 2511.20410)."""
+SANA = {"sana-0.6b": (28, 36, 16, 72), "sana-1.6b": (20, 70, 20, 112)}
+"""Layers; heads of linear attention, 32 wide each; heads of cross-attention and their width."""
+TEXT, CAPTION = 300, 2304
+"""Tokens of a prompt, and the width of their embedding."""
 Timings = dict[str, float]
 
 
-def bench_step(json_path: str | Path, steps: int = 40) -> dict[str, Any]:
-    """Time `steps` steps of each mode and write the figures as JSON.
+@dataclass(frozen=True)
+class Plan:
+    """What is stepped; a size that is not given is that of the real model, or of a CPU's share."""
 
-    Raises UserError if the two modes disagree on loss or ‖g‖: what is wrong is not timed.
+    model: str = "digits"
+    layers: int | None = None
+    resolution: int | None = None
+    route_steps: int | None = None
+    batch: int | None = None
+    """Prompts of a step."""
+    gpu: bool = field(default_factory=torch.cuda.is_available)
+
+    @property
+    def precision(self) -> str:
+        """Autocast to bf16 on a GPU, but for digits."""
+        return "bf16" if self.gpu and self.model != "digits" else "no"
+
+    def check(self, steps: int, methods: Sequence[str], modes: Sequence[str]) -> None:
+        """Raises UserError, naming the argument, for what cannot be stepped."""
+        for name, given, known in (("methods", methods, METHODS), ("modes", modes, MODES)):
+            if not given or set(given) - set(known) or len(set(given)) < len(given):
+                raise UserError(f"{name} must be some of {', '.join(known)}, each once.")
+        if self.model not in ("digits", *SANA):
+            raise UserError(f"model must be digits or one of {', '.join(SANA)}, not {self.model}.")
+        if steps < 2:
+            raise UserError(f"steps must be at least 2, not {steps}.")
+        own = {"layers": 1, "resolution": 32, "route_steps": 2, "batch": 1}
+        for name, least in own.items():
+            value = getattr(self, name)
+            if value is not None and self.model == "digits":
+                raise UserError(f"{name} is for the SANA models; digits has its own.")
+            if value is not None and (value < least or (name == "resolution" and value % 32)):
+                rest = " and a multiple of 32" if name == "resolution" else ""
+                raise UserError(f"{name} must be at least {least}{rest}, not {value}.")
+
+    def sizes(self) -> dict[str, Any]:
+        """The sizes in use, and whether they are those of the real model."""
+        if self.model == "digits":
+            return {"model": "digits", "reduced": False}
+        layers = self.layers or (SANA[self.model][0] if self.gpu else 2)
+        resolution = self.resolution or (1024 if self.gpu else 512)
+        return {
+            "model": self.model, "layers": layers, "of_layers": SANA[self.model][0],
+            "resolution": resolution, "route_steps": self.route_steps or (16 if self.gpu else 4),
+            "batch": self.batch or 1, "reduced": layers < SANA[self.model][0],
+        }  # fmt: skip
+
+
+class RandomText:
+    """Random embeddings in place of an encoder's, whose work no step contains."""
+
+    max_length = TEXT
+
+    def check(self, prompts: list[str]) -> None:
+        """Every prompt fits."""
+
+    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings [P, S, D] and a mask [P, S] of ones."""
+        return torch.randn(len(prompts), TEXT, CAPTION), torch.ones(len(prompts), TEXT)
+
+
+def sana(model: str, layers: int, latent: int, guidance: bool) -> SanaTransformer2DModel:
+    """A SANA transformer at a model's widths, with random weights."""
+    _, heads, cross_heads, cross_width = SANA[model]
+    return SanaTransformer2DModel(
+        num_attention_heads=heads, attention_head_dim=32, num_cross_attention_heads=cross_heads,
+        cross_attention_head_dim=cross_width, cross_attention_dim=32 * heads,
+        caption_channels=CAPTION, num_layers=layers, mlp_ratio=2.5, patch_size=1,
+        sample_size=latent, qk_norm="rms_norm_across_heads", guidance_embeds=guidance,
+    )  # fmt: skip
+
+
+def bench_step(
+    json_path: str | Path, steps: int = 40, plan: Plan | None = None,
+    methods: Sequence[str] = ("tbcm",), modes: Sequence[str] = ("eager", "fused"),
+) -> dict[str, Any]:  # fmt: skip
+    """Time `steps` steps of each method and mode and write the figures as JSON.
+
+    Raises UserError for what cannot be stepped, and if two modes disagree on loss or ‖g‖: what is
+    wrong is not timed.
     """
-    workers = {mode: start_worker(mode) for mode in MODES}
-    try:
-        check_agreement({mode: ask(pipe, WARM_UP) for mode, (_, pipe) in workers.items()})
-        rows: dict[str, list[Timings]] = {mode: [] for mode in MODES}
-        for block in range(-(-steps // BLOCK)):
-            for mode in MODES if block % 2 == 0 else reversed(MODES):
-                rows[mode] += ask(workers[mode][1], BLOCK)
-        peaks = {mode: ask(pipe, 0) for mode, (_, pipe) in workers.items()}
-    finally:
-        for process, _ in workers.values():
-            process.kill()
-            process.join()
-    result = report(rows, peaks)
+    plan = plan or Plan()
+    plan.check(steps, methods, modes)
+    variants = [(method, mode) for method in methods for mode in modes]
+    if plan.gpu and plan.model != "digits":
+        found = [measured([variant], plan, steps) for variant in variants]
+        first, rows, totals = ({k: v for part in parts for k, v in part.items()}
+                               for parts in zip(*found, strict=True))  # fmt: skip
+        check_agreement(first, TOLERANCE[plan.precision])
+    else:
+        _, rows, totals = measured(variants, plan, steps)
+    result = report(rows, totals) | plan.sizes()
     write_whole(json_path, (json.dumps(result, indent=2) + "\n").encode())
     return result
 
 
-def start_worker(mode: str) -> tuple[Any, Connection]:
+Variant = tuple[str, str]
+Rows = dict[Variant, list[Timings]]
+
+
+def measured(
+    variants: list[Variant], plan: Plan, steps: int
+) -> tuple[Rows, Rows, dict[Variant, dict[str, Any]]]:
+    """First steps, timed steps, and totals of each variant, whose processes take turns."""
+    workers = {v: start_worker(v, plan) for v in variants}
+    try:
+        first = {v: ask(pipe, WARM_UP) for v, (_, pipe) in workers.items()}
+        check_agreement(first, TOLERANCE[plan.precision])
+        rows: Rows = {v: [] for v in variants}
+        for block in range(-(-steps // BLOCK)):
+            for v in variants if block % 2 == 0 else reversed(variants):
+                rows[v] += ask(workers[v][1], BLOCK)
+        totals = {v: ask(pipe, 0) for v, (_, pipe) in workers.items()}
+    finally:
+        for process, _ in workers.values():
+            process.kill()
+            process.join()
+    return first, rows, totals
+
+
+def start_worker(variant: Variant, plan: Plan) -> tuple[Any, Connection]:
     """A process of its own that runs steps on demand, and the pipe to it."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(mode == "fused", theirs), daemon=True)
+    process = context.Process(target=work, args=(variant, plan, theirs), daemon=True)
     process.start()
     theirs.close()
     return process, ours
 
 
 def ask(pipe: Connection, steps: int) -> Any:
-    """The timings of that many steps; the peak memory in MB for 0."""
+    """The timings of that many steps; for 0 the peak memory and the counts."""
     try:
         pipe.send(steps)
         return pipe.recv()
@@ -73,31 +191,155 @@ def ask(pipe: Connection, steps: int) -> Any:
         raise UserError("A benchmark process died; its message is above.") from error
 
 
-def work(fused: bool, pipe: Connection) -> None:
+def work(variant: Variant, plan: Plan, pipe: Connection) -> None:
     """The process: a distiller, stepped when asked."""
-    preset = yaml.safe_load((PRESETS / "digits.yaml").read_text())
-    # r = 1 from the start, so that the check of the losses sees the whole tangent.
-    settings = {**preset, "tangent_warmup_steps": 0, "fused": fused, "output_dir": "unused"}
-    config = TrainConfig(**settings)
-    distiller = Distiller(config, load_teacher("digits"), load_prompts(config))
+    distiller = make_distiller(*variant, plan)
+    counts = Counts(distiller)
     seconds: Timings = {}
     for phase, method in PHASES.items():
         setattr(distiller, method, timed(getattr(distiller, method), seconds, phase))
     step = timed(distiller.train_step, seconds, "step")
     while steps := pipe.recv():
-        pipe.send([{**step(), **seconds} for _ in range(steps)])
-    pipe.send(peak_memory_mb())
+        rows = []
+        for _ in range(steps):
+            seconds.clear()
+            rows.append({**step(), **seconds})
+        pipe.send(rows)
+    peak = peak_memory_mb()  # before the counts, which take memory themselves
+    pipe.send({"peak_mb": peak, **counts.of_a_step(variant[1])})
+
+
+def make_distiller(method: str, mode: str, plan: Plan) -> Distiller:
+    """A distiller of a method, in a mode; every method has as many student samples in a step."""
+    # r = 1 from the start, so that the check of the losses sees the whole tangent.
+    settings = {"method": method, "fused": mode == "fused", "output_dir": "unused"}
+    settings["tangent_warmup_steps"] = 0
+    make = digits_distiller if plan.model == "digits" else sana_distiller
+    distiller = make(settings, plan)
+    if mode == "compile":
+        distiller.student_pass = torch.compile(objective.two_passes)
+        distiller.teacher_net = torch.compile(distiller.teacher_net)
+    return distiller
+
+
+def digits_distiller(settings: dict[str, Any], plan: Plan) -> Distiller:
+    """The built-in teacher, as in its preset."""
+    name = "digits" if settings["method"] == "tbcm" else "digits_baselines"
+    preset = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
+    config = TrainConfig(**{**preset, **settings})
+    return METHODS[config.method](config, load_teacher("digits"), load_prompts(config))
+
+
+def sana_distiller(settings: dict[str, Any], plan: Plan) -> Distiller:
+    """A SANA with random weights; the baselines' images are random latents.
+
+    Baselines encode their images once, before training, so no step contains their VAE.
+    """
+    sizes = plan.sizes()
+    points = 1 if settings["method"] == "tbcm" else sizes["route_steps"] - 1
+    settings |= {"mixed_precision": plan.precision, "route_steps": sizes["route_steps"]}
+    if sizes["layers"] <= min(HEAD_BLOCKS):  # the discriminator reads what there is
+        settings["head_block_ids"] = [sizes["layers"] - 1]
+    config = TrainConfig(**settings, train_batch_size=points * sizes["batch"])
+    torch.manual_seed(0)
+    latent = sizes["resolution"] // 32
+    transformer = sana(plan.model, sizes["layers"], latent, guidance=False)
+    shape = (transformer.config.in_channels, latent, latent)
+    teacher = Teacher(transformer, RandomText(), Path(), shape)
+    distiller = METHODS[config.method](config, teacher, list(WORDS))
+    if config.method != "tbcm":
+        rows = torch.zeros(1, dtype=torch.long)
+        distiller.latents = Latents(rows, lambda picks: torch.randn(len(picks), *shape), "random")
+    return distiller
+
+
+class Counts:
+    """What a step of a distiller launches, and what its graph keeps for backward."""
+
+    def __init__(self, distiller: Distiller):
+        self.distiller, self.forward = distiller, distiller.forward
+        self.saved = self.samples = 0
+
+    def of_a_step(self, mode: str) -> dict[str, Any]:
+        """Both counts; launches are GPU kernels, or on a CPU calls of PyTorch's dispatcher.
+
+        Compiled code on a CPU calls no dispatcher, so there the count is None.
+        """
+        self.distiller.forward = self.hooked
+        cuda = self.distiller.device.type == "cuda"
+        if not cuda and mode == "compile":
+            self.distiller.train_step()
+            launches = None
+        else:
+            launches = (kernels if cuda else calls)(self.distiller.train_step)
+        kind = "GPU kernels" if cuda else "dispatcher calls"
+        return {
+            "samples": self.samples, "launches": launches, "launches_are": kind,
+            "saved_mb": self.saved / 2**20,
+        }  # fmt: skip
+
+    def hooked(self, *args: Any) -> Any:
+        """The forward pass; its samples and the size of what it saved are kept."""
+        result, size = saved_bytes(lambda: self.forward(*args), self.distiller.parameters)
+        self.saved = max(self.saved, size)
+        self.samples += len(args[0].x)
+        return result
+
+
+def saved_bytes(forward: Callable[[], Any], weights: Sequence[Tensor]) -> tuple[Any, int]:
+    """A forward pass, and the bytes its graph keeps, each storage once, weights not counted."""
+    packed = []
+
+    def pack(x: Tensor) -> Tensor:
+        x = x.detach()
+        packed.append(weakref.ref(x))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = forward()
+    kept = [x for ref in packed if (x := ref()) is not None]  # not what only a tangent needed
+    sizes = {s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in kept)}
+    own = {w.untyped_storage().data_ptr() for w in weights}
+    return result, sum(size for address, size in sizes.items() if address not in own)
+
+
+def calls(step: Callable[[], Any]) -> int:
+    """The operators that PyTorch's dispatcher runs in a step."""
+
+    class Counting(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.count += 1
+            return function(*args, **(kwargs or {}))
+
+    with Counting() as mode:
+        step()
+    return mode.count
+
+
+def kernels(step: Callable[[], Any]) -> int:
+    """The GPU kernels, copies and fills that a step launches."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in trace.events())
 
 
 def timed(call: Callable, seconds: Timings, phase: str) -> Callable:
-    """The same call, leaving its duration in seconds[phase]."""
+    """The same call, adding its duration to seconds[phase]."""
 
-    def run(*args: Any) -> Any:
+    def run(*args: Any, **options: Any) -> Any:
         synchronize()
         start = time.perf_counter()
-        result = call(*args)
+        result = call(*args, **options)
         synchronize()
-        seconds[phase] = time.perf_counter() - start
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
         return result
 
     return run
@@ -109,31 +351,73 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def check_agreement(first: dict[str, list[Timings]]) -> None:
-    """Same seed, same losses. Raises UserError where the modes differ by more than TOLERANCE."""
-    for eager, fused in zip(*(first[mode] for mode in MODES), strict=True):
-        for key in ("loss", "g_norm", "grad_norm"):
-            if not abs(eager[key] - fused[key]) <= TOLERANCE * abs(eager[key]):
-                raise UserError(
-                    f"{key} of step {eager['step']} is {eager[key]} eager and {fused[key]} fused: "
-                    "the fused step is wrong here and is not timed."
-                )
+def check_agreement(first: Rows, tolerance: float) -> None:
+    """Same seed, same losses. Raises UserError where modes of a method differ by more."""
+    chosen = {method: mode for method, mode in reversed(first)}
+    for (method, mode), rows in first.items():
+        for other, row in zip(first[method, chosen[method]], rows, strict=True):
+            for key in ("loss", "g_norm", "grad_norm"):
+                if not abs(other[key] - row[key]) <= tolerance * abs(other[key]):
+                    raise UserError(
+                        f"{key} of step {row['step']} of {method} is {other[key]} "
+                        f"{chosen[method]} and {row[key]} {mode}: the {mode} step is wrong here "
+                        "and is not timed."
+                    )
 
 
-def report(rows: dict[str, list[Timings]], peaks: dict[str, float]) -> dict[str, Any]:
-    """Medians with p20 and p80 of both modes, by phase too, and their ratio."""
+def report(rows: Rows, totals: dict[Variant, dict[str, Any]]) -> dict[str, Any]:
+    """Medians with p20 and p80 of every variant, by phase too, and their ratios.
+
+    TBCM's variants are named by their mode alone, a baseline's by method and mode.
+    """
     result: dict[str, Any] = {}
-    for mode in MODES:
-        ms = [1000 * row["step"] for row in rows[mode]]
+    for (method, mode), timings in rows.items():
+        ms = [1000 * row["step"] for row in timings]
         low, *_, high = statistics.quantiles(ms, n=5)
-        phases = {p: statistics.median(1000 * row[p] for row in rows[mode]) for p in PHASES}
-        result[mode] = {
-            "ms": statistics.median(ms), "p20": low, "p80": high, "peak_mb": peaks[mode],
-            "phases": phases,
-        }  # fmt: skip
-    result["speedup"] = result["eager"]["ms"] / result["fused"]["ms"]
-    gpu = torch.cuda.is_available()
+        phases = {p: statistics.median(1000 * row[p] for row in timings) for p in PHASES}
+        found = {"ms": statistics.median(ms), "p20": low, "p80": high, **totals[method, mode]}
+        found["samples_s"] = 1000 * found["samples"] / found["ms"]
+        result[mode if method == "tbcm" else f"{method} {mode}"] = {**found, "phases": phases}
+    if {"eager", "fused"} <= set(result):
+        result["speedup"] = result["eager"]["ms"] / result["fused"]["ms"]
+    if saved := against_scm(result):
+        result["against_scm"] = {"paper": PAPER, **saved}
     return result | {
-        "steps": len(rows["eager"]), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "steps": len(next(iter(rows.values()))), "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }  # fmt: skip
+
+
+def against_scm(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """TBCM's change of peak memory and time against sCM's in the same mode, as in PAPER."""
+    pairs = {m: (result[m], result[f"scm {m}"]) for m in MODES if f"scm {m}" in result}
+    return {
+        mode: {"memory": ours["peak_mb"] / scm["peak_mb"] - 1, "time": ours["ms"] / scm["ms"] - 1}
+        for mode, (ours, scm) in pairs.items()
+    }
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The figures for people."""
+    sizes = [result["model"]]
+    if "layers" in result:
+        sizes = [
+            f"{result['model']} with {result['layers']} of {result['of_layers']} layers",
+            f"{result['resolution']} px", f"{result['route_steps']} teacher steps",
+        ]  # fmt: skip
+    found = [", ".join(sizes)]
+    for name, row in result.items():
+        if isinstance(row, dict) and "phases" in row:
+            phases = ", ".join(f"{phase} {ms:.0f}" for phase, ms in row["phases"].items())
+            launches = row["launches"] or "uncounted"
+            found.append(
+                f"{name}: {row['ms']:.1f} ms ({phases}), {row['samples_s']:.1f} samples/s, peak "
+                f"{row['peak_mb']:.0f} MB, {launches} {row['launches_are']}, "
+                f"{row['saved_mb']:.0f} MB saved for backward"
+            )
+    if "speedup" in result:
+        found.append(f"fused is {result['speedup']:.2f} times as fast as eager")
+    for mode, ours in result.get("against_scm", {}).items():
+        found.append(f"against scm, {mode}: memory {ours['memory']:+.1%}, time {ours['time']:+.1%}")
+    return found

@@ -84,7 +84,7 @@ def _check_layers(model: nn.Module) -> None:
     """Also on every call: a layer that gets a hook or an adapter later would be passed by."""
     layers = list(model.children())
     for layer in layers:  # the list grows under the loop, at a fifth of what modules() takes
-        layers += filter(None.__ne__, layer._modules.values())
+        layers += [m for m in layer._modules.values() if m is not None]
         if reason := _passed_by(layer):
             name = next(n for n, m in model.named_modules() if m is layer)
             raise ValueError(

@@ -6,8 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from bench import audit as table
+from tbcm_kernels.testing import audit
+from tbcm_kernels.testing.audit import Report
 
 # The widest and the most used configs; `python -m tbcm_kernels.testing.audit` compiles all.
 PATTERN = (
@@ -33,3 +38,37 @@ def test_no_spills() -> None:
         "adaln", "attention", "linear_attention", "rms_norm", "tangent_loss", "trigflow",
     }  # fmt: skip
     assert [r for r in reports if r["spilled"]] == []
+
+
+def test_what_fails_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A spill, a product without its tensor cores, too much shared memory; each alone."""
+    monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "0")  # so that what main() sets does not stay
+    tensor = SimpleNamespace(hgmma=True)
+    good = Report("k", 90, 64, 0, 1024, 8, 0, 4, 0.1)
+    bad = {
+        "spills": Report("k", 90, 255, 16, 1024, 8, 0, 4, 0.1),
+        "does not use wgmma": Report("k", 90, 64, 0, 1024, 0, 8, 4, 0.1),
+        "needs more shared memory than there is": Report("k", 80, 64, 0, 165 * 1024, 0, 8, 4, 0.1),
+    }
+    assert good.failure(tensor) is None
+    for failure, report in bad.items():
+        assert report.failure(tensor) == failure
+        found = [(good, None), (report, failure)]
+        monkeypatch.setattr(audit, "reports", lambda pattern, found=found: iter(found))
+        assert table.main([]) == 1
+        assert failure.upper() in capsys.readouterr().out
+    monkeypatch.setattr(audit, "reports", lambda pattern: iter([(good, None)]))
+    assert table.main([]) == 0
+    monkeypatch.setattr(audit, "reports", lambda pattern: iter([]))
+    assert table.main(["no such kernel"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "bound"),
+    [(64, 0, 4, 32), (32, 0, 4, 64), (255, 0, 8, 8), (32, 100 * 1024, 4, 8), (32, 0, 1, 32)],
+)
+def test_occupancy_by_hand(registers: int, shared: int, warps: int, bound: int) -> None:
+    """65536 registers, 228 KiB and 32 blocks on one multiprocessor of an H100."""
+    assert Report("k", 90, registers, 0, shared, 0, 0, warps).occupancy() == bound

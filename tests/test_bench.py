@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 
 import tbcm_kernels
 from bench import __main__ as bench
-from bench import figures, model, ops
+from bench import figures, model, ops, peers, plots
 
 
 def run(path: Path, *argv: str, main: Callable = bench.main) -> tuple[int, list[dict]]:
@@ -38,28 +38,132 @@ def off(function: Callable) -> Callable:
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sizes for a test: few input sets, no large copy."""
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Sizes for a test: few input sets, no large copy, one thread."""
     monkeypatch.setattr(bench.timing, "beyond_cache", lambda device: 1)
     monkeypatch.setattr(bench.timing, "copy_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(bench.timing, "matmul_peak", lambda device, dtype: 1e12)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("op", ops.OPS)
 def test_rows_of_every_pass_and_variant(op: str, tmp_path: Path) -> None:
     code, rows = run(tmp_path / "rows.jsonl", "--op", op)
     assert code == 0
-    variants = ["eager", *ops.implementations(op, "cpu", torch.float32)]
-    pairs = {(p, v) for p in ops.passes(op) for v in variants}
+    kernels = ops.implementations(op, "cpu", torch.float32)
+    plain = {p: {"eager"} for p in ops.passes(op)} | {"step": {"two-pass"}}
     if op == "attention":
-        pairs |= {("forward", "sdpa"), ("backward", "sdpa")}
+        plain["forward"], plain["backward"] = {"eager", "sdpa"}, {"eager", "sdpa"}
+        skipped = rows.pop(0)
+        assert skipped["variant"] == peers.NAME and "us" not in skipped
+    pairs = {(p, v) for p in ops.passes(op) for v in {*kernels, *plain[p]}}
     assert {(r["pass"], r["variant"]) for r in rows} == pairs
     for row in rows:
         assert row["p20_us"] <= row["us"] <= row["p80_us"] and row["rounds"] >= 7
-        assert (
-            row["baseline"] in ("eager", "sdpa") and row["bytes"] > 0 and len(row["source"]) == 12
-        )
+        assert row["baseline"] in plain[row["pass"]]
+        assert row["bytes"] > 0 and len(row["source"]) == 12
         assert row["variant"] != row["baseline"] or row["speedup"] == 1
+        floor = {"memory": row["bytes"] / 1e9, "compute": row["flops"] / 1e12}
+        assert row["roofline"] * row["us"] == pytest.approx(1e6 * max(floor.values()))
+        assert floor[row["bound"]] == max(floor.values())
+
+
+@pytest.mark.parametrize("what", ["backward", "step"])
+@pytest.mark.parametrize("op", [o for o in ops.OPS if "step" in ops.passes(o)])
+def test_a_pass_of_ours_gives_what_pytorch_gives(
+    op: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)  # cotangents of any memory order
+    case = ops.checked(op, ops.SHAPES["digits"], torch.float64, "cpu")
+    impl = "pair" if op == "linear" else "reference"
+    variants = ops.ours(case, impl), ops.baselines(case, False)["two-pass"]
+    gradients = len(ops.OPS[op].gradients.split())
+    ours, theirs = (ops.tensors(ops.call(v, what, case)())[:gradients] for v in variants)
+    for got, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)  # stock casts to fp32
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("--shape flux-1024 --op conv_glu", "flux-1024 has no conv_glu"),
+        ("--tokens 250 --op conv_glu", "square of tokens, not 250"),
+        ("--batch 0", "--batch must be at least 1"),
+        ("--save --json rows.jsonl", "not both"),
+        ("--against nowhere", "there is no nowhere"),
+        ("--against README.md", "does not hold JSON lines"),
+    ],
+)
+def test_bad_input_ends_in_a_sentence(
+    argv: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(figures.ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["--device", "cpu", *argv.split()])
+    assert says in f"{stopped.value} {capsys.readouterr().err}"
+
+
+def test_list_names_every_op_and_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["list"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == [*ops.OPS, *ops.SHAPES]
+    dit = ops.SHAPES["dit-xl-512"]
+    assert dit.width // dit.heads == 72
+
+
+@pytest.mark.parametrize(("then", "code"), [(1e-9, 0), (1e9, 1)])
+def test_speedups_are_held_against_earlier_rows(
+    then: float, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only speed-ups count: the times of the earlier rows are made absurd."""
+    earlier = tmp_path / "earlier.jsonl"
+    reference = ["--impl", "reference", "--pass", "jvp"]
+    _, rows = run(earlier, "--op", "rms_norm", *reference)
+    for row in rows:
+        row["us"] *= 1e6
+        row["speedup"] = 1.0 if row["variant"] == row["baseline"] else then
+    earlier.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    assert run(tmp_path / "now.jsonl", *reference, "--against", str(tmp_path))[0] == code
+    out = capsys.readouterr().out
+    assert ("FELL" in out) == bool(code) and "1 speed-ups compared" in out
+
+
+def test_rows_of_another_case_are_no_comparison(tmp_path: Path) -> None:
+    earlier = tmp_path / "earlier.jsonl"
+    argv = ["--impl", "reference", "--pass", "jvp", "--op"]
+    run(earlier, *argv, "rms_norm")
+    assert run(tmp_path / "now.jsonl", *argv, "adaln", "--against", str(earlier))[0] == 1
+    with pytest.raises(SystemExit, match="there is no"):
+        run(earlier, "--against", str(tmp_path / "nothing.jsonl"))
+
+
+def test_a_peer_takes_part_where_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the peer, which runs on CUDA only."""
+    stock = ops.eager(ops.draw("attention", ops.SHAPES["digits"], torch.float32, "cpu"))
+    monkeypatch.setattr(peers, "absent", lambda case, device: None)
+    monkeypatch.setattr(peers, "label", lambda: "peer 1.0")
+    monkeypatch.setattr(peers, "functions", lambda: (stock.value, stock.pair))
+    argv = ["--op", "attention", "--impl", "reference", "--pass", "jvp"]
+    _, rows = run(tmp_path / "rows.jsonl", *argv, "--pass", "step")
+    assert {r["pass"] for r in rows if r["variant"] == "peer 1.0"} == {"jvp", "step"}
+    monkeypatch.setattr(peers, "functions", lambda: (stock.value, off(stock.pair)))
+    code, rows = run(tmp_path / "wrong.jsonl", *argv)
+    assert "its tangent is off by 0.01" in rows[0]["skipped"] and code == 0
+
+
+def test_limits_of_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "find_spec", lambda name: object())
+
+    def reason(shape: ops.Shape) -> str | None:
+        return peers.absent(ops.draw("attention", shape, torch.float32, "cpu"), "cuda")
+
+    assert reason(ops.Shape(1, 64, 128, 2)) is None
+    assert "head dim of 72" in reason(ops.Shape(1, 64, 144, 2))
+    assert "64 queries on 300 keys" in reason(ops.Shape(1, 64, 128, 2, 300))
 
 
 def test_bytes_are_those_of_the_readme() -> None:
@@ -99,7 +203,7 @@ def test_what_is_wrong_is_not_timed(
     code, rows = run(tmp_path / "rows.jsonl", "--op", op, "--impl", "reference")
     assert code == 1
     assert "ty: RMS error" in rows[0]["faults"][0] and "us" not in rows[0]
-    assert {r["variant"] for r in rows[1:]} == {"eager"}
+    assert {r["variant"] for r in rows[1:]} == {"eager", "two-pass"}
 
 
 def test_a_kernel_that_is_asked_for_and_not_there_is_a_fault(tmp_path: Path) -> None:
@@ -128,3 +232,37 @@ def test_a_wrong_model_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert code == 1
     assert len(row["faults"]) == 1 and row["faults"][0].startswith("tangent: off by 0.01")
     assert "fused" not in row
+
+
+def test_the_figures_are_those_of_the_rows() -> None:
+    """`make figures` would leave the README and the page as they are."""
+    text = (figures.ROOT / "README.md").read_text()
+    between = text.partition(figures.BEGIN)[2].partition(figures.END)[0]
+    assert between.strip("\n") == "\n".join(figures.readme())
+    page = (figures.ROOT / "docs" / "benchmarks.md").read_text()
+    for line in figures.ops(figures.ops_of(figures.HOME)):
+        assert line in page
+
+
+def test_plots_of_the_same_rows_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And hold every row, those that are lost too."""
+    _, rows = run(tmp_path / "rows.jsonl", "--op", "attention", "--impl", "reference")
+    timed = [r | {"variant": r["variant"].replace("reference", "cpu")} for r in rows if "us" in r]
+    timed[0]["speedup"] = 0.5
+    _, (whole,) = run_model(tmp_path / "model.jsonl")
+    step = {"eager": {"ms": 9.0, "phases": dict.fromkeys(plots.PHASES, 2.0)}, "model": "digits"}
+    made = []
+    for folder in ("a", "b"):
+        monkeypatch.setattr(plots, "IMAGES", tmp_path / folder)
+        plots.speedups(timed, "ops-x")
+        plots.roofline(timed, "roofline-x")
+        plots.length(timed, "length-x")
+        plots.breakdown([step], "step-x")
+        plots.growth([whole], "growth-x")
+        made.append({f.name: f.read_bytes() for f in (tmp_path / folder).iterdir()})
+    assert made[0] == made[1] and {n.split("-")[0] for n in made[0]} == set(plots.KINDS)
+    assert b"0.50" in made[0]["ops-x.svg"]
+    plots.clean(["ops-x.svg"])
+    assert [f.name for f in (tmp_path / "b").iterdir()] == ["ops-x.svg"]

@@ -12,13 +12,12 @@ import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tbcm_kernels.testing import audit_cuda
@@ -43,6 +42,23 @@ class Report:
     shared: int
     hgmma: int
     """Instructions of Hopper's asynchronous tensor cores."""
+    hmma: int = 0
+    """Instructions of the other tensor cores: those a warp waits for, and Blackwell's UTCHMMA."""
+    warps: int | None = None
+    """Warps of a program, at most for a kernel in CUDA C++; None where nothing says."""
+    seconds: float | None = None
+    """How long it took to compile, or to find in Triton's cache; of CUDA C++ the whole file."""
+
+    def occupancy(self) -> int | None:
+        """The most warps of 64 that one multiprocessor holds, by registers and shared memory.
+
+        Registers are given to warps in 256s, and a block's shared memory has 1 KiB of its own.
+        """
+        if self.warps is None:
+            return None
+        by_registers = 65536 // (-(-self.registers * 32 // 256) * 256) // self.warps
+        by_shared = (_SHARED[self.architecture] + 1024) // (self.shared + 1024)
+        return self.warps * min(64 // self.warps, 32, by_registers, by_shared)
 
     def failure(self, case: AuditCase) -> str | None:
         if self.spilled:
@@ -82,31 +98,33 @@ def compile_case(case: AuditCase, architecture: int) -> Report:
     source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)
     options = {"num_warps": case.warps, "num_stages": case.stages}
+    start = time.perf_counter()
     compiled = triton.compile(source, target=target, options=options)
+    seconds = time.perf_counter() - start
     usage = _cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
     sass = _cuobjdump(compiled.asm["cubin"], "--dump-sass")
     numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
     local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     spilled = int(numbers["STACK"]) + int(numbers.get("LOCAL", 0)) + local
-    hgmma = len(re.findall(r"\bHGMMA\b", sass))
-    shared = compiled.metadata.shared
-    return Report(case.name, architecture, int(numbers["REG"]), spilled, shared, hgmma)
+    hgmma, hmma = (len(re.findall(rf"\b{name}\b", sass)) for name in ("HGMMA", "(?:UTC)?HMMA"))
+    return Report(
+        case.name, architecture, int(numbers["REG"]), spilled, compiled.metadata.shared, hgmma,
+        hmma, case.warps, seconds,
+    )  # fmt: skip
 
 
 def _cuobjdump(cubin: bytes, what: str) -> str:
-    import triton.backends.nvidia
-
-    tool = Path(triton.backends.nvidia.__path__[0]) / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run(
-            [tool, what, file.name], check=True, capture_output=True, text=True
-        ).stdout
+        return audit_cuda.cuobjdump(file.name, what)
 
 
-def main(pattern: str = "") -> int:
-    """Audit the configs whose name matches a pattern; 1 where one fails or none matches."""
+def reports(pattern: str = "") -> Iterator[tuple[Report, str | None]]:
+    """What the compilers make of the configs whose name matches, and what is wrong with it.
+
+    Raises SystemExit under Triton's interpreter.
+    """
     import triton
 
     if triton.knobs.runtime.interpret:
@@ -117,18 +135,22 @@ def main(pattern: str = "") -> int:
         if re.search(pattern, case.name)
         for architecture in case.architectures or ARCHITECTURES
     ]
-    reports = _cuda_reports(pattern)
-    failed = not work and not reports
-    for report in reports:
-        print(json.dumps(asdict(report)), flush=True)
-        failed |= report.spilled > 0
+    for report in _cuda_reports(pattern):
+        yield report, "spills" if report.spilled else None
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        for report, failure in pool.map(_audit, work):
-            print(json.dumps(asdict(report)), flush=True)
-            if failure:
-                failed = True
-                print(f"{report.name} on sm_{report.architecture}: {failure}", file=sys.stderr)
-    return int(failed)
+        yield from pool.map(_audit, work)
+
+
+def main(pattern: str = "") -> int:
+    """Audit the configs whose name matches a pattern; 1 where one fails or none matches."""
+    failed, none = False, True
+    for report, failure in reports(pattern):
+        none = False
+        print(json.dumps(asdict(report)), flush=True)
+        if failure:
+            failed = True
+            print(f"{report.name} on sm_{report.architecture}: {failure}", file=sys.stderr)
+    return int(failed or none)
 
 
 def _cuda_reports(pattern: str) -> list[Report]:

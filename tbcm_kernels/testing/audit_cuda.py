@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,8 +22,17 @@ def missing() -> str | None:
     return None if shutil.which("nvcc") else "nvcc is not on PATH"
 
 
-def compile_sources() -> Iterator[dict[str, str | int]]:
+def cuobjdump(file: str | Path, what: str) -> str:
+    """What the `cuobjdump` that comes with Triton says of a binary."""
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__path__[0]) / "bin" / "cuobjdump"
+    return subprocess.run([tool, what, file], check=True, capture_output=True, text=True).stdout
+
+
+def compile_sources() -> Iterator[dict[str, str | int | float]]:
     """A row for each kernel and architecture: registers, bytes spilled or on a stack, shared."""
+    start, logs = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as directory:
         running = [
             subprocess.Popen(
@@ -31,18 +41,37 @@ def compile_sources() -> Iterator[dict[str, str | int]]:
             )
             for source in sorted(SOURCES.glob("*.cu"))
         ]  # fmt: skip
-        logs = [process.communicate()[1] for process in running]
-    for process, log in zip(running, logs, strict=True):
-        if process.returncode:
-            raise RuntimeError(f"{' '.join(process.args)} failed:\n{log}")
-        names = subprocess.run(["c++filt"], input=log, capture_output=True, text=True, check=True)
-        yield from _rows(names.stdout)
+        for process in running:
+            log = process.communicate()[1]
+            if process.returncode:
+                raise RuntimeError(f"{' '.join(process.args)} failed:\n{log}")
+            logs.append((log, _warps(process.args[-1]), time.perf_counter() - start))
+    for log, warps, seconds in logs:
+        for row in _rows(log):
+            name = row["name"]
+            yield row | {"name": _brief(name), "warps": warps.get(name), "seconds": seconds}
 
 
 def _command(source: Path, made: Path) -> list[str]:
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     flags = ["-std=c++20", "-O3", "-Xptxas", "-v", "-t", str(len(targets))]
     return ["nvcc", *flags, *targets, "-fatbin", str(source), "-o", str(made)]
+
+
+def _demangled(text: str) -> str:
+    return subprocess.run(
+        ["c++filt"], input=text, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def _warps(fatbin: str) -> dict[str, int]:
+    """Warps of a block of each kernel at most, where it has launch bounds."""
+    section = (
+        r"^\.nv\.info\.(_Z\w+)\n(?:(?!\.nv\.info).*\n)*?.*EIATTR_MAX_THREADS\n.*\n[^x]*0x(\w+)"
+    )
+    found = re.findall(section, cuobjdump(fatbin, "--dump-elf"), re.M)
+    names = _demangled("\n".join(name for name, _ in found)).splitlines()
+    return {n: int(threads, 16) // 32 for n, (_, threads) in zip(names, found, strict=True)}
 
 
 def _rows(log: str) -> Iterator[dict[str, str | int]]:
@@ -52,10 +81,10 @@ def _rows(log: str) -> Iterator[dict[str, str | int]]:
         r".*\n *(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
         r"(?P<loads>\d+) bytes spill loads\n.* (?P<registers>\d+) registers(?P<rest>.*)"
     )
-    for found in pattern.finditer(log):
+    for found in pattern.finditer(_demangled(log)):
         shared = re.search(r"(\d+) bytes smem", found["rest"])
         yield {
-            "name": _brief(found["name"]),
+            "name": found["name"],
             "architecture": int(found["architecture"]),
             "registers": int(found["registers"]),
             "spilled": sum(int(found[k]) for k in ("stack", "stores", "loads")),

@@ -394,6 +394,14 @@ def _objective_cases(op: str, dtype: torch.dtype, device: str, few: bool) -> Ite
             yield _objective_case(function, name, arguments, dtype, device, **plan)
 
 
+def objective_case(
+    function: str, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu"
+) -> Case:
+    """A call of a function of `OBJECTIVE` with samples of a shape [B, ...]."""
+    arguments = next(f[function] for f in OBJECTIVE.values() if function in f).split()
+    return _objective_case(function, f"shape {shape}", arguments, dtype, device, shape=shape)
+
+
 def _objective_case(
     function: str, name: str, arguments: list[str], dtype: torch.dtype, device: str, *,
     shape: tuple[int, ...] = (5, 3, 14), present: Sequence[str] | None = None,

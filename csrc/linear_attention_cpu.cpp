@@ -344,9 +344,14 @@ void describe(Problem& p, const Tensor& q, const Tensor& k, const Tensor& v, con
   p.v = input(v, tv, Maybe{}, 1, 0);
   p.feature = Feature(feature), p.eps = float(eps);
   p.batch = q.size(0), p.heads = q.size(1);
-  // Two tasks a thread at least; a head's sums are the same in any group.
-  const int64_t enough = p.batch * p.heads / (2 * int64_t(torch::stable::get_num_threads()));
-  p.group = enough < 1 ? 1 : smaller(enough, GROUP);
+  // Threads get equal numbers of tasks: the group that leaves the busiest the fewest heads, the largest of those.
+  // A head's sums are the same in any group.
+  const int64_t threads = torch::stable::get_num_threads(), widest = GROUP * 32 / (p.width() > 32 ? p.width() : 32);
+  int64_t fewest = INT64_MAX;
+  for (int64_t group = 1; group <= smaller(widest, p.heads); ++group) {
+    const int64_t tasks = p.batch * ((p.heads + group - 1) / group), busiest = (tasks + threads - 1) / threads * group;
+    if (busiest <= fewest) fewest = busiest, p.group = group;
+  }
 }
 
 }  // namespace

@@ -183,6 +183,7 @@ def build_parser(command: str) -> ArgumentParser:
 def parse(argv: list[str]) -> Namespace:
     """Parsed arguments, over the defaults of a preset."""
     parser = build_parser(argv[0] if argv else "")
+    argv = config_first(argv)
     try:
         args = parser.parse_args(argv)
     except ArgumentError as error:
@@ -191,6 +192,15 @@ def parse(argv: list[str]) -> Namespace:
     preset = preset_of(args.train) if args.subcommand == "train" else None
     # Before the rest of the line, which overrides it.
     return parser.parse_args(["train", "--config", str(preset), *argv[1:]]) if preset else args
+
+
+def config_first(argv: list[str]) -> list[str]:
+    """The command line with its --config in front: flags override it wherever they stand."""
+    files = [i for i, word in enumerate(argv) if word == "--config"]
+    moved = [word for i in files for word in argv[i : i + 2]]
+    rest = [w for i, w in enumerate(argv) if not {i, i - 1} & set(files)]
+    moved += [word for word in rest if word.startswith("--config=")]
+    return rest[:1] + moved + [w for w in rest[1:] if not w.startswith("--config=")]
 
 
 def preset_of(args: Namespace) -> Path | None:

@@ -176,7 +176,7 @@ class TrainConfig:
             )
 
     def _check_method(self) -> None:
-        """Settings that the chosen method would not look at are refused."""
+        """Data and passes that the chosen method would not look at are refused."""
         if self.method == "tbcm":
             if self.images:
                 raise UserError("images are for --method scm and sana_sprint; tbcm needs prompts.")

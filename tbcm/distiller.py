@@ -66,6 +66,9 @@ class Distiller:
     a CPU sees. Each process draws the whole batch and works off its share.
     """
 
+    embed = staticmethod(prompt_embeddings)
+    """How prompts become embeddings."""
+
     def __init__(self, config: TrainConfig, teacher: Teacher, prompts: list[str]):
         torch.manual_seed(config.seed)
         self.config, self.teacher, self.prompts = config, teacher, prompts
@@ -107,8 +110,8 @@ class Distiller:
         self.filter_latent = load_filter(config, teacher)
         # Last: what else is wrong is said before the long work.
         shown = read_prompts(config.validation_prompts) if config.validation_prompts else prompts
-        self.embeddings = prompt_embeddings(teacher, prompts, self.device)
-        self.shown = prompt_embeddings(teacher, shown, self.device)
+        self.embeddings = self.embed(teacher, prompts, self.device)
+        self.shown = self.embed(teacher, shown, self.device)
         self.null = self.embeddings.null().to(self.device)
 
     @property
@@ -353,7 +356,7 @@ class Distiller:
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_rng"])
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
 
     def prompts_digest(self) -> str:
         """Fingerprint of the prompts, the only data."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from tbcm.errors import UserError
 from tbcm.models import Teacher
@@ -43,7 +45,10 @@ class PromptEmbeddings:
         return self.count
 
     def text(self, rows: list[int]) -> Text:
-        """The prompts of these rows of the prompts file: embeddings [P, S, D] fp32, mask [P, S]."""
+        """The prompts of these rows of the prompts file: embeddings [P, S, D] fp32, mask [P, S].
+
+        A mask of truths, not numbers, tells the fused attention that padding costs nothing.
+        """
         found = [self._read(chunk_name(row // CHUNK), row % CHUNK) for row in rows]
         return Text(*map(torch.cat, zip(*found, strict=True)))
 
@@ -54,16 +59,22 @@ class PromptEmbeddings:
     def _read(self, name: str, row: int) -> Text:
         """Row [1, S, D] of a file. Padding is zeros: what is masked has no weight in attention."""
         try:
-            with safe_open(self.folder / name, "pt") as file:
-                masks = file.get_tensor("mask")
-                ends = [0, *masks.sum(1).cumsum(0).tolist()]
-                tokens = file.get_slice("tokens")[ends[row] : ends[row + 1]].float()
+            file, masks, starts = opened(self.folder / name)
+            tokens = file.get_slice("tokens")[starts[row] : starts[row + 1]].float()
         except (OSError, SafetensorError) as error:
             raise UserError(f"Cannot read {self.folder / name}; delete it ({error}).") from error
         mask = masks[row : row + 1]
         embeds = tokens.new_zeros(*mask.shape, tokens.shape[1])
         embeds[mask] = tokens
-        return Text(embeds, mask.float())
+        return Text(embeds, mask)
+
+
+@lru_cache(maxsize=64)
+def opened(path: Path) -> tuple[safe_open, Tensor, list[int]]:
+    """A file of the cache, kept open: reader, masks, and the first token of each prompt."""
+    file = safe_open(path, "pt")
+    masks = file.get_tensor("mask")
+    return file, masks, [0, *masks.sum(1).cumsum(0).tolist()]
 
 
 def prompt_embeddings(

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from tbcm import scores
 from tbcm.errors import UserError
 from tbcm.sampling import draw_images, load_drawing_run, save_image, write_whole
 
@@ -36,14 +37,19 @@ def sample_geneval(
 ) -> None:
     """Draw `images` images for each prompt; what is there already is kept.
 
-    Image j of prompt i has the seed `seed` + i · images + j.
+    Image j of prompt i has the seed `seed` + i · images + j. OUT.settings/ notes what OUT is of.
 
     Raises:
-        UserError: an unreadable run or metadata file, or a place that cannot be written.
+        UserError: an unreadable run or metadata file, a place that cannot be written, or one that
+            holds images of another student or of other settings.
     """
     if images < 1:
         raise UserError(f"images_per_prompt must be at least 1, not {images}.")
     entries, run = read_metadata(metadata), load_drawing_run(run_dir, steps)
+    student = scores.digest(Path(run_dir) / "student")
+    settings = {"student": student, "steps": steps, "seed": seed, "images_per_prompt": images}
+    # Beside the images: the scorer takes every entry of OUT for a prompt.
+    scores.claim(Path(out).with_name(f"{Path(out).name}.settings"), settings)
     shown = track(entries, "prompts", disable=not Console().is_terminal)
     for i, (line, prompt) in enumerate(shown):
         folder = Path(out) / f"{i:05d}"

@@ -107,12 +107,13 @@ def encoded(
     salt = content(*sorted(vae.iterdir())) + repr(teacher.latent_shape)
     names = [content(image, salt=salt) for image in images]
     files = [folder / f"{name}.safetensors" for name in names]
-    missing = [pair for pair in zip(images, files, strict=True) if not pair[1].exists()]
+    unique = dict(zip(files, images, strict=True))
+    missing = [(image, file) for file, image in unique.items() if not file.exists()]
     # Every process has listed what is missing before one of them makes a file.
     accelerator.wait_for_everyone()
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     if mine:
-        encode(mine, vae, teacher.latent_shape, accelerator.device)
+        encode(mine, teacher, accelerator.device)
     accelerator.wait_for_everyone()
     return files
 
@@ -128,17 +129,14 @@ def content(*files: Path, salt: str = "") -> str:
 
 
 @torch.no_grad()
-def encode(
-    pairs: list[tuple[Path, Path]], folder: Path, shape: tuple[int, int, int], device: torch.device
-) -> None:
+def encode(pairs: list[tuple[Path, Path]], teacher: Teacher, device: torch.device) -> None:
     """Write the latent of each (image, file), of images cut to a square in the middle."""
-    from diffusers import AutoencoderDC
     from diffusers.image_processor import VaeImageProcessor
 
-    vae = AutoencoderDC.from_pretrained(folder, torch_dtype=torch.float32).to(device).eval()
+    vae = teacher.vae.to(device)
     ratio = vae.spatial_compression_ratio
     processor = VaeImageProcessor(vae_scale_factor=ratio)
-    height, width = ratio * shape[1], ratio * shape[2]
+    height, width = (ratio * side for side in teacher.latent_shape[1:])
     for path, file in track(pairs, "latents", disable=len(pairs) < 2):
         try:
             image = Image.open(path).convert("RGB")
@@ -147,3 +145,4 @@ def encode(
         pixels = processor.preprocess(image, height, width, resize_mode="crop").to(device)
         latent = vae.encode(pixels).latent[0] * vae.config.scaling_factor
         write_whole(file, save({"latent": latent.cpu().contiguous()}))
+    teacher.free("vae")

@@ -109,7 +109,7 @@ def trajectory_sample(
 @contextmanager
 def _part_of(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, gone afterwards; what fails becomes a UserError."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may write it too
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
@@ -236,10 +236,20 @@ def draw_images(run: Run, prompts: list[str], seeds: list[int], steps: int) -> T
     return torch.cat(images)
 
 
+def run_prompts(config: TrainConfig) -> list[str]:
+    """The first prompts of a run, as many as digits has."""
+    from tbcm import images
+
+    own = [prompt for prompt, _ in digits.prompts()]
+    if config.images:
+        return images.captions(config.images)[: len(own)]
+    return read_prompts(config.prompts)[: len(own)] if config.prompts else own
+
+
 def sample_run(
     run_dir: str | Path, steps: int, out: str | Path, prompts_file: str | Path | None, seed: int
 ) -> None:
-    """`tbcm sample`: one image per prompt in a grid; without a file, the run's prompts.
+    """`tbcm sample`: one image per prompt in a grid; without a file, the first of the run's own.
 
     Image i has the seed `seed` + i.
 
@@ -248,6 +258,5 @@ def sample_run(
     """
     check_writable(out)
     run = load_drawing_run(run_dir, steps)
-    prompts_file = prompts_file or run.config.prompts
-    prompts = read_prompts(prompts_file) if prompts_file else [p for p, _ in digits.prompts()]
+    prompts = read_prompts(prompts_file) if prompts_file else run_prompts(run.config)
     grid(draw_images(run, prompts, [seed + i for i in range(len(prompts))], steps), out)

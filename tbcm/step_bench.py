@@ -34,6 +34,7 @@ from tbcm.errors import UserError
 from tbcm.images import Latents
 from tbcm.models import Teacher, load_teacher
 from tbcm.progress import peak_memory_mb
+from tbcm.rollout import Text
 from tbcm.sampling import write_whole
 from tbcm.sprint import HEAD_BLOCKS
 from tbcm.train import METHODS, load_prompts
@@ -103,14 +104,20 @@ class Plan:
 class RandomText:
     """Random embeddings in place of an encoder's, whose work no step contains."""
 
-    max_length = TEXT
+    def __init__(self, teacher: Teacher, prompts: list[str], device: torch.device):
+        self.embeds = torch.randn(len(prompts) + 1, TEXT, CAPTION)
 
-    def check(self, prompts: list[str]) -> None:
-        """Every prompt fits."""
+    def __len__(self) -> int:
+        return len(self.embeds) - 1
 
-    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings [P, S, D] and a mask [P, S] of ones."""
-        return torch.randn(len(prompts), TEXT, CAPTION), torch.ones(len(prompts), TEXT)
+    def text(self, rows: list[int]) -> Text:
+        """Of these prompts, with no padding."""
+        embeds = self.embeds[rows]
+        return Text(embeds, embeds.new_ones(embeds.shape[:2], dtype=torch.bool))
+
+    def null(self) -> Text:
+        """The null prompt's."""
+        return self.text([-1])
 
 
 def sana(model: str, layers: int, latent: int, guidance: bool) -> SanaTransformer2DModel:
@@ -245,8 +252,10 @@ def sana_distiller(settings: dict[str, Any], plan: Plan) -> Distiller:
     latent = sizes["resolution"] // 32
     transformer = sana(plan.model, sizes["layers"], latent, guidance=False)
     shape = (transformer.config.in_channels, latent, latent)
-    teacher = Teacher(transformer, RandomText(), Path(), shape)
-    distiller = METHODS[config.method](config, teacher, list(WORDS))
+    teacher = Teacher(Path(), shape)
+    teacher.transformer = transformer.eval().requires_grad_(False)
+    kind = type("RandomDistiller", (METHODS[config.method],), {"embed": RandomText})
+    distiller = kind(config, teacher, list(WORDS))
     if config.method != "tbcm":
         rows = torch.zeros(1, dtype=torch.long)
         distiller.latents = Latents(rows, lambda picks: torch.randn(len(picks), *shape), "random")

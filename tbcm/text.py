@@ -73,7 +73,7 @@ class TextEncoder:
             instruct: put the encoder's instruction, if it has one, before them.
 
         Returns:
-            Embeddings [P, S, D] fp32 and mask [P, S] fp32 (1 = token, 0 = padding), S = max_length,
+            Embeddings [P, S, D] fp32 and mask [P, S], true for a token, S = max_length,
             where the model is.
 
         Raises:
@@ -87,7 +87,7 @@ class TextEncoder:
             prompts, device=self.model.device, max_sequence_length=self.max_length,
             complex_human_instruction=self.instruction if instruct else None,
         )  # fmt: skip
-        return embeds.float(), mask.float()
+        return embeds.float(), mask.bool()
 
     def null(self) -> tuple[Tensor, Tensor]:
         """`encode` of the null prompt, which takes no instruction."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -82,9 +82,12 @@ def _check(model: nn.Module) -> None:
 
 def _check_layers(model: nn.Module) -> None:
     """Also on every call: a layer that gets a hook or an adapter later would be passed by."""
-    layers = list(model.children())
-    for layer in layers:  # the list grows under the loop, at a fifth of what modules() takes
-        layers += [m for m in layer._modules.values() if m is not None]
+    seen, queue = {id(model)}, list(model.children())
+    for layer in queue:  # it grows under the loop, at a fifth of what modules() takes
+        if id(layer) in seen:
+            continue
+        seen.add(id(layer))
+        queue += [m for m in layer._modules.values() if m is not None]
         if reason := _passed_by(layer):
             name = next(n for n, m in model.named_modules() if m is layer)
             raise ValueError(
@@ -98,13 +101,13 @@ def _passed_by(module: nn.Module) -> str | None:
     forward = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
     if forward or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks or a replaced forward"
-    return None if _is_plain(type(module)) else f"is a {type(module).__name__}"
+    return None if _is_plain(type(module).forward) else f"is a {type(module).__name__}"
 
 
 @functools.cache
-def _is_plain(kind: type[nn.Module]) -> bool:
-    """Whether the forward of such modules is torch's or diffusers' own."""
-    return kind.forward.__module__.partition(".")[0] in ("torch", "diffusers")
+def _is_plain(forward: Callable[..., Any]) -> bool:
+    """Whether a forward is torch's or diffusers' own."""
+    return forward.__module__.partition(".")[0] in ("torch", "diffusers")
 
 
 def forward(

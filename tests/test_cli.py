@@ -57,8 +57,9 @@ def test_preset_by_name_under_config_under_line(tmp_path: Path):
 def test_config_file_replaces_the_preset_and_round_trips(tmp_path: Path):
     path = tmp_path / "c.yaml"
     path.write_text("route_steps: 5\noutput_dir: there\nfused: true\n")
-    config = parsed("--config", str(path), "--seed", "3")
-    assert (config.route_steps, config.output_dir, config.seed) == (5, "there", 3)
+    for line in (("--config", str(path), "--seed", "3"), ("--seed", "3", f"--config={path}")):
+        config = parsed(*line)
+        assert (config.route_steps, config.output_dir, config.seed) == (5, "there", 3)
     assert config.fused and config.learning_rate == TrainConfig("x").learning_rate
     path.write_text(config.dump())
     assert parsed("--config", str(path)) == config

@@ -57,7 +57,9 @@ def test_prompts_file(tmp_path):
 
 def test_text_encoder_pads_right_and_gives_the_null_prompt_its_own_mask(teacher):
     embeds, mask = teacher.text.encode(["a handwritten seven", "", "Ünseen ☃"])
-    assert embeds.shape == (3, 12, 64) and embeds.dtype == mask.dtype == torch.float32
+    assert (
+        embeds.shape == (3, 12, 64) and embeds.dtype == torch.float32 and mask.dtype == torch.bool
+    )
     assert mask.sum(1).tolist()[:2] == [4, 1]
     assert (mask[:, 1:] <= mask[:, :-1]).all()
     alone, _ = teacher.text.encode(["a handwritten seven"])

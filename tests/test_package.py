@@ -144,6 +144,7 @@ def test_explicit_implementation_that_cannot_run_says_why(impl: str) -> None:
 
 
 def test_fallback_is_said_once() -> None:
+    _dispatch._remembered.cache_clear()
     _dispatch._notice_fallback.cache_clear()
     x = torch.ones(2, 8, dtype=torch.float64)
     with warnings.catch_warnings(record=True) as said:

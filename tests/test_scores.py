@@ -203,5 +203,7 @@ def test_geneval_gets_the_layout_its_scorer_reads(tiny_run: Path, tmp_path: Path
     (out / "00001/samples/0001.png").unlink()
     assert cli.main(line.split()) == 0
     assert {p: p.read_bytes() for p in out.rglob("*.png")} == images
+    assert cli.main(f"{line} --steps 2".split()) == 2  # would mix two samplers' images
+    assert "begun with steps = 1" in capsys.readouterr().err
     metadata.write_text('{"tag": "no prompt"}')
     assert cli.main(line.split()) == 2 and "evaluation_metadata" in capsys.readouterr().err

@@ -41,11 +41,11 @@ def compile_sources() -> Iterator[dict[str, str | int | float]]:
             )
             for source in sorted(SOURCES.glob("*.cu"))
         ]  # fmt: skip
-        for process in running:
-            log = process.communicate()[1]
+        ended = [(process.communicate()[1], time.perf_counter() - start) for process in running]
+        for process, (log, seconds) in zip(running, ended, strict=True):
             if process.returncode:
                 raise RuntimeError(f"{' '.join(process.args)} failed:\n{log}")
-            logs.append((log, _warps(process.args[-1]), time.perf_counter() - start))
+            logs.append((log, _warps(process.args[-1]), seconds))
     for log, warps, seconds in logs:
         for row in _rows(log):
             name = row["name"]

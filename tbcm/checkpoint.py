@@ -134,18 +134,17 @@ def open_run(config: TrainConfig) -> dict[str, Any] | None:
     """
     run = Path(config.output_dir)
     if not config.resume_from_checkpoint:
-        _claim(run)
+        claim(run)
         return None
     state = _resumed_state(run, config.resume_from_checkpoint)
     if state is not None:
         _check_same_run(state["config"], config)
-        _set_aside_newer(run, state["step"])
     else:
         _check_same_run(yaml.safe_load((run / "config.yaml").read_text()), config)
     return state
 
 
-def _claim(run: Path) -> None:
+def claim(run: Path) -> None:
     """Make the folder of a new run; nothing that is there already is touched."""
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -184,7 +183,7 @@ def _check_same_run(old: dict[str, Any], config: TrainConfig) -> None:
             print(f"Resuming with {name} = {now}; it was {before}.")
 
 
-def _set_aside_newer(run: Path, step: int) -> None:
+def set_aside_newer(run: Path, step: int) -> None:
     """After going back to an older checkpoint, `latest` must not find the abandoned future."""
     for path in checkpoints(run):
         if int(path.name[5:]) > step:

@@ -142,12 +142,20 @@ def fetch(hub_id: str, variant: str | None, revision: str | None) -> Path:
             f"There is no teacher {hub_id!r}; give 'digits', a Hub id or a folder in diffusers' "
             "layout."
         )
+    import huggingface_hub
     from diffusers import SanaPipeline
 
     try:
+        # A teacher that does not fit is refused before its gigabytes of weights come.
+        found = huggingface_hub.snapshot_download(
+            hub_id, revision=revision, allow_patterns="*.json"
+        )
+        check_teacher(Path(found))
         return Path(
             SanaPipeline.download(hub_id, variant=variant, revision=revision, use_safetensors=True)
         )
+    except UserError:
+        raise
     except Exception as error:  # the Hub's client has a dozen types for no network or no such id
         raise UserError(
             f"There is no folder {hub_id}, and neither the Hub nor its cache here gives such a "

@@ -24,6 +24,8 @@ def train(config: TrainConfig) -> None:
     """Run `tbcm train`. Raises UserError for whatever the user can mend."""
     check_device(config)
     teacher = teacher_of(config)
+    if not config.resume_from_checkpoint:
+        checkpoint.claim(Path(config.output_dir))  # before the long work
     distiller = METHODS[config.method](config, teacher, load_prompts(config))
     open_run(distiller)
     if distiller.main:
@@ -68,6 +70,8 @@ def open_run(distiller: Distiller) -> None:
     path = on_main(distiller.accelerator, claim)
     if path:
         distiller.load_state(found or checkpoint.read(Path(path)))
+        if distiller.main:
+            checkpoint.set_aside_newer(Path(config.output_dir), distiller.step)
     if distiller.main:
         write_whole(Path(config.output_dir) / "config.yaml", config.dump().encode())
 

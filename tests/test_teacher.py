@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import tiny_pipeline
 import torch
@@ -108,6 +109,18 @@ def test_sana_s_own_scheduler_is_a_flow(tiny_teacher: Path, tmp_path: Path):
     kind = {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"}
     change(folder, "scheduler", **kind)
     load_teacher(str(folder))
+
+
+def test_a_hub_teacher_is_refused_before_its_weights_come(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "configs"
+    shutil.copytree(tiny_teacher, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    change(folder, "transformer", timestep_scale=1.0)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    monkeypatch.setattr(SanaPipeline, "download", lambda *_, **__: pytest.fail("weights came"))
+    with pytest.raises(UserError, match=r"takes times in \[0, 1000\]"):
+        load_teacher("some/one")
 
 
 def test_without_the_hub_a_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch):

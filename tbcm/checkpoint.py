@@ -134,7 +134,7 @@ def open_run(config: TrainConfig) -> dict[str, Any] | None:
     """
     run = Path(config.output_dir)
     if not config.resume_from_checkpoint:
-        claim(run)
+        _claim(run)
         return None
     state = _resumed_state(run, config.resume_from_checkpoint)
     if state is not None:
@@ -144,18 +144,29 @@ def open_run(config: TrainConfig) -> dict[str, Any] | None:
     return state
 
 
-def claim(run: Path) -> None:
-    """Make the folder of a new run; nothing that is there already is touched."""
+def check_free(run: Path) -> None:
+    """Learn before long work, and without making it, whether a new run can have the folder.
+
+    Raises UserError if there is something in it.
+    """
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        empty = not any(run.iterdir())
+        free = not run.exists() or not any(run.iterdir())
     except OSError as error:
         raise _unwritable(run, error.strerror) from error
-    if not empty:
+    if not free:
         raise UserError(
             f"output_dir {run} is not empty; choose another folder, or continue the run that it "
             "holds with --resume_from_checkpoint latest."
         )
+
+
+def _claim(run: Path) -> None:
+    """Make the folder of a new run; nothing that is there already is touched."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(run, error.strerror) from error
+    check_free(run)
     if not os.access(run, os.W_OK):
         raise _unwritable(run, "Permission denied")
 

@@ -25,7 +25,7 @@ def train(config: TrainConfig) -> None:
     check_device(config)
     teacher = teacher_of(config)
     if not config.resume_from_checkpoint:
-        checkpoint.claim(Path(config.output_dir))  # before the long work
+        checkpoint.check_free(Path(config.output_dir))
     distiller = METHODS[config.method](config, teacher, load_prompts(config))
     open_run(distiller)
     if distiller.main:

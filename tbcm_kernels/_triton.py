@@ -30,6 +30,8 @@ class AuditCase:
     """The GPU generations that it ships for; none named: all."""
     hgmma: bool = False
     """Whether its products are large enough for Hopper's asynchronous tensor cores."""
+    may_spill: int = 0
+    """What costs less on a GPU than each config that spills nothing, in the bytes of a `Report`."""
 
 
 def row_config(width: int) -> tuple[int, int]:

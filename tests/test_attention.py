@@ -35,7 +35,7 @@ FUZZ, SEED = (int(os.environ.get(n, d)) for n, d in (("TBCM_FUZZ", "40"), ("TBCM
 
 
 def _id(value: object) -> str:
-    return str(value).removeprefix("torch.")
+    return getattr(value, "__name__", str(value)).removeprefix("torch.")
 
 
 # The policy, over implementations, and what must fail it.
@@ -180,7 +180,7 @@ BACKWARD_FAULTS: dict[str, Forward] = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
-@pytest.mark.parametrize("fault", [None, *FORWARD_FAULTS, *BACKWARD_FAULTS], ids=str)
+@pytest.mark.parametrize("fault", [None, *FORWARD_FAULTS, *BACKWARD_FAULTS], ids=_id)
 def test_planted_faults_fail(
     fault: str | Forward | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,7 +45,7 @@ def test_what_fails_is_said(
 ) -> None:
     """A spill, a product without its tensor cores, too much shared memory; each alone."""
     monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "0")  # so that what main() sets does not stay
-    tensor = SimpleNamespace(hgmma=True)
+    tensor = SimpleNamespace(hgmma=True, may_spill=0)
     good = Report("k", 90, 64, 0, 1024, 8, 0, 4, 0.1)
     bad = {
         "spills": Report("k", 90, 255, 16, 1024, 8, 0, 4, 0.1),
@@ -53,6 +53,7 @@ def test_what_fails_is_said(
         "needs more shared memory than there is": Report("k", 80, 64, 0, 165 * 1024, 0, 8, 4, 0.1),
     }
     assert good.failure(tensor) is None
+    assert bad["spills"].failure(SimpleNamespace(hgmma=True, may_spill=16)) is None
     for failure, report in bad.items():
         assert report.failure(tensor) == failure
         found = [(good, None), (report, failure)]

@@ -76,6 +76,10 @@ def _keys_sweep(
     loop runs over the blocks of all heads: a loop around this one would cost 70 registers.
     """
     gk, gv, gtk, gtv = state
+    GK: tl.constexpr = len(gk) > 0
+    GV: tl.constexpr = len(gv) > 0
+    GTK: tl.constexpr = len(gtk) > 0
+    GTV: tl.constexpr = len(gtv) > 0
     local = tl.arange(0, BM)
     blocks = tl.cdiv(end - begin, BM)
     for step in range(blocks * SHARE):
@@ -96,42 +100,42 @@ def _keys_sweep(
         base = tl.where(base == -float("inf"), 0.0, base * LOG2E)
         p = tl.exp2(logits - base[None, :])
         ds = tl.zeros((BN, BM), tl.float32)
-        if go is not None and (gk is not None or gv is not None):
+        if go is not None and (GK or GV):
             g_tile = tile(go, 0, batch, head, start, local, there, DV, V_CHUNKS, UNIT)
-            if gv is not None:
+            if GV:
                 gv = outer(p, g_tile, gv, PRECISION)
-            if gk is not None:
+            if GK:
                 ds = inner(v_tile, g_tile, ds, PRECISION)
         if a is not None:
             if gto is not None:
                 h_tile = tile(gto, 0, batch, head, start, local, there, DV, V_CHUNKS, UNIT)
-            if gtv is not None:
+            if GTV:
                 gtv = outer(p, h_tile, gtv, PRECISION)
             rate = tl.zeros((BN, BM), tl.float32)
-            if gk is not None or gv is not None:
+            if GK or GV:
                 if tq is not None:
                     tq_tile = tile(tq, 0, batch, head, start, local, there, D, CHUNKS, UNIT)
                     rate = inner(k_tile, tq_tile, rate, PRECISION)
                 if tk_tile is not None:
                     rate = inner(tk_tile, q_tile, rate, PRECISION)
                 rate = rate * scale - tl.load(mu + at + local, there, other=0.0)[None, :]
-            if gv is not None and gto is not None:
+            if GV and gto is not None:
                 gv = outer(p * rate, h_tile, gv, PRECISION)
-            if gk is not None or gtk is not None:
+            if GK or GTK:
                 dts = tl.zeros((BN, BM), tl.float32)
                 if gto is not None:
                     dts = inner(v_tile, h_tile, dts, PRECISION)
                 dts -= tl.load(a + at + local, there, other=0.0)[None, :]
-                if gk is not None:
+                if GK:
                     if tv_tile is not None:
                         ds = inner(tv_tile, h_tile, ds, PRECISION)
                     ds += dts * rate
                 dts *= p
-                if gk is not None and tq is not None:
+                if GK and tq is not None:
                     gk = outer(dts, tq_tile, gk, PRECISION)
-                if gtk is not None:
+                if GTK:
                     gtk = outer(dts, q_tile, gtk, PRECISION)
-        if gk is not None:
+        if GK:
             ds = p * (ds - tl.load(d + at + local, there, other=0.0)[None, :])
             gk = outer(ds, q_tile, gk, PRECISION)
     return gk, gv, gtk, gtv
@@ -166,9 +170,10 @@ def keys_kernel(
         tk_tile = tile(tk, 0, batch, kv_head, first, local, there_seen, D, CHUNKS, UNIT)
     if tv is not None:
         tv_tile = tile(tv, 0, batch, kv_head, first, local, there_seen, DV, V_CHUNKS, UNIT)
+    # An accumulator for each gradient that this launch makes, and none for the others.
     state = (
-        _sums(gk, BN, CHUNKS), _sums(gv, BN, V_CHUNKS),
-        _sums(gtk, BN, CHUNKS), _sums(gtv, BN, V_CHUNKS),
+        () if gk is None else zeros(BN, CHUNKS), () if gv is None else zeros(BN, V_CHUNKS),
+        () if gtk is None else zeros(BN, CHUNKS), () if gtv is None else zeros(BN, V_CHUNKS),
     )  # fmt: skip
     begin, full = 0, 0
     if causal is not None:  # the first query that sees a key of this block, and one that sees all
@@ -193,15 +198,6 @@ def keys_kernel(
     _store(gv, gv_sum, 1.0, batch, kv_head, first, local, there, seen, DV, V_CHUNKS, UNIT)
     _store(gtk, gtk_sum, scale, batch, kv_head, first, local, there, seen, D, CHUNKS, UNIT)
     _store(gtv, gtv_sum, 1.0, batch, kv_head, first, local, there, seen, DV, V_CHUNKS, UNIT)
-
-
-@triton.jit
-def _sums(x, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
-    """An accumulator for a gradient that this launch makes."""
-    if x is None:
-        return None
-    else:
-        return zeros(ROWS, CHUNKS)
 
 
 @triton.jit
@@ -230,6 +226,8 @@ def _queries_sweep(
 ):  # fmt: skip
     """Sums over the key blocks [begin, end); EDGE: some may be beyond the last key."""
     gq, gtq = state
+    GQ: tl.constexpr = len(gq) > 0
+    GTQ: tl.constexpr = len(gtq) > 0
     local = tl.arange(0, BN)
     for start in range(begin, end, BN):
         columns = start + local
@@ -249,14 +247,14 @@ def _queries_sweep(
         ds = tl.zeros((BM, BN), tl.float32)
         if g_tile is not None or h_tile is not None:
             v_tile = tile(v, 0, batch, kv_head, start, local, seen, DV, V_CHUNKS, UNIT)
-        if g_tile is not None and gq is not None:
+        if g_tile is not None and GQ:
             ds = inner(g_tile, v_tile, ds, PRECISION)
         if a is not None:
             dts = tl.zeros((BM, BN), tl.float32)
             if h_tile is not None:
                 dts = inner(h_tile, v_tile, dts, PRECISION)
             dts -= a[:, None]
-            if gq is not None:
+            if GQ:
                 if tv is not None:
                     tv_tile = tile(tv, 0, batch, kv_head, start, local, seen, DV, V_CHUNKS, UNIT)
                     ds = inner(h_tile, tv_tile, ds, PRECISION)
@@ -268,11 +266,11 @@ def _queries_sweep(
                     rate = inner(q_tile, tk_tile, rate, PRECISION)
                 ds += dts * (rate * scale - mean[:, None])
             dts *= p
-            if gq is not None and tk is not None:
+            if GQ and tk is not None:
                 gq = outer(dts, tk_tile, gq, PRECISION)
-            if gtq is not None:
+            if GTQ:
                 gtq = outer(dts, k_tile, gtq, PRECISION)
-        if gq is not None:
+        if GQ:
             gq = outer(p * (ds - d[:, None]), k_tile, gq, PRECISION)
     return gq, gtq
 
@@ -310,7 +308,7 @@ def queries_kernel(
     base = tl.load(lse + at, there, other=0.0)
     base = tl.where(base == -float("inf"), 0.0, base * LOG2E)
     d_row = tl.load(d + at, there, other=0.0)
-    state = _sums(gq, BM, CHUNKS), _sums(gtq, BM, CHUNKS)
+    state = () if gq is None else zeros(BM, CHUNKS), () if gtq is None else zeros(BM, CHUNKS)
     full, last = keys // BN * BN, keys
     if causal is not None:
         last = tl.minimum(keys, tl.maximum(first + BM + causal, 0)).to(tl.int32)

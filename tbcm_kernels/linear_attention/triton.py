@@ -55,7 +55,7 @@ def forward(
             _gather((k, v, tk, tv), norm, None, state, tstate, setting)
             _apply(
                 output_kernel, q, setting, state=state, tstate=tstate, eps=setting.eps,
-                norm=_norm(q, q_weight, tq, setting.q_eps), **_operands(q=q, tq=tq, o=o, to=to),
+                **_norm(q, q_weight, tq, setting.q_eps), **_operands(q=q, tq=tq, o=o, to=to),
             )  # fmt: skip
     return o, to, state
 
@@ -73,23 +73,23 @@ def backward(
             factors = state.new_empty((*q.shape[:3], 2))
             _apply(
                 queries_kernel, q, setting, state=state, factors=factors, eps=setting.eps,
-                norm=norm, **_operands(go=go, q=q, gq=gq),
+                **norm, **_operands(go=go, q=q, gq=gq),
             )  # fmt: skip
             _gather((q, go, None, None), norm, factors, gstate, None, setting)
             _apply(
                 keys_kernel, k, setting, state=gstate,
-                norm=_norm(k, k_weight, None, setting.k_eps), **_operands(k=k, v=v, gk=gk, gv=gv),
+                **_norm(k, k_weight, None, setting.k_eps), **_operands(k=k, v=v, gk=gk, gv=gv),
             )  # fmt: skip
     return gq, gk, gv
 
 
-def _norm(x: Tensor, weight: Tensor | None, tx: Tensor | None, eps: float) -> Norm | None:
+def _norm(x: Tensor, weight: Tensor | None, tx: Tensor | None, eps: float) -> dict[str, Any]:
     """The norm as a kernel takes it; over all heads its scalars are computed first."""
     if weight is None:
-        return None
+        return {"norm": None, "scalars": None}
     batches, heads, rows, width = x.shape
     if heads_of_norm(x, weight) == 1:
-        return Norm(weight.contiguous(), 0, None, eps)
+        return {"norm": Norm(weight.contiguous(), 0, eps), "scalars": None}
     scalars = torch.empty((batches, rows, 2), dtype=torch.float32, device=x.device)
     if rows:
         tokens = 1 if x.is_cuda else _INTERPRETED[0]
@@ -97,7 +97,7 @@ def _norm(x: Tensor, weight: Tensor | None, tx: Tensor | None, eps: float) -> No
             **_operands(x=x, tx=tx), scalars=scalars, batches=batches, heads=heads, rows=rows,
             eps=eps, **_groups(heads, width), TOKENS=tokens, num_warps=4,
         )  # fmt: skip
-    return Norm(weight.contiguous(), width, scalars, eps)
+    return {"norm": Norm(weight.contiguous(), width, eps), "scalars": scalars}
 
 
 def _operands(**tensors: Tensor | None) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def _operands(**tensors: Tensor | None) -> dict[str, Any]:
 
 
 def _gather(
-    tensors: tuple[Tensor | None, ...], norm: Norm | None, factors: Tensor | None, state: Tensor,
+    tensors: tuple[Tensor | None, ...], norm: dict[str, Any], factors: Tensor | None, state: Tensor,
     tstate: Tensor | None, setting: Setting,
 ) -> None:  # fmt: skip
     """A state over all tokens: splits of them make parts, which are then added in their order.
@@ -122,7 +122,7 @@ def _gather(
     sums = [s for s in (state, tstate) if s is not None]
     parts = sums if splits == 1 else [s.new_empty((splits, *s.shape)) for s in sums]
     state_kernel[(splits * batches * heads, blocks)](
-        **_operands(**dict(zip(("k", "v", "tk", "tv"), tensors, strict=True))), norm=norm,
+        **_operands(**dict(zip(("k", "v", "tk", "tv"), tensors, strict=True))), **norm,
         factors=factors, state=parts[0], tstate=None if tstate is None else parts[1],
         batches=batches, heads=heads, rows=rows, span=span, **constants,
     )  # fmt: skip
@@ -185,7 +185,7 @@ def audit_cases() -> Iterator[AuditCase]:
     """What `impl="auto"` takes, at head dims of every class, with norms over all heads."""
     known = dict.fromkeys(("state", "tstate", "factors", "scalars"), "*fp32") | {"eps": "fp32"}
     known |= dict.fromkeys(("batches", "heads", "rows", "span"), "i32")
-    known["norm"] = Norm("*fp32", "i32", "*fp32", "fp32")
+    known["norm"] = Norm("*fp32", "i32", "fp32")
     for width in (32, 64, 72, 112, 128):
         for short, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
             if width > 32 and dtype == torch.float32:

@@ -14,13 +14,15 @@ import triton.language as tl
 
 
 class Norm(NamedTuple):
-    """An RMSNorm of q or k in a kernel."""
+    """An RMSNorm of q or k in a kernel.
+
+    Beside it kernels take `scalars`, [B, N, 2]: r and m of a token over all heads; None where each
+    head is normalised alone.
+    """
 
     weight: Any
     step: Any
     """From one head's weights to the next one's."""
-    scalars: Any
-    """[B, N, 2]: r and m of a token over all heads; None where each head is normalised alone."""
     eps: Any
 
 
@@ -73,7 +75,7 @@ def _store_tile(
 
 @triton.jit
 def _features(
-    x, tx, norm, batch, head, first, local, there, rows,
+    x, tx, norm, scalars, batch, head, first, local, there, rows,
     D: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr, FEATURE: tl.constexpr,
 ):  # fmt: skip
     """φ(x), φ′(x) and φ′(x) ẋ of a tile of tokens; φ and φ′(x) ẋ are zero in rows not there."""
@@ -84,16 +86,16 @@ def _features(
         tangent = _tile(tx, batch, head, first, local, there, c, D, UNIT)
     if norm is not None:
         w = tl.load(norm.weight + head * norm.step + c, c < D, other=0.0).to(tl.float32)
-        if norm.scalars is None:
+        if scalars is None:
             r = tl.where(there, tl.rsqrt(tl.sum(value * value, 1) / D + norm.eps), 0.0)
         else:
-            scalars = norm.scalars + (batch * rows + first + local) * 2
-            r = tl.load(scalars, there, other=0.0)
+            at = scalars + (batch * rows + first + local) * 2
+            r = tl.load(at, there, other=0.0)
         if tx is not None:
-            if norm.scalars is None:
+            if scalars is None:
                 m = tl.sum(value * tangent, 1) / D
             else:
-                m = tl.load(scalars + 1, there, other=0.0)
+                m = tl.load(at + 1, there, other=0.0)
             tangent = w[None, :] * r[:, None] * (tangent - value * (r * r * m)[:, None])
         value = w[None, :] * r[:, None] * value
     slope = tl.full(value.shape, 1.0, tl.float32)
@@ -139,7 +141,7 @@ def _dot(a, b, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def state_kernel(
-    k, v, tk, tv, norm, factors, state, tstate, batches, heads, rows, span,
+    k, v, tk, tv, norm, scalars, factors, state, tstate, batches, heads, rows, span,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
     FEATURE: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -156,7 +158,7 @@ def state_kernel(
     for first in range(begin, tl.minimum(begin + span, rows), TOKENS):
         there = first + local < rows
         fk, _, tfk = _features(
-            k, tk, norm, batch, head, first, local, there, rows, D, BD, UNIT, FEATURE
+            k, tk, norm, scalars, batch, head, first, local, there, rows, D, BD, UNIT, FEATURE
         )
         value = _tile(v, batch, head, first, local, there, columns, DV, UNIT)
         if factors is None:
@@ -179,7 +181,7 @@ def state_kernel(
 
 @triton.jit
 def output_kernel(
-    q, tq, norm, state, tstate, o, to, heads, rows, eps,
+    q, tq, norm, scalars, state, tstate, o, to, heads, rows, eps,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
     FEATURE: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -189,7 +191,7 @@ def output_kernel(
     first, local = (program // heads % blocks * TOKENS).to(tl.int32), tl.arange(0, TOKENS)
     there = first + local < rows
     fq, _, tfq = _features(
-        q, tq, norm, batch, head, first, local, there, rows, D, BD, UNIT, FEATURE
+        q, tq, norm, scalars, batch, head, first, local, there, rows, D, BD, UNIT, FEATURE
     )
     index = batch * heads + head
     z = _normaliser(state, index, D, DV, BD)
@@ -217,7 +219,7 @@ def output_kernel(
 
 @triton.jit
 def queries_kernel(
-    go, q, norm, state, gq, factors, heads, rows, eps,
+    go, q, norm, scalars, state, gq, factors, heads, rows, eps,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
     FEATURE: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -229,7 +231,7 @@ def queries_kernel(
     first, local = (program // heads % blocks * TOKENS).to(tl.int32), tl.arange(0, TOKENS)
     there = first + local < rows
     fq, slope, _ = _features(
-        q, None, norm, batch, head, first, local, there, rows, D, BD, UNIT, FEATURE
+        q, None, norm, scalars, batch, head, first, local, there, rows, D, BD, UNIT, FEATURE
     )
     index = batch * heads + head
     z = _normaliser(state, index, D, DV, BD)
@@ -252,7 +254,7 @@ def queries_kernel(
 
 @triton.jit
 def keys_kernel(
-    k, v, norm, state, gk, gv, heads, rows,
+    k, v, norm, scalars, state, gk, gv, heads, rows,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
     FEATURE: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -262,7 +264,7 @@ def keys_kernel(
     first, local = (program // heads % blocks * TOKENS).to(tl.int32), tl.arange(0, TOKENS)
     there = first + local < rows
     fk, slope, _ = _features(
-        k, None, norm, batch, head, first, local, there, rows, D, BD, UNIT, FEATURE
+        k, None, norm, scalars, batch, head, first, local, there, rows, D, BD, UNIT, FEATURE
     )
     index = batch * heads + head
     grad = tl.zeros((TOKENS, BD), tl.float32) + _normaliser(state, index, D, DV, BD)[None, :]

@@ -21,17 +21,21 @@ def main(argv: list[str] | None = None) -> int:
     """Print the proofs as they come, with their faults; 1 where one has any or none could run."""
     parser = argparse.ArgumentParser("python -m tbcm_kernels.testing", description=__doc__)
     parser.add_argument("--impl", help="prove this implementation alone")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="prove on this device alone")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the cases (1)")
     parser.add_argument("--few", action="store_true", help="few shapes, as under a sanitizer")
     parser.add_argument("--record", type=Path, help="file to append JSON lines to")
     args = parser.parse_args(argv)
     if args.few and args.record:
         parser.error("few shapes prove nothing: --few and --record exclude each other")
+    if args.jobs < 1:
+        parser.error("--jobs must be at least 1")
     # The notice that kernels are unproved here would only say to run this.
     warnings.simplefilter("ignore")
     tried = failed = 0
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     with args.record.open("a") if args.record else nullcontext() as file:
-        for proof in proofs(args.impl, args.few):
+        for proof in proofs(args.impl, args.few, args.device, args.jobs):
             print(proof, flush=True)
             tried += 1
             failed += bool(proof.faults)

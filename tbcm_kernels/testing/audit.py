@@ -61,7 +61,7 @@ class Report:
         return self.warps * min(64 // self.warps, 32, by_registers, by_shared)
 
     def failure(self, case: AuditCase) -> str | None:
-        if self.spilled:
+        if self.spilled > case.may_spill:
             return "spills"
         if self.shared > _SHARED[self.architecture]:
             return "needs more shared memory than there is"

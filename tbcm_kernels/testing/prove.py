@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import platform
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +18,7 @@ from tbcm_kernels.testing.cases import Case, cases
 from tbcm_kernels.testing.check import check, run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GPU_KERNELS = ("triton", "cuda")
 
 
 @dataclass(frozen=True)
@@ -36,36 +41,63 @@ class Proof:
         )
 
     def row(self) -> dict[str, Any]:
-        """What is recorded of it; the source is that of a CUDA kernel."""
+        """What is recorded of it; the source is that of GPU kernels."""
         gpu = self.device == "cuda"
         return {
             "op": self.op, "impl": self.impl,
-            "source": _dispatch.source(self.op) if self.impl == "cuda" else None,
+            "source": _dispatch.source(self.op, self.impl) if self.impl in GPU_KERNELS else None,
             "device": torch.cuda.get_device_name() if gpu else f"cpu {platform.machine()}",
             "dtype": str(self.dtype).removeprefix("torch."), "cases": self.cases,
             "faults": self.faults, "torch": torch.__version__,
         }  # fmt: skip
 
 
-def proofs(only: str | None = None, few: bool = False) -> Iterator[Proof]:
+def proofs(
+    only: str | None = None, few: bool = False, device: str | None = None, jobs: int = 1
+) -> Iterator[Proof]:
     """Proofs of every op that has a kernel, in each implementation, device and dtype found here.
 
     Args:
         only: the one implementation to prove.
         few: on few shapes.
+        device: the one device to prove on, "cpu" or "cuda".
+        jobs: processes that share the cases of each proof.
     """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for op, kernels in _dispatch.OPS.items():
-        for impl in (*kernels, "reference") if kernels else ():
-            if only not in (None, impl):
-                continue
-            for device in devices:
-                for dtype in DTYPES:
-                    if _runs(op, impl, device, dtype):
-                        yield prove(op, impl, device, dtype, few)
+    work = [
+        (op, impl, place, dtype)
+        for op, kernels in _dispatch.OPS.items()
+        for impl in ((*kernels, "reference") if kernels else ())
+        for place in devices
+        for dtype in DTYPES
+        if only in (None, impl) and device in (None, place) and _runs(op, impl, place, dtype)
+    ]
+    if jobs == 1:
+        yield from (prove(*what, few) for what in work)
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin) as pool:
+        parts = pool.map(_prove, [(*what, few, (i, jobs)) for what in work for i in range(jobs)])
+        for _ in work:
+            first, *others = itertools.islice(parts, jobs)
+            count = first.cases + sum(part.cases for part in others)
+            faults = sum((part.faults for part in others), first.faults)
+            yield replace(first, cases=count, faults=faults)
 
 
-def prove(op: str, impl: str, device: str, dtype: torch.dtype, few: bool = False) -> Proof:
+def _begin() -> None:
+    """In a process that shares the machine with others like it."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+
+
+def _prove(arguments: tuple[Any, ...]) -> Proof:
+    return prove(*arguments)
+
+
+def prove(
+    op: str, impl: str, device: str, dtype: torch.dtype, few: bool = False,
+    share: tuple[int, int] = (0, 1),
+) -> Proof:  # fmt: skip
     """Run all shipped cases: the error policy of `compare.py`, and the same bits twice.
 
     Args:
@@ -74,11 +106,12 @@ def prove(op: str, impl: str, device: str, dtype: torch.dtype, few: bool = False
         device: "cpu" or "cuda".
         dtype: of the op's main inputs.
         few: on few shapes.
+        share: i and n take the i-th of every n cases.
 
     Returns:
         The proof; its `faults` is empty where all cases pass.
     """
-    tried = list(cases(op, dtype, device, few))
+    tried = list(itertools.islice(cases(op, dtype, device, few), share[0], None, share[1]))
     found = [fault for case in tried for fault in _faults(case, impl)]
     return Proof(op, impl, device, dtype, len(tried), found)
 

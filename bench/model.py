@@ -235,8 +235,9 @@ def main(argv: list[str] | None = None) -> int:
         row["faults"] = found
         print("The fused model is wrong here and is not timed.", *found, sep="\n")
     else:
+        row |= environment(args.device, models["stock"].dtype)
         figures = measure(models, args)
-        row |= {**figures, **ratios(figures)} | environment(args.device, models["stock"].dtype)
+        row |= {**figures, **ratios(figures)}
         roofline(row)
         print(report(row))
     if args.json:

@@ -144,10 +144,10 @@ def _attention(shape: Shape, dtype: torch.dtype, device: str, heads: int) -> Cas
 
 
 def checked(op: str, shape: Shape, dtype: torch.dtype, device: str) -> Case:
-    """The inputs of the gate: two samples; of attention one head of one and at most 1024 tokens."""
+    """The inputs of the gate: two samples; of attention one head of one and at most 512 tokens."""
     if op != "attention":
         return draw(op, replace(shape, batch=min(2, shape.batch)), dtype, device)
-    return _attention(replace(shape, batch=1, tokens=min(1024, shape.tokens)), dtype, device, 1)
+    return _attention(replace(shape, batch=1, tokens=min(512, shape.tokens)), dtype, device, 1)
 
 
 def implementations(

@@ -61,13 +61,19 @@ def _events(sweep: Call) -> float:
 def _captured(sweep: Call) -> Call | None:
     """The sweep as a graph on the current stream, on which backward's kept graphs were made too."""
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph, random = torch.cuda.CUDAGraph(), _random_state()
+    before = random.clone_state()
     try:
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             sweep()
     except RuntimeError:  # something in it synchronises; the row then says graph: false
+        random.graphsafe_set_state(before)  # the other one waits for the end of the capture
         return None
     return graph.replay
+
+
+def _random_state() -> torch.Generator:
+    return torch.cuda.default_generators[torch.cuda.current_device()]
 
 
 def interleave(measures: dict[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:

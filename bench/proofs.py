@@ -1,4 +1,4 @@
-"""Make tbcm_kernels/proofs.json, the table of CUDA sources that have passed on a GPU.
+"""Make tbcm_kernels/proofs.json, the table of CUDA and Triton sources that have passed on a GPU.
 
 It is made from the rows that `python -m tbcm_kernels.testing --record` wrote to
 bench/results/*/proofs.jsonl. A source is in it where every dtype has run and no run found a fault.
@@ -21,7 +21,7 @@ def table(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, str]]:
     """The proved sources, each with the GPU and the date of its last run."""
     runs = defaultdict(list)
     for row in rows:
-        if row["impl"] == "cuda":
+        if row["source"]:
             runs[row["source"]].append(row)
     return {
         source: {key: max(run, key=lambda row: row["date"])[key] for key in ("device", "date")}

@@ -3,7 +3,9 @@
 // Floor: each operand of x's size crosses the memory bus once, 8 of them forward with all tangents and
 // 6 backward; about 5 FLOPs a byte, far below what a GPU has. Modulations that the tokens of a sample
 // share come out of L1. Rows of registers at 64 a thread leave 1024 threads to a multiprocessor, each
-// with up to 64 bytes in flight, about twice what hides the latency of HBM.
+// with up to 64 bytes in flight, about twice what hides the latency of HBM; without a tangent a thread has
+// half of that in flight, and 40 registers let half as many more of them in. Backward asks for the next row
+// before it works on one.
 #include "adaln.h"
 #include "cuda.h"
 
@@ -57,26 +59,29 @@ TBCM_D float2 means(int width, float2* partial, const F& f) {
   return {sum.x / float(width), sum.y / float(width)};
 }
 
-template <class T, int V>
-__global__ void __launch_bounds__(THREADS, 2) forward_kernel(const Forward<T> p) {
+template <class T, int V, bool TANGENT>
+__global__ void __launch_bounds__(THREADS, TANGENT || V == 1 ? 2 : 3) forward_kernel(const Forward<T> p) {
   using Own = Slice<T, V>;
   __shared__ float2 partial[2][THREADS / WARP];
   const int width = int(p.width);
   const int64_t b = blockIdx.x / uint32_t(p.tokens), n = blockIdx.x % uint32_t(p.tokens);
   // All on their way before the first is used.
   const Own x = get<V>(p.x.at(b, n), width), h = get<V>(p.h.at(b, n), width);
-  const Own tx = get<V>(p.tx.at(b, n), width), th = get<V>(p.th.at(b, n), width);
+  const Own tx = get<V>(TANGENT ? p.tx.at(b, n) : nullptr, width), th = get<V>(TANGENT ? p.th.at(b, n) : nullptr, width);
   float v[E], tv[E];
   each<E>([&](int i) { v[i] = x[i], tv[i] = tx[i]; });
   if (p.h) {
-    const auto gate = get<V>(p.gate.at(b, n), width), tgate = get<V>(p.tgate.at(b, n), width);
+    const auto gate = get<V>(p.gate.at(b, n), width);
     each<E>([&](int i) { v[i] += p.gate ? gate[i] * h[i] : h[i]; });
-    if (p.tgate) each<E>([&](int i) { tv[i] += tgate[i] * h[i]; });
-    if (p.th) each<E>([&](int i) { tv[i] += p.gate ? gate[i] * th[i] : th[i]; });
+    if (TANGENT && p.tgate) {
+      const auto tgate = get<V>(p.tgate.at(b, n), width);
+      each<E>([&](int i) { tv[i] += tgate[i] * h[i]; });
+    }
+    if (TANGENT && p.th) each<E>([&](int i) { tv[i] += p.gate ? gate[i] * th[i] : th[i]; });
     Own stored;
     stored.put(p.out.at(b, n), width, [&](int i) { return v[i]; });
     each<E>([&](int i) { v[i] = stored[i]; });
-    if (p.tout) {
+    if (TANGENT && p.tout) {
       stored.put(p.tout.at(b, n), width, [&](int i) { return tv[i]; });
       each<E>([&](int i) { tv[i] = stored[i]; });
     }
@@ -90,7 +95,7 @@ __global__ void __launch_bounds__(THREADS, 2) forward_kernel(const Forward<T> p)
   const auto scale = get<V>(p.scale.at(b, n), width), shift = get<V>(p.shift.at(b, n), width);
   Own value;
   value.put(p.y.at(b, n), width, [&](int i) { return modulate(normalise(v[i], mean.x, r), scale[i], shift[i]); });
-  if (p.ty) {
+  if (TANGENT) {
     const auto tscale = get<V>(p.tscale.at(b, n), width), tshift = get<V>(p.tshift.at(b, n), width);
     value.put(p.ty.at(b, n), width, [&](int i) {
       const float xhat = normalise(v[i], mean.x, r);
@@ -100,7 +105,7 @@ __global__ void __launch_bounds__(THREADS, 2) forward_kernel(const Forward<T> p)
 }
 
 template <class T, int V>
-__global__ void __maxnreg__(V == 8 ? 80 : 96) backward_kernel(const Backward<T> p) {
+__global__ void __maxnreg__(96) backward_kernel(const Backward<T> p) {
   using Own = Slice<T, V>;
   __shared__ float2 partial[2][THREADS / WARP];
   const int width = int(p.width);
@@ -108,9 +113,19 @@ __global__ void __maxnreg__(V == 8 ? 80 : 96) backward_kernel(const Backward<T> 
   const int64_t b = blockIdx.x / chunks, part = blockIdx.x % chunks;
   const int64_t last = (part + 1) * p.chunk < p.tokens ? (part + 1) * p.chunk : p.tokens;
   float ggate[E] = {}, gscale[E] = {}, gshift[E] = {};
+  struct Read {
+    Own x, gy, gout, h;
+  } next;
+  const auto fetch = [&](int64_t n) {
+    next = {get<V>(p.gy ? p.x.at(b, n) : nullptr, width), get<V>(p.gy.at(b, n), width),
+            get<V>(p.gout.at(b, n), width), get<V>(p.ggate ? p.h.at(b, n) : nullptr, width)};
+  };
+  constexpr bool AHEAD = V == 8;  // where a row is few registers
+  if (AHEAD) fetch(part * p.chunk);
   for (int64_t n = part * p.chunk; n < last; ++n) {
-    const Own x = get<V>(p.gy ? p.x.at(b, n) : nullptr, width), gy = get<V>(p.gy.at(b, n), width);
-    const Own gout = get<V>(p.gout.at(b, n), width), h = get<V>(p.ggate ? p.h.at(b, n) : nullptr, width);
+    if (!AHEAD) fetch(n);
+    const auto [x, gy, gout, h] = next;
+    if (AHEAD && n + 1 < last) fetch(n + 1);
     float g[E] = {};
     if (p.gy) {
       const auto scale = get<V>(p.scale.at(b, n), width);
@@ -162,7 +177,9 @@ const char* launch(const Forward<T>& p, void* stream) {
   constexpr int V = 16 / sizeof(T);
   const bool vectors = p.width % V == 0 && all_aligned(p.x, p.h, p.tx, p.th, p.gate, p.scale, p.shift, p.tgate,
                                                        p.tscale, p.tshift, p.out, p.y, p.tout, p.ty);
-  return launch_rows(vectors ? forward_kernel<T, V> : forward_kernel<T, 1>, p.batch * p.tokens, p, stream);
+  const auto value = vectors ? forward_kernel<T, V, false> : forward_kernel<T, 1, false>;
+  const auto both = vectors ? forward_kernel<T, V, true> : forward_kernel<T, 1, true>;
+  return launch_rows(p.ty ? both : value, p.batch * p.tokens, p, stream);
 }
 
 template <class T>

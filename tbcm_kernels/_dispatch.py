@@ -3,12 +3,14 @@
 `impl="auto"` takes the best one that can run the given tensors; where it must fall back to the
 plain PyTorch reference it says so once. An explicit `impl` runs that implementation or raises.
 "auto" takes a CUDA C++ kernel only where a GPU has passed all proofs with the same source, which
-proofs.json records (`python -m bench.proofs` makes it from the rows of such runs).
+proofs.json records (`python -m bench.proofs` makes it from the rows of such runs). A Triton kernel
+without such a proof runs, and says so once.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import json
 import warnings
@@ -34,7 +36,7 @@ _ONLY_ASKED_FOR = {
 }
 """What "auto" leaves out, and why."""
 OPS: dict[str, tuple[str, ...]] = {
-    "adaln": ("triton", "cuda", "cpu"),
+    "adaln": ("cuda", "triton", "cpu"),
     "rms_norm": ("triton", "cpu"),
     "attention": ("triton", "cpu"),
     "linear_attention": ("triton", "cpu"),
@@ -84,18 +86,31 @@ def refusal(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None:
 
 
 @functools.cache
-def source(op: str) -> str:
-    """The op and the hash of its CUDA sources that the extension was built from."""
-    sources = importlib.import_module("tbcm_kernels._C").cuda.split()
-    return next(s for s in sources if s.startswith(f"{op}:"))
+def source(op: str, impl: str) -> str:
+    """The op and the hash of its GPU kernels' sources; a CUDA extension has its own inside."""
+    if impl == "cuda":
+        sources = importlib.import_module("tbcm_kernels._C").cuda.split()
+        return next(s for s in sources if s.startswith(f"{op}:"))
+    package = files("tbcm_kernels")
+    kernels = sorted(
+        (f for f in package.joinpath(op).iterdir() if f.name.startswith("triton")),
+        key=lambda f: f.name,
+    )
+    digest = hashlib.sha256()
+    for file in (*kernels, package / "_triton.py", package / "attention" / "triton_tiles.py"):
+        digest.update(file.read_bytes())
+    return f"{op} triton:{digest.hexdigest()[:12]}"
 
 
 @functools.cache
+def _proved(op: str, impl: str) -> bool:
+    """Whether a GPU has passed all proofs with these sources."""
+    return source(op, impl) in json.loads(files("tbcm_kernels").joinpath("proofs.json").read_text())
+
+
 def _unproved(op: str, impl: str) -> str | None:
     """Why "auto" leaves out a CUDA C++ kernel that can run; None where it is proved."""
-    if impl != "cuda":
-        return None
-    if source(op) in json.loads(files("tbcm_kernels").joinpath("proofs.json").read_text()):
+    if impl != "cuda" or _proved(op, impl):
         return None
     return (
         "its source has not passed on a GPU yet; `python -m tbcm_kernels.testing` tries it on "
@@ -136,7 +151,8 @@ def _choice(op: str, impl: str, device: str, dtype: torch.dtype) -> tuple[str | 
         reason = reason or _ONLY_ASKED_FOR.get((op, candidate, dtype))
         reason = reason or _unproved(op, candidate)
         if device == _DEVICES[candidate] and reason is None:
-            _notice_unproved(candidate)
+            if candidate == "triton" and not _proved(op, candidate):
+                _notice_unproved()
             return candidate, "available"
         why_not[candidate] = reason
     reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in why_not.items())
@@ -172,14 +188,13 @@ def _interpreted() -> bool:
 
 
 @functools.cache
-def _notice_unproved(impl: str) -> None:
-    if impl == "triton":
-        warnings.warn(
-            "tbcm_kernels: these Triton kernels passed the interpreter and the static audit but "
-            "are not yet proved on a GPU of this kind; `python -m tbcm_kernels.testing` proves "
-            "them on yours in a minute.",
-            stacklevel=2,
-        )
+def _notice_unproved() -> None:
+    warnings.warn(
+        "tbcm_kernels: these Triton kernels passed the interpreter and the static audit but have "
+        "not yet passed on a GPU; `python -m tbcm_kernels.testing` proves them on yours in "
+        "minutes.",
+        stacklevel=2,
+    )
 
 
 @functools.cache

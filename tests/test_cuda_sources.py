@@ -29,7 +29,7 @@ REGISTERS = {
 def test_no_spills_and_few_registers() -> None:
     rows = list(audit_cuda.compile_sources())
     assert {row["architecture"] for row in rows} == {80, 90}
-    assert len(rows) == 2 * (12 + 11)
+    assert len(rows) == 2 * (18 + 11)
     assert [row for row in rows if row["spilled"]] == []
     for kernel, limit in REGISTERS.items():
         found = [row["registers"] for row in rows if row["name"].startswith(f"cuda {kernel}")]
@@ -85,13 +85,13 @@ def test_missing_barriers_are_found(library: Path) -> None:
 def test_proofs_need_every_dtype_and_no_fault() -> None:
     about = {"impl": "cuda", "device": "a GPU", "date": "2026-01-01"}
 
-    def rows(source: str, dtypes: list[str], **change: object) -> list[dict]:
+    def rows(source: str | None, dtypes: list[str], **change: object) -> list[dict]:
         return [about | {"source": source, "dtype": d, "faults": []} | change for d in dtypes]
 
     table = proofs.table([
         *rows("adaln:1", DTYPES), *rows("adaln:2", DTYPES[:2]), *rows("adaln:3", DTYPES),
         *rows("adaln:3", DTYPES[:1], faults=["y: too far off"]),
-        *rows("adaln:4", DTYPES, impl="cpu"),
+        *rows(None, DTYPES, impl="cpu"),
     ])  # fmt: skip
     assert table == {"adaln:1": {"device": "a GPU", "date": "2026-01-01"}}
 
@@ -99,13 +99,13 @@ def test_proofs_need_every_dtype_and_no_fault() -> None:
 def test_only_proved_kernels_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """impl="auto" leaves out a CUDA kernel without a proof, and says how to prove it."""
     monkeypatch.setattr(_dispatch, "refusal", lambda op, impl, *_: None)
-    monkeypatch.setattr(_dispatch, "source", lambda op: f"{op}:1")
-    _dispatch._unproved.cache_clear()
+    monkeypatch.setattr(_dispatch, "source", lambda op, impl: f"{op}:1")
+    _dispatch._proved.cache_clear()
     with pytest.warns(UserWarning, match=r"reference.*cuda: its source.*tbcm_kernels\.testing"):
         _dispatch._notice_fallback.cache_clear()
         assert _dispatch._choice("conv_glu", "auto", "cuda", torch.bfloat16)[0] == "reference"
     assert _dispatch._choice("conv_glu", "cuda", "cuda", torch.bfloat16)[0] == "cuda"
     monkeypatch.setattr(_dispatch.json, "loads", lambda text: {"conv_glu:1": {}})
-    _dispatch._unproved.cache_clear()
+    _dispatch._proved.cache_clear()
     assert _dispatch._choice("conv_glu", "auto", "cuda", torch.bfloat16)[0] == "cuda"
-    _dispatch._unproved.cache_clear()
+    _dispatch._proved.cache_clear()

@@ -12,6 +12,8 @@ from tbcm_kernels._library import or_none
 from tbcm_kernels.adaln import reference
 from tbcm_kernels.adaln.autograd import adaln_op
 
+_CUDA_WIDTH = 4096
+
 
 def adaln(
     x: Tensor,
@@ -111,7 +113,7 @@ def _pair(
     x, h = primals[:2]
     if stopped := _dual.tangent_gradient_stopped():
         tangents = _dual.detached(*tangents)
-    chosen = _dispatch.choose("adaln", impl, x)
+    chosen = choose(impl, x)
     out, y, tout, ty = adaln_op(*primals, *tangents, eps, not stopped, chosen)
     residual_tangent = _dual.present(tangents[:3])
     if stopped:
@@ -122,6 +124,13 @@ def _pair(
         tangents[0] if h is None else or_none(tout, residual_tangent),
         or_none(ty, _dual.present(tangents)),
     )
+
+
+def choose(impl: str, x: Tensor) -> str:
+    """The implementation; "auto" takes Triton's for rows that are too wide for CUDA's."""
+    chosen = _dispatch.choose("adaln", impl, x)
+    wide = impl == "auto" and chosen == "cuda" and x.shape[-1] > _CUDA_WIDTH
+    return _dispatch.choose("adaln", "triton", x) if wide else chosen
 
 
 def _check(

@@ -48,6 +48,8 @@ class TrainConfig:
     """Text file with one prompt per line, the only data (built-in teachers bring their own)."""
     fused: bool = False
     """Run teacher and student through tbcm_kernels, with one dual pass per step instead of two."""
+    cuda_graphs: bool = True
+    """On a GPU, replay a fused teacher's whole route as one CUDA graph."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes the GPU if there is one."""
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -225,9 +227,9 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
 """What a value must be (in words and as a test) and the fields it binds."""
 
 MAY_CHANGE = (
-    "output_dir", "images", "latents_cache", "fused", "device", "gradient_accumulation_steps",
-    "points_per_pass", "gradient_checkpointing", "fsdp", "resume_from_checkpoint",
-    "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
+    "output_dir", "images", "latents_cache", "fused", "cuda_graphs", "device",
+    "gradient_accumulation_steps", "points_per_pass", "gradient_checkpointing", "fsdp",
+    "resume_from_checkpoint", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
     "validation_samples",
     "validation_prompts", "sample_steps", "logging_steps", "report_to", "max_skipped_steps",
 )  # fmt: skip

@@ -22,6 +22,7 @@ from tbcm import distributed, objective
 from tbcm.config import TrainConfig
 from tbcm.embeddings import prompt_embeddings
 from tbcm.errors import UserError, package
+from tbcm.graphed import Graphed
 from tbcm.lora import build_lora_student, learnt, merged
 from tbcm.models import Teacher
 from tbcm.optimizer import lr_factor, make_optimizer
@@ -29,6 +30,7 @@ from tbcm.rollout import (
     Draw,
     Samples,
     Text,
+    Trajectory,
     by_points,
     keep_mask,
     rollout,
@@ -96,7 +98,9 @@ class Distiller:
         if self.student_fused:
             self.student_pass = objective.one_pass
             tbcm_kernels.fuse(self.student)
-        self.teacher_net = TrigFlow(transformer, config.fused)
+        self.teacher_net, self.rollout = TrigFlow(transformer, config.fused), self.follow
+        if config.fused and config.cuda_graphs and self.device.type == "cuda" and not config.fsdp:
+            self.rollout = Graphed(self.follow)
         self.student_net = TrigFlow(self.spread(self.student), self.student_fused)
         self.log_variance_net = self.spread(self.log_variance) if self.log_variance else None
         self.learning = [p for p in self.student.parameters() if p.requires_grad]
@@ -209,10 +213,8 @@ class Distiller:
         """Follow the teacher from the noise of these prompts; keep its path."""
         text = self.text(draw.rows.tolist())
         _, guidance, noise, times, _ = (a.to(self.device) for a in draw)
-        with self.autocast():
-            path = rollout(
-                self.teacher_net, noise, times.T, self.guided(text), guidance, self.trajectory_step
-            )
+        with self.autocast(), torch.no_grad():
+            path = self.rollout(noise, times.T, guidance, *with_null(text, self.null))
         keep = torch.ones_like(guidance)
         if self.filter_latent is not None:
             keep = keep_mask(path.x0.cpu(), self.filter_latent, draw.uniform).to(self.device)
@@ -229,12 +231,22 @@ class Distiller:
         return nullcontext() if last else distributed.local_gradients(nets)
 
     @torch.no_grad()
+    def follow(
+        self, noise: Tensor, times: Tensor, guidance: Tensor, embeds: Tensor, mask: Tensor
+    ) -> Trajectory:
+        """The teacher's path from noise [P, ...] along times [N, P]; the text is `with_null`'s."""
+        both = self.read(Text(embeds, mask))
+        return rollout(self.teacher_net, noise, times, both, guidance, self.trajectory_step)
+
     def guided(self, text: Text) -> Text:
-        """Both branches of guidance; a fused teacher reads them once for the whole route."""
-        both = with_null(text, self.null)
+        """Both branches of guidance, as the teacher takes them."""
+        return self.read(with_null(text, self.null))
+
+    def read(self, text: Text) -> Text:
+        """A fused teacher reads prompts once for a whole route; the stock model every time."""
         if self.fused is None:
-            return both
-        return Text(self.fused.encode_text(both.embeds), both.mask)
+            return text
+        return Text(self.fused.encode_text(text.embeds), text.mask)
 
     def forward(self, samples: Samples, r: float) -> tuple[Tensor, Tensor]:
         """The loss of a student batch and ‖g‖ of its samples."""

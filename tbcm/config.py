@@ -229,9 +229,9 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
 MAY_CHANGE = (
     "output_dir", "images", "latents_cache", "fused", "cuda_graphs", "device",
     "gradient_accumulation_steps", "points_per_pass", "gradient_checkpointing", "fsdp",
-    "resume_from_checkpoint", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
-    "validation_samples",
-    "validation_prompts", "sample_steps", "logging_steps", "report_to", "max_skipped_steps",
+    "resume_from_checkpoint", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit",
+    "validation_steps", "validation_samples", "validation_prompts", "sample_steps", "logging_steps",
+    "report_to", "max_skipped_steps",
 )  # fmt: skip
 """Settings that a resumed run may change; any other would make it a different run."""
 

@@ -43,6 +43,10 @@ class Machine:
     link: float = 200e9
     """Bytes per second between two GPUs."""
 
+    def best(self, other: Machine) -> Machine:
+        """The higher of both peaks: something else may have disturbed one of two measurements."""
+        return replace(self, copy=max(self.copy, other.copy), matmul=max(self.matmul, other.matmul))
+
     def floor(self, flops: float, size: float) -> float:
         """Seconds below which no such machine does so many FLOPs and moves so many bytes."""
         return max(flops / self.matmul, size / self.copy)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 
 from tbcm import cost
 from tbcm.cli import main
@@ -35,6 +37,11 @@ TOTALS = {"samples": 15, "launches": 7, "launches_are": "dispatcher calls", "sav
 WORK = {"flops": 6e9, "bytes": 1e9}
 MACHINE = cost.Machine(copy=2e11, matmul=1e12)
 TINY = Plan("sana-0.6b", layers=1, resolution=64, route_steps=3, gpu=False)
+
+
+@pytest.fixture
+def default_device() -> None:
+    """None, as in a benchmark's process: under a device context torch.compile captures no jvp."""
 
 
 @pytest.fixture
@@ -140,11 +147,20 @@ def test_images_are_encoded_once_in_a_step(method: str) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_compiled_step_is_the_eager_one() -> None:
-    """sCM compiles what all methods have: the guided teacher and the student's two passes."""
+@pytest.mark.parametrize("method", METHODS)
+def test_a_compiled_step_is_the_eager_one(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teacher and student are captured whole; to compile their C++ would take a minute."""
+    tangents = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        tangents.append(any("make_dual" in node.name for node in graph.graph.nodes))
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     modes = ("eager", "compile")
-    first = {("scm", m): [make_distiller("scm", m, TINY).train_step()] for m in modes}
+    first = {(method, m): [make_distiller(method, m, TINY).train_step()] for m in modes}
     check_agreement(first, TOLERANCE["no"])
+    assert tangents == [False, True]  # the whole teacher, then both passes of the student
     torch.compiler.reset()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench import timing
+from tbcm import peaks
 
 ROOT = Path(__file__).parents[1]
 Row = dict[str, Any]
@@ -28,8 +28,8 @@ def environment(device: str, dtype: torch.dtype) -> Row:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "commit": _commit(),
-        "copy_gb_s": timing.copy_bandwidth(device) / 1e9,
-        "matmul_tflop_s": timing.matmul_peak(device, dtype) / 1e12,
+        "copy_gb_s": peaks.copy_bandwidth(device) / 1e9,
+        "matmul_tflop_s": peaks.matmul_peak(device, dtype) / 1e12,
     }
 
 

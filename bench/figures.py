@@ -6,6 +6,7 @@ All of it comes from the rows in bench/results; of rows measured again the last 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from bench import cost, plots
 from bench.environment import ROOT, Row
 from bench.ops import PASSES
 from tbcm.sampling import write_whole
+from tbcm.step_bench import AGAINST, MODES, PAPER
 
 FIGURES = {"fd_teacher": 2, "pair_rmse": 3}
 RESULTS = ROOT / "bench" / "results"
@@ -29,6 +31,16 @@ passes that people train with. Rows that we lose are here too. `python -m bench 
 shapes, `python -m bench --save` adds rows, and `python -m bench --against bench/results/MACHINE`
 compares speed-ups with them, never times.
 """
+WHOLE_STEPS = (
+    "Whole training steps (`tbcm bench step`). Launches are GPU kernels, or on a CPU calls of the "
+    "dispatcher. scm and sana_sprint learn from latents that were encoded before, as in `tbcm "
+    "train`; scm_vae and sana_sprint_vae encode their images with a DC-AE in each step, as the "
+    "paper's do."
+)
+ROOFLINE = (
+    " The roofline is the share of the time that the FLOPs or the bytes of a fused step "
+    "(tbcm/cost.py) take at the peaks measured in the same run."
+)
 
 
 def quality(report: dict[str, Any]) -> list[str]:
@@ -141,34 +153,45 @@ def _cells(row: dict[str, Any]) -> str:
 
 def steps(rows: list[Row]) -> list[str]:
     """The variants of whole training steps, by phase, and TBCM against sCM beside the paper."""
-    head = ["step", "variant", "ms", *plots.PHASES, "samples/s", "peak MB", "saved MB", "launches"]
+    phases = plots.phases_of(rows)
+    keys = {key for step in rows for row in plots.variants_of(step).values() for key in row}
+    counted = [column for column in COUNTED if column[1] in keys]
+    head = ["step", "variant", "ms", *phases, *(name for name, *_ in counted)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for step in rows:
-        for name, row in step.items():
-            if isinstance(row, dict) and "phases" in row:
-                phases = [f"{row['phases'][p]:.0f}" for p in plots.PHASES]
-                rest = [f"{row[k]:.0f}" if k in row else ""
-                        for k in ("samples_s", "peak_mb", "saved_mb")]  # fmt: skip
-                count = row.get("launches") or ""
-                cells = [plots.title(step), name, f"{row['ms']:.0f}", *phases, *rest, str(count)]
-                lines.append(f"| {' | '.join(cells)} |")
-    return lines + [line for step in rows for line in against_scm(step)]
+        for name, row in plots.variants_of(step).items():
+            times = [f"{row['phases'][p]:.0f}" if p in row["phases"] else "" for p in phases]
+            rest = [form(row[key]) if row.get(key) else "" for _, key, form in counted]
+            cells = [plots.title(step), name, f"{row['ms']:.0f}", *times, *rest]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines + against_scm(rows)
 
 
-def against_scm(step: Row) -> list[str]:
+COUNTED: list[tuple[str, str, Callable[[float], str]]] = [
+    ("samples/s", "samples_s", "{:.3g}".format),
+    ("peak MB", "peak_mb", "{:.0f}".format),
+    ("saved MB", "saved_mb", "{:.0f}".format),
+    ("launches", "launches", str),
+    ("TFLOP", "flops", lambda n: f"{n / 1e12:.2f}"),
+    ("GB", "bytes", lambda n: f"{n / 1e9:.1f}"),
+    ("roofline", "roofline", "{:.0%}".format),
+]
+"""Columns of `steps`: the head, the key of a row, and how it is written."""
+
+
+def against_scm(rows: list[Row]) -> list[str]:
     """TBCM's savings beside those of the paper."""
-    found = dict(step.get("against_scm", {}))
-    paper = found.pop("paper", None)
-    return [
-        line
-        for mode, ours in found.items()
-        for line in (
-            "",
-            f"TBCM against sCM, {mode}, {plots.title(step)}: memory {ours['memory']:+.1%}, time "
-            f"{ours['time']:+.1%}; in the paper, at full size on GPUs: {paper['memory']:+.1%} and "
-            f"{paper['time']:+.1%}.",
-        )
+    found = [("the paper's, full size on GPUs", AGAINST["against_scm_vae"], "", PAPER)]
+    for step in rows:
+        for key, images in AGAINST.items():
+            for mode in (mode for mode in MODES if mode in step.get(key, {})):
+                found.append((plots.title(step), images, mode, step[key][mode]))
+    head = ["TBCM against sCM in the same mode:", "", "| step | sCM | mode | memory | time |"]
+    cells = [
+        f"| {step} | {images} | {mode} | {saved['memory']:+.1%} | {saved['time']:+.1%} |"
+        for step, images, mode, saved in found
     ]
+    return ["", *head, "|---|---|---|---|---|", *cells] if found[1:] else []
 
 
 def growth(rows: list[Row]) -> list[str]:
@@ -181,7 +204,7 @@ def growth(rows: list[Row]) -> list[str]:
         middle, most = off[len(off) // 2], off[-1]
         lines.append(f"{what} off by {middle:.0%} in the median and {most:.0%} at most")
     return [
-        f"The cost model (bench/cost.py) against {len(rows)} models of other sizes, one layer of "
+        f"The cost model (tbcm/cost.py) against {len(rows)} models of other sizes, one layer of "
         f"SANA 0.6B at 512 px where not said: {'; '.join(lines)}. Lines are predicted, dots "
         f"measured."
     ]
@@ -216,9 +239,8 @@ def machine(folder: Path) -> list[str]:
         lines += ["", *models(rows)]
     files = sorted(folder.glob("*step*.json"))
     if found := [json.loads(file.read_text()) for file in files]:
-        lines += ["", "Whole training steps (`tbcm bench step`). Launches are GPU kernels, or on a "
-                  "CPU calls of the dispatcher. The baselines learn from latents that were encoded "
-                  "before, so no VAE is in their steps:", "", *steps(found)]  # fmt: skip
+        about = WHOLE_STEPS + (ROOFLINE if any("copy_gb_s" in step for step in found) else "")
+        lines += ["", about, "", *steps(found)]
         lines += ["", f"![step]({plots.breakdown(found, f'step-{name}')})"]
     if rows := read(folder / "growth.jsonl"):
         lines += ["", *growth(rows), "", f"![growth]({plots.growth(rows, f'growth-{name}')})"]

@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tbcm_kernels
-from bench import cost, timing
+from bench import timing
+from bench.cost import of_row
 from bench.environment import Row, environment, source_hash
-from tbcm import objective
+from tbcm import cost, objective
 from tbcm.step_bench import SANA, saved_bytes
 
 HEADS = {"digits": (4, 4, 32)} | {name: heads for name, (_, *heads) in SANA.items()}
@@ -201,7 +202,7 @@ def ratios(row: Row) -> Row:
 
 def roofline(row: Row) -> None:
     """Beside each pass, what share of its time the cost model's floor is at the measured peaks."""
-    m, machine = cost.of_row(row)
+    m, machine = of_row(row)
     for mode in ("stock", "fused"):
         for what in PASSES:
             floor = cost.floor(m, what, machine)

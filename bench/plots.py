@@ -11,9 +11,10 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench import cost
+from bench.cost import of_row
 from bench.environment import ROOT, Row
 from bench.ops import PASSES
+from tbcm import cost
 
 IMAGES = ROOT / "docs" / "img"
 KINDS = ("ops", "roofline", "length", "step", "growth")
@@ -21,7 +22,8 @@ OURS = ("cpu", "triton", "cuda", "pair")
 BLUE, GREY, ORANGE = "#2b6cb0", "#8a8f98", "#dd8b2d"
 COLOURS = {"forward": "#9ecae1", "jvp": "#2b6cb0", "backward": "#b7c9a8", "through": "#5f8f4e",
            "step": "#dd8b2d"}  # fmt: skip
-PHASES = {"rollout": "#8a8f98", "dual": "#2b6cb0", "backward": "#5f8f4e", "optimizer": "#dd8b2d"}
+PHASES = {"encode": "#b07aa1", "rollout": "#8a8f98", "dual": "#2b6cb0", "backward": "#5f8f4e",
+          "optimizer": "#dd8b2d"}  # fmt: skip
 
 
 def save(figure: Figure, name: str) -> str:
@@ -148,7 +150,7 @@ def breakdown(steps: list[Row], name: str) -> str:
     """Where a step's time goes, by phase; one panel for each model."""
     figure, axes = blank(8, 0.9 + 0.85 * len(steps), len(steps), 1)
     for axis, step in zip(axes[:, 0], steps, strict=True):
-        variants = [n for n, r in step.items() if isinstance(r, dict) and "phases" in r][::-1]
+        variants = list(variants_of(step))[::-1]
         for y, variant in enumerate(variants):
             row, left = step[variant], 0.0
             rest = row["ms"] - sum(row["phases"].values())
@@ -162,9 +164,20 @@ def breakdown(steps: list[Row], name: str) -> str:
         axis.grid(False, axis="y")
         axis.set_title(title(step), fontsize=9, loc="left")
     axes[-1, 0].set_xlabel("ms a step")
-    handles = [matplotlib.patches.Patch(color=c, label=p) for p, c in PHASES.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    handles = [matplotlib.patches.Patch(color=PHASES[p], label=p) for p in phases_of(steps)]
+    figure.legend(handles=handles, loc="outside upper center", ncols=5, fontsize=8, frameon=False)
     return save(figure, name)
+
+
+def variants_of(step: Row) -> dict[str, Row]:
+    """The timed variants of a step."""
+    return {n: r for n, r in step.items() if isinstance(r, dict) and "phases" in r}
+
+
+def phases_of(steps: list[Row]) -> list[str]:
+    """The phases that any variant has, in their order."""
+    found = {p for step in steps for row in variants_of(step).values() for p in row["phases"]}
+    return [phase for phase in PHASES if phase in found]
 
 
 def title(step: Row) -> str:
@@ -190,7 +203,7 @@ def growth(rows: list[Row], name: str) -> str:
 
     The first row is the model of which the others vary one size.
     """
-    measured = [(*cost.of_row(row), row) for row in rows]
+    measured = [(*of_row(row), row) for row in rows]
     machine = cost.Machine(*(
         statistics.median(getattr(m, k) for _, m, _ in measured) for k in ("copy", "matmul")
     ))  # fmt: skip
@@ -239,7 +252,7 @@ ASSUMED = cost.Machine(copy=3e12, matmul=4e14, link=5e10)
 def _gpus(axes: Any) -> None:
     """480 samples of a whole SANA 0.6B step shared by GPUs: the model alone."""
     whole = cost.Sana(1152, 28, 1024, itemsize=2)
-    counts = [8, 16, 32, 96, 480]
+    counts = [1, 2, 4, 8, 16, 32]  # of 32 prompts
     for mode, colour in (("stock", GREY), ("fused", BLUE)):
         shares = [replace(whole, batch=480 // n) for n in counts]
         steps = [

@@ -7,11 +7,11 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-Call = Callable[[], Any]
+from tbcm.peaks import Call, seconds
+
 MIN_ROUNDS, MAX_ROUNDS, WARM_UP = 7, 400, 3
 
 
@@ -36,26 +36,6 @@ def stopwatch(calls: list[Call], device: str) -> tuple[Callable[[], float], bool
         sweep()
     replay = _captured(sweep) if device == "cuda" else None
     return lambda: seconds(replay or sweep, device) / len(calls), replay is not None
-
-
-def seconds(call: Call, device: str) -> float:
-    """How long one call takes, its launches included."""
-    return _events(call) if device == "cuda" else _clock(call)
-
-
-def _clock(sweep: Call) -> float:
-    start = time.perf_counter()
-    sweep()
-    return time.perf_counter() - start
-
-
-def _events(sweep: Call) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    sweep()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
 
 
 def _captured(sweep: Call) -> Call | None:
@@ -94,22 +74,6 @@ def summary(samples: list[float]) -> dict[str, float]:
     low, *_, high = statistics.quantiles(samples, n=5)
     median = statistics.median(samples)
     return {"us": 1e6 * median, "p20_us": 1e6 * low, "p80_us": 1e6 * high}
-
-
-def copy_bandwidth(device: str) -> float:
-    """Bytes per second, read and written, of a large copy: the roof of a memory-bound op."""
-    source = torch.ones(2**28 if device == "cuda" else 2**25, device=device)
-    target = torch.empty_like(source)
-    measure, _ = stopwatch([lambda: target.copy_(source)], device)
-    return 2 * source.nbytes / statistics.median(measure() for _ in range(MIN_ROUNDS))
-
-
-def matmul_peak(device: str, dtype: torch.dtype) -> float:
-    """FLOPs per second of a large square product: the roof of attention and linear."""
-    n = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    measure, _ = stopwatch([lambda: a @ b], device)
-    return 2 * n**3 / min(measure() for _ in range(MIN_ROUNDS))
 
 
 def peak_memory(call: Call, device: str) -> float | None:

@@ -133,7 +133,9 @@ def add_bench(parser: ArgumentParser) -> None:
     add("--json", required=True, help="JSON file to write.")
     add("--steps", type=int, default=40, help="Steps of each variant to time, at least 2.")
     add("--model", type=models, default="digits", help="digits, or a SANA with random weights.")
-    add("--methods", type=str, nargs="+", default=["tbcm"], help="Methods to step.")
+    add("--methods", type=str, nargs="+", default=["tbcm"],
+        help="tbcm; scm and sana_sprint, whose images are latents that were encoded before; and "
+        "scm_vae and sana_sprint_vae (of SANA), which encode images in each step.")  # fmt: skip
     add("--modes", type=str, nargs="+", default=["eager", "fused"],
         help="eager, fused and compile; compiling takes minutes.")  # fmt: skip
     add("--layers", type=int, help="SANA's layers (on a GPU all of them, else 2).")

@@ -55,11 +55,15 @@ class ScmDistiller(Distiller):
 
     def harvest(self, draw: Draw) -> Samples:
         """Noise on the images, and the guided teacher's velocity there."""
+        return self.samples(draw, self.images(draw))
+
+    def samples(self, draw: Draw, x0: Tensor) -> Samples:
+        """The same of images x0 [P, C, H, W]."""
         text: Text = self.text(self.latents.rows[draw.rows].tolist())
         guidance, noise, t = (
             a.to(self.device) for a in (draw.guidance, draw.noise, draw.times[:, 0])
         )
-        x = noised(self.images(draw), noise, t)
+        x = noised(x0, noise, t)
         with torch.no_grad(), self.autocast():
             out = branches(self.teacher_net, x, t, self.guided(text))
             velocity, _ = self.trajectory_step(x, out, t, t, guidance)

@@ -171,8 +171,8 @@ class SprintDistiller(ScmDistiller):
 
     def harvest(self, draw: SprintDraw) -> SprintSamples:
         """sCM's samples, with what the GAN needs beside them."""
-        on_device = SprintDraw(*(a.to(self.device) for a in draw))
-        return SprintSamples(*super().harvest(draw), self.images(draw), on_device)
+        on_device, x0 = SprintDraw(*(a.to(self.device) for a in draw)), self.images(draw)
+        return SprintSamples(*self.samples(draw, x0), x0, on_device)
 
     def forward(self, samples: SprintSamples, r: float) -> tuple[Tensor, Tensor]:
         """The student's loss and ‖g‖; its gradient holds the heads' too."""

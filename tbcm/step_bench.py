@@ -5,6 +5,13 @@ all stay alive and only one computes at a time, in blocks of a few steps, so tha
 machine falls on all alike; on a GPU, whose memory one variant may fill, they run one after another.
 SANA has its real widths and random weights: all its layers at 1024 px with 16 teacher steps on a
 GPU, and on a CPU 2 layers at 512 px with 4, unless it is told otherwise. The report says which.
+
+The baselines' images are latents that were encoded before, as `tbcm train` has them. scm_vae and
+sana_sprint_vae encode images with a whole DC-AE in each step, as those of the TBCM paper do; it is
+diffusers' own in every mode, with random weights in the precision of the step.
+
+`roofline` is the share of a step's time that its FLOPs or bytes (tbcm/cost.py, fused) would take at
+the matmul peak and the copy bandwidth of the same run, the better of those before and after it.
 """
 
 from __future__ import annotations
@@ -15,6 +22,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,11 +30,12 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import SanaTransformer2DModel
+from diffusers import AutoencoderDC, SanaTransformer2DModel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from tbcm import objective
+from tbcm import cost, objective, peaks
 from tbcm.config import PRESETS, TrainConfig
 from tbcm.digits import WORDS
 from tbcm.distiller import Distiller
@@ -36,16 +45,28 @@ from tbcm.models import Teacher, load_teacher
 from tbcm.progress import peak_memory_mb
 from tbcm.rollout import Text
 from tbcm.sampling import write_whole
-from tbcm.sprint import HEAD_BLOCKS
+from tbcm.sprint import HEAD_BLOCKS, head_blocks
 from tbcm.train import METHODS, load_prompts
 
 MODES = ("eager", "compile", "fused")
-PHASES = {"rollout": "harvest", "dual": "forward", "backward": "backward", "optimizer": "update"}
+VAE = "_vae"
+"""Ends the name of a baseline that encodes its images in the step."""
+BASELINES = tuple(method for method in METHODS if method != "tbcm")
+STEPPED = (*METHODS, *(method + VAE for method in BASELINES))
+PHASES = {
+    "encode": "images", "rollout": "harvest", "dual": "forward", "backward": "backward",
+    "optimizer": "update",
+}  # fmt: skip
+"""Methods of a distiller; rollout is without encode, which is timed where there is a VAE."""
 BLOCK, WARM_UP = 4, 3
 TOLERANCE = {"no": 1e-3, "bf16": 5e-2}
 """How far the losses of two modes may be apart; under autocast each layer rounds to 8 bits."""
 PAPER = {"memory": -0.641, "time": -0.417}
-"""TBCM against sCM in the same configuration (arXiv 2511.20410)."""
+"""TBCM against sCM in the same configuration, which encodes its images (arXiv 2511.20410)."""
+AGAINST = {
+    "against_scm": "with latents encoded before", "against_scm_vae": "encoding images in the step",
+}  # fmt: skip
+"""Where a report compares TBCM with sCM, and with which."""
 SANA = {"sana-0.6b": (28, 36, 16, 72), "sana-1.6b": (20, 70, 20, 112)}
 """Layers; heads of linear attention, 32 wide each; heads of cross-attention and their width."""
 TEXT, CAPTION = 300, 2304
@@ -70,15 +91,22 @@ class Plan:
         """Autocast to bf16 on a GPU, but for digits."""
         return "bf16" if self.gpu and self.model != "digits" else "no"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix products."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
     def check(self, steps: int, methods: Sequence[str], modes: Sequence[str]) -> None:
         """Raises UserError, naming the argument, for what cannot be stepped."""
-        for name, given, known in (("methods", methods, METHODS), ("modes", modes, MODES)):
+        for name, given, known in (("methods", methods, STEPPED), ("modes", modes, MODES)):
             if not given or set(given) - set(known) or len(set(given)) < len(given):
                 raise UserError(f"{name} must be some of {', '.join(known)}, each once.")
         if self.model not in ("digits", *SANA):
             raise UserError(f"model must be digits or one of {', '.join(SANA)}, not {self.model}.")
         if steps < 2:
             raise UserError(f"steps must be at least 2, not {steps}.")
+        if self.model == "digits" and any(method.endswith(VAE) for method in methods):
+            raise UserError("digits has no VAE; take methods without _vae, or a SANA as model.")
         own = {"layers": 1, "resolution": 32, "route_steps": 2, "batch": 1}
         for name, least in own.items():
             value = getattr(self, name)
@@ -99,6 +127,11 @@ class Plan:
             "resolution": resolution, "route_steps": self.route_steps or (16 if self.gpu else 4),
             "batch": self.batch or 1, "reduced": layers < SANA[self.model][0],
         }  # fmt: skip
+
+    def machine(self) -> cost.Machine:
+        """What the step runs on, measured in a process of its own, whose memory then is free."""
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(peaks.machine, "cuda" if self.gpu else "cpu", self.dtype).result()
 
 
 class RandomText:
@@ -131,17 +164,32 @@ def sana(model: str, layers: int, latent: int, guidance: bool) -> SanaTransforme
     )  # fmt: skip
 
 
+def sana_vae() -> AutoencoderDC:
+    """SANA's DC-AE (mit-han-lab/dc-ae-f32c32-sana-1.0) with random weights.
+
+    It is 32 pixels to a latent's side, 32 channels. What is not named here is diffusers' default.
+    """
+    kinds = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    return AutoencoderDC(
+        encoder_block_types=kinds, decoder_block_types=kinds, downsample_block_type="conv",
+        upsample_block_type="interpolate", scaling_factor=0.41407,
+    )  # fmt: skip
+
+
 def bench_step(
     json_path: str | Path, steps: int = 40, plan: Plan | None = None,
     methods: Sequence[str] = ("tbcm",), modes: Sequence[str] = ("eager", "fused"),
 ) -> dict[str, Any]:  # fmt: skip
     """Time `steps` steps of each method and mode and write the figures as JSON.
 
+    Times are in ms, memory in MiB, flops and bytes of a step as such, rooflines a share of 1.
+
     Raises UserError for what cannot be stepped, and if two modes disagree on loss or ‖g‖: what is
     wrong is not timed.
     """
     plan = plan or Plan()
     plan.check(steps, methods, modes)
+    before = plan.machine()
     variants = [(method, mode) for method in methods for mode in modes]
     if plan.gpu and plan.model != "digits":
         found = [measured([variant], plan, steps) for variant in variants]
@@ -150,7 +198,7 @@ def bench_step(
         check_agreement(first, TOLERANCE[plan.precision])
     else:
         _, rows, totals = measured(variants, plan, steps)
-    result = report(rows, totals) | plan.sizes()
+    result = report(rows, totals, before.best(plan.machine())) | plan.sizes()
     write_whole(json_path, (json.dumps(result, indent=2) + "\n").encode())
     return result
 
@@ -203,26 +251,37 @@ def work(variant: Variant, plan: Plan, pipe: Connection) -> None:
     distiller = make_distiller(*variant, plan)
     counts = Counts(distiller)
     seconds: Timings = {}
+    vae = variant[0].endswith(VAE)
     for phase, method in PHASES.items():
-        setattr(distiller, method, timed(getattr(distiller, method), seconds, phase))
+        if phase != "encode" or vae:
+            setattr(distiller, method, timed(getattr(distiller, method), seconds, phase))
     step = timed(distiller.train_step, seconds, "step")
     while steps := pipe.recv():
         rows = []
         for _ in range(steps):
             seconds.clear()
-            rows.append({**step(), **seconds})
+            row = {**step(), **seconds}
+            rows.append(row | {"rollout": row["rollout"] - row.get("encode", 0.0)})
         pipe.send(rows)
     peak = peak_memory_mb()  # before the counts, which take memory themselves
-    pipe.send({"peak_mb": peak, **counts.of_a_step(variant[1])})
+    found = counts.of_a_step(variant[1])
+    flops, size = work_of(distiller, found["samples"])
+    if vae:
+        encoder = vae_work(found["samples"], plan)
+        flops, size = flops + encoder[0], size + encoder[1]
+    pipe.send({"peak_mb": peak, **found, "flops": flops, "bytes": size})
 
 
 def make_distiller(method: str, mode: str, plan: Plan) -> Distiller:
     """A distiller of a method, in a mode; every method has as many student samples in a step."""
     # r = 1 from the start, so that the check of the losses sees the whole tangent.
-    settings = {"method": method, "fused": mode == "fused", "output_dir": "unused"}
+    base = method.removesuffix(VAE)
+    settings = {"method": base, "fused": mode == "fused", "output_dir": "unused"}
     settings["tangent_warmup_steps"] = 0
     make = digits_distiller if plan.model == "digits" else sana_distiller
     distiller = make(settings, plan)
+    if method != base:
+        distiller.latents = encoded_latents(distiller, plan)
     if mode == "compile":
         distiller.student_pass = torch.compile(objective.two_passes)
         distiller.teacher_net = torch.compile(distiller.teacher_net)
@@ -238,10 +297,7 @@ def digits_distiller(settings: dict[str, Any], plan: Plan) -> Distiller:
 
 
 def sana_distiller(settings: dict[str, Any], plan: Plan) -> Distiller:
-    """A SANA with random weights; the baselines' images are random latents.
-
-    Baselines encode their images once, before training, so no step contains their VAE.
-    """
+    """A SANA with random weights; the baselines' images are random latents."""
     sizes = plan.sizes()
     points = 1 if settings["method"] == "tbcm" else sizes["route_steps"] - 1
     settings |= {"mixed_precision": plan.precision, "route_steps": sizes["route_steps"]}
@@ -260,6 +316,45 @@ def sana_distiller(settings: dict[str, Any], plan: Plan) -> Distiller:
         rows = torch.zeros(1, dtype=torch.long)
         distiller.latents = Latents(rows, lambda picks: torch.randn(len(picks), *shape), "random")
     return distiller
+
+
+def encoded_latents(distiller: Distiller, plan: Plan) -> Latents:
+    """Random images on the device that a VAE encodes each time they are asked for."""
+    torch.manual_seed(1)
+    side, n = plan.sizes()["resolution"], distiller.config.train_batch_size
+    images = torch.randn(n, 3, side, side).to(distiller.device, plan.dtype)
+    vae = sana_vae().to(images).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def load(picks: Tensor) -> Tensor:
+        return vae.encode(images).latent.float() * vae.config.scaling_factor
+
+    return distiller.latents._replace(load=load)
+
+
+def work_of(distiller: Distiller, samples: int) -> tuple[float, float]:
+    """FLOPs and bytes of a fused step of so many samples, without a VAE."""
+    config, net = distiller.config, distiller.student.config
+    _, height, width = distiller.teacher.latent_shape
+    m = cost.Sana(
+        width=net.num_attention_heads * net.attention_head_dim, layers=net.num_layers,
+        tokens=height * width // net.patch_size**2, batch=samples,
+        text=distiller.null.mask.shape[1], itemsize=4 if config.mixed_precision == "no" else 2,
+        heads=net.num_cross_attention_heads, caption=net.caption_channels,
+    )  # fmt: skip
+    sprint = config.method == "sana_sprint"
+    judges = head_blocks(config, distiller.teacher.transformer) if sprint else ()
+    return cost.training_work(m, "fused", config.method, config.route_steps, judges)
+
+
+def vae_work(images: int, plan: Plan) -> tuple[float, float]:
+    """FLOPs of encoding so many images, as PyTorch counts them; bytes of the images and weights."""
+    side = plan.sizes()["resolution"]
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        vae, pixels = sana_vae(), torch.empty(images, 3, side, side)
+        vae.encode(pixels)
+    numbers = pixels.numel() + sum(weight.numel() for weight in vae.encoder.parameters())
+    return counter.get_total_flops(), numbers * plan.dtype.itemsize
 
 
 class Counts:
@@ -374,7 +469,9 @@ def check_agreement(first: Rows, tolerance: float) -> None:
                     )
 
 
-def report(rows: Rows, totals: dict[Variant, dict[str, Any]]) -> dict[str, Any]:
+def report(
+    rows: Rows, totals: dict[Variant, dict[str, Any]], machine: cost.Machine
+) -> dict[str, Any]:
     """Medians with p20 and p80 of every variant, by phase too, and their ratios.
 
     TBCM's variants are named by their mode alone, a baseline's by method and mode.
@@ -383,24 +480,29 @@ def report(rows: Rows, totals: dict[Variant, dict[str, Any]]) -> dict[str, Any]:
     for (method, mode), timings in rows.items():
         ms = [1000 * row["step"] for row in timings]
         low, *_, high = statistics.quantiles(ms, n=5)
-        phases = {p: statistics.median(1000 * row[p] for row in timings) for p in PHASES}
+        shown = [phase for phase in PHASES if phase in timings[0]]
+        phases = {p: statistics.median(1000 * row[p] for row in timings) for p in shown}
         found = {"ms": statistics.median(ms), "p20": low, "p80": high, **totals[method, mode]}
         found["samples_s"] = 1000 * found["samples"] / found["ms"]
+        found["roofline"] = 1000 * machine.floor(found["flops"], found["bytes"]) / found["ms"]
         result[mode if method == "tbcm" else f"{method} {mode}"] = {**found, "phases": phases}
     if {"eager", "fused"} <= set(result):
         result["speedup"] = result["eager"]["ms"] / result["fused"]["ms"]
-    if saved := against_scm(result):
-        result["against_scm"] = {"paper": PAPER, **saved}
+    for key in AGAINST:
+        if saved := against(result, key.removeprefix("against_")):
+            result[key] = {"paper": PAPER, **saved}
     return result | {
+        "copy_gb_s": machine.copy / 1e9, "matmul_tflop_s": machine.matmul / 1e12,
         "steps": len(next(iter(rows.values()))), "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }  # fmt: skip
 
 
-def against_scm(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """TBCM's change of peak memory and time against sCM's in the same mode, as in PAPER."""
-    pairs = {m: (result[m], result[f"scm {m}"]) for m in MODES if f"scm {m}" in result}
+def against(result: dict[str, Any], baseline: str) -> dict[str, dict[str, float]]:
+    """TBCM's change of peak memory and time against a baseline's in the same mode, as in PAPER."""
+    both = [mode for mode in MODES if {mode, f"{baseline} {mode}"} <= set(result)]
+    pairs = {mode: (result[mode], result[f"{baseline} {mode}"]) for mode in both}
     return {
         mode: {"memory": ours["peak_mb"] / scm["peak_mb"] - 1, "time": ours["ms"] / scm["ms"] - 1}
         for mode, (ours, scm) in pairs.items()
@@ -423,10 +525,19 @@ def lines(result: dict[str, Any]) -> list[str]:
             found.append(
                 f"{name}: {row['ms']:.1f} ms ({phases}), {row['samples_s']:.1f} samples/s, peak "
                 f"{row['peak_mb']:.0f} MB, {launches} {row['launches_are']}, "
-                f"{row['saved_mb']:.0f} MB saved for backward"
+                f"{row['saved_mb']:.0f} MB saved for backward; {row['flops'] / 1e12:.2f} TFLOP, "
+                f"{row['bytes'] / 1e9:.1f} GB, {row['roofline']:.0%} of the roofline"
             )
+    found.append(
+        f"measured peaks: {result['copy_gb_s']:.1f} GB/s copied, "
+        f"{result['matmul_tflop_s']:.2f} TFLOP/s of products"
+    )
     if "speedup" in result:
         found.append(f"fused is {result['speedup']:.2f} times as fast as eager")
-    for mode, ours in result.get("against_scm", {}).items():
-        found.append(f"against scm, {mode}: memory {ours['memory']:+.1%}, time {ours['time']:+.1%}")
+    for key, images in AGAINST.items():
+        for mode, ours in result.get(key, {}).items():
+            found.append(
+                f"tbcm against scm, {images}, {mode}: memory {ours['memory']:+.1%}, "
+                f"time {ours['time']:+.1%}"
+            )
     return found

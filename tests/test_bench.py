@@ -12,6 +12,8 @@ import torch
 import tbcm_kernels
 from bench import __main__ as bench
 from bench import figures, model, ops, peers, plots
+from tbcm import peaks
+from tbcm.step_bench import PAPER
 
 
 def run(path: Path, *argv: str, main: Callable = bench.main) -> tuple[int, list[dict]]:
@@ -41,8 +43,8 @@ def off(function: Callable) -> Callable:
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Sizes for a test: few input sets, no large copy, one thread."""
     monkeypatch.setattr(bench.timing, "beyond_cache", lambda device: 1)
-    monkeypatch.setattr(bench.timing, "copy_bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(bench.timing, "matmul_peak", lambda device, dtype: 1e12)
+    monkeypatch.setattr(peaks, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(peaks, "matmul_peak", lambda device, dtype: 1e12)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -242,6 +244,25 @@ def test_the_figures_are_those_of_the_rows() -> None:
     page = (figures.ROOT / "docs" / "benchmarks.md").read_text()
     for line in figures.ops(figures.ops_of(figures.HOME)):
         assert line in page
+
+
+def test_steps_with_and_without_the_new_columns() -> None:
+    """Rows from before have no roofline and no encoder; each ratio stands beside the paper's."""
+    phases = {"rollout": 2.0, "dual": 3.0, "backward": 4.0, "optimizer": 1.0}
+    old = {"model": "digits", "eager": {"ms": 10.0, "phases": phases}}
+    head, _, cells = figures.steps([old])
+    assert "encode" not in head and "roofline" not in head and cells.endswith("| 2 | 3 | 4 | 1 |")
+    work = {"flops": 2e12, "bytes": 3e9, "roofline": 0.5}
+    encoding = {"ms": 20.0, "phases": {"encode": 7.0, **phases}, **work}
+    ratios = {"against_scm": {"paper": PAPER, "eager": {"memory": -0.1, "time": 0.2}}}
+    ratios |= {"against_scm_vae": {"paper": PAPER, "eager": {"memory": -0.5, "time": -0.25}}}
+    new = {"model": "sana", "eager": old["eager"] | work, "scm_vae eager": encoding, **ratios}
+    lines = figures.steps([old, new])
+    assert "| encode | rollout |" in lines[0] and "| TFLOP | GB | roofline |" in lines[0]
+    assert lines[2].count("|") == lines[0].count("|")
+    assert "| scm_vae eager | 20 | 7 | 2 | 3 | 4 | 1 | 2.00 | 3.0 | 50% |" in lines[4]
+    for part in ("| -64.1% | -41.7% |", "| -10.0% | +20.0% |", "| -50.0% | -25.0% |"):
+        assert sum(part in line for line in lines) == 1
 
 
 def test_plots_of_the_same_rows_are_the_same(

@@ -12,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from bench import cost, model
-from tbcm.step_bench import sana
+from bench import model
+from tbcm import cost
+from tbcm.step_bench import Plan, make_distiller, sana, work_of
+from tbcm.train import METHODS
 
 SMALL = cost.Sana(width=1152, layers=1, tokens=64, text=8)
 MACHINE = cost.Machine(copy=1e12, matmul=1e14)
@@ -87,6 +89,19 @@ def test_flops_of_the_value(counts: list) -> None:
     deep = dataclasses.replace(SMALL, layers=2)
     formula = cost.flops(deep, "stock", "forward") - cost.flops(SMALL, "stock", "forward")
     assert formula == pytest.approx(block, rel=0.05)
+
+
+@pytest.mark.usefixtures("counts")  # on one thread
+@pytest.mark.parametrize("method", METHODS)
+def test_flops_of_a_training_step(method: str) -> None:
+    """Of the fused step, whose text is encoded once for all points of a prompt."""
+    plan = Plan("sana-0.6b", layers=1, resolution=64, route_steps=3, gpu=False)
+    distiller = make_distiller(method, "fused", plan)
+    with Counting() as counter:
+        distiller.train_step()
+    flops, size = work_of(distiller, samples=2)
+    assert flops == pytest.approx(counter.flops, rel=0.02)
+    assert size > cost.UPDATE * distiller.student.num_parameters()
 
 
 @pytest.mark.parametrize(("name", "width"), [("sana-0.6b", 1152), ("sana-1.6b", 2240)])

@@ -172,6 +172,7 @@ def _precision(dtype: torch.dtype) -> str:
 _VARIANTS = (
     ("state", state_kernel, ("tk", "tv", "tstate", "factors")),
     ("state tangent", state_kernel, ("factors",)),
+    ("state of heads with norms of their own", state_kernel, ("factors", "scalars")),
     ("state gradient", state_kernel, ("tk", "tv", "tstate")),
     ("output", output_kernel, ("tq", "tstate", "to")),
     ("output tangent", output_kernel, ()),

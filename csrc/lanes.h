@@ -23,6 +23,12 @@ TBCM_INLINE void put(float* p, Vector v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// Scratch that starts on a cache line.
+TBCM_INLINE float* aligned_scratch(int64_t floats) {
+  const auto address = reinterpret_cast<uintptr_t>(scratch(floats + LANES));
+  return reinterpret_cast<float*>((address + 63) / 64 * 64);
+}
+
 // The first n lanes of a row of T; the others are zero.
 template <class T>
 TBCM_INLINE Lanes get(const T* p, int64_t n) {
@@ -35,12 +41,24 @@ TBCM_INLINE Lanes get(const T* p, int64_t n) {
   return get(buffer);
 }
 
+// narrow() of all lanes; left to itself the compiler takes them one by one, for the sake of the NaN.
+TBCM_INLINE void narrow(Lanes v, bfloat16* p) {
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  Words u;
+  std::memcpy(&u, &v, sizeof u);
+  u = v != v ? Words{} + 0x7fc00000u : u + 0x7fffu + (u >> 16 & 1u);
+  const Halves bits = __builtin_convertvector(u >> 16, Halves);
+  std::memcpy(p, &bits, sizeof bits);
+}
+
 template <class T>
 TBCM_INLINE void put(T* p, Lanes v, int64_t n) {
   float buffer[LANES];
   put(buffer, v);
   if (n == LANES) {
-    for (int64_t i = 0; i < LANES; ++i) narrow(buffer[i], &p[i]);
+    if constexpr (std::is_same_v<T, bfloat16>) narrow(v, p);
+    else for (int64_t i = 0; i < LANES; ++i) narrow(buffer[i], &p[i]);
   } else {
     for (int64_t i = 0; i < n; ++i) narrow(buffer[i], &p[i]);
   }

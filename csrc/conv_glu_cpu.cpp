@@ -24,14 +24,6 @@ TBCM_INLINE Lanes stencil(const Plane& p, const Lanes* w, int64_t y, int64_t x, 
 
 TBCM_INLINE int64_t blocks(const Shape& p) { return (p.channels + LANES - 1) / LANES; }
 
-// Calls f with the number of channels of the block at c. That of a whole block is a constant: its loops then call no
-// memcpy, which would empty the registers. f must be inlined too, or it is compiled for the baseline.
-template <class F>
-TBCM_INLINE void for_block(const Shape& p, int64_t c, const F& f) {
-  if (p.channels - c < LANES) f(p.channels - c);
-  else f(std::integral_constant<int64_t, LANES>{});
-}
-
 // Taps and bias of the sixteen channels that start at `c`, of which n are there.
 TBCM_INLINE void taps(const Shape& p, int64_t c, int64_t n, Lanes* w, Lanes* b) {
   for (int64_t tap = 0; tap < 9; ++tap) w[tap] = get(p.weight + tap * 2 * p.channels + c, n);
@@ -47,28 +39,26 @@ TBCM_INLINE Lanes get_ahead(const T* p, int64_t n) {
 }
 
 // Forward walks down the rows of several blocks of channels together, so that a page of memory is met by few tasks.
-// Of each block it keeps three rows of activations and one row of what the stencil makes of them, a pixel's VALUES
-// beside each other: those of both halves, then their tangents.
+// Of each block it keeps three rows of activations and one of the stencil's sums, with a pixel's VALUES beside each
+// other: those of both halves, then their tangents.
 constexpr int64_t GROUP = 4, VALUES = 4;
 TBCM_INLINE int64_t groups(const Shape& p) { return (blocks(p) + GROUP - 1) / GROUP; }
 TBCM_INLINE int64_t row_floats(const Shape& p) { return (p.width + 2) * VALUES * LANES; }
 
 // Fills a row with silu(a), and silu'(a) ta where there is a tangent; with zeros beyond the image.
-template <class T>
-TBCM_INLINE void activate(const Forward<T>& p, int64_t b, int64_t y, int64_t c, float* row) {
+template <class T, class N>
+TBCM_INLINE void activate(const Forward<T>& p, int64_t b, int64_t y, int64_t c, N n, float* row) {
   if (y < 0 || y == p.height) return void(std::memset(row, 0, row_floats(p) * sizeof(float)));
-  for_block(p, c, [&](auto n) __attribute__((always_inline)) {
-    for (int64_t half = 0; half < 2; ++half) {
-      int64_t at = ((b * p.height + y) * p.width * 2 + half) * p.channels + c;
-      float* to = row + (VALUES + half) * LANES;
-      for (int64_t x = 0; x < p.width; ++x, at += 2 * p.channels, to += VALUES * LANES) {
-        const Lanes a = get_ahead(p.a + at, n);
-        const Logistic l = logistic(a);
-        put(to, a * l.s);
-        if (p.ta) put(to + 2 * LANES, silu_slope(a, l.s, l.rest) * get_ahead(p.ta + at, n));
-      }
+  for (int64_t half = 0; half < 2; ++half) {
+    int64_t at = ((b * p.height + y) * p.width * 2 + half) * p.channels + c;
+    float* to = row + (VALUES + half) * LANES;
+    for (int64_t x = 0; x < p.width; ++x, at += 2 * p.channels, to += VALUES * LANES) {
+      const Lanes a = get_ahead(p.a + at, n);
+      const Logistic l = logistic(a);
+      put(to, a * l.s);
+      if (p.ta) put(to + 2 * LANES, silu_slope(a, l.s, l.rest) * get_ahead(p.ta + at, n));
     }
-  });
+  }
 }
 
 // sum over the taps of w[tap] * row[pixel + offset] of the value at `at` in each of three rows.
@@ -78,43 +68,42 @@ TBCM_INLINE Lanes stencil(const float* const* rows, const Lanes* w, int64_t at) 
   return sum;
 }
 
-// One half at a time and what follows apart: its nine taps stay in registers, and so do exp's coefficients.
-template <class T>
-TBCM_INLINE void convolve(const Forward<T>& p, int64_t b, int64_t y, int64_t c, const float* const* rows, float* sums) {
-  for_block(p, c, [&](auto n) __attribute__((always_inline)) {
-    for (int64_t half = 0; half < 2; ++half) {
-      Lanes w[9], bias;
-      taps(p, c + half * p.channels, n, w, &bias);
-      for (int64_t at = half * LANES; at < p.width * VALUES * LANES; at += VALUES * LANES) {
-        put(sums + at, bias + stencil(rows, w, at));
-        if (p.ty) put(sums + at + 2 * LANES, stencil(rows, w, at + 2 * LANES));
-      }
+// One half at a time, and the rest apart: nine taps, and later the coefficients of exp, stay in registers.
+template <class T, class N>
+TBCM_INLINE void convolve(const Forward<T>& p, int64_t b, int64_t y, int64_t c, N n, const float* const* rows, float* sums) {
+  for (int64_t half = 0; half < 2; ++half) {
+    Lanes w[9], bias;
+    taps(p, c + half * p.channels, n, w, &bias);
+    for (int64_t at = half * LANES; at < p.width * VALUES * LANES; at += VALUES * LANES) {
+      put(sums + at, bias + stencil(rows, w, at));
+      if (p.ty) put(sums + at + 2 * LANES, stencil(rows, w, at + 2 * LANES));
     }
-    int64_t at = (b * p.height + y) * p.width * p.channels + c;
-    for (int64_t x = 0; x < p.width; ++x, at += p.channels, sums += VALUES * LANES) {
-      const Lanes c1 = get(sums), c2 = get(sums + LANES);
-      const Logistic l = logistic(c2);
-      put(p.y + at, c1 * c2 * l.s, n);
-      if (p.ty) {
-        const Lanes tc1 = get(sums + 2 * LANES), tc2 = get(sums + 3 * LANES);
-        put(p.ty + at, tc1 * c2 * l.s + c1 * silu_slope(c2, l.s, l.rest) * tc2, n);
-      }
+  }
+  int64_t at = (b * p.height + y) * p.width * p.channels + c;
+  for (int64_t x = 0; x < p.width; ++x, at += p.channels, sums += VALUES * LANES) {
+    const Lanes c1 = get(sums), c2 = get(sums + LANES);
+    const Logistic l = logistic(c2);
+    put(p.y + at, c1 * c2 * l.s, n);
+    if (p.ty) {
+      const Lanes tc1 = get(sums + 2 * LANES), tc2 = get(sums + 3 * LANES);
+      put(p.ty + at, tc1 * c2 * l.s + c1 * silu_slope(c2, l.s, l.rest) * tc2, n);
     }
-  });
+  }
 }
 
 template <class T>
 TBCM_INLINE void forward_group(const Forward<T>& p, int64_t b, int64_t first, int64_t last, float* scratch) {
-  const int64_t size = row_floats(p);
+  const auto row = [&](int64_t c, int64_t i) { return scratch + ((c - first) / LANES * 4 + i) * row_floats(p); };
   for (int64_t y = -1; y <= p.height; ++y) {
-    float* window = scratch;
-    const auto row = [&](int64_t y) { return window + (y + 3) % 3 * size; };
-    for (int64_t c = first; c < last; c += LANES, window += 4 * size) activate(p, b, y, c, row(y));
-    window = scratch;
-    for (int64_t c = first; c < last && y > 0; c += LANES, window += 4 * size) {
-      const float* rows[3] = {row(y - 2), row(y - 1), row(y)};
-      convolve(p, b, y - 1, c, rows, window + 3 * size);
-    }
+    const int64_t i = (y + 1) % 3;
+    for_lanes(first, last, [&](int64_t c, auto n) __attribute__((always_inline)) {
+      activate(p, b, y, c, n, row(c, i));
+    });
+    if (y < 1) continue;
+    for_lanes(first, last, [&](int64_t c, auto n) __attribute__((always_inline)) {
+      const float* rows[3] = {row(c, (i + 1) % 3), row(c, (i + 2) % 3), row(c, i)};
+      convolve(p, b, y - 1, c, n, rows, row(c, 3));
+    });
   }
 }
 
@@ -209,7 +198,9 @@ TBCM_INLINE void backward_tasks(const Backward<T>& p, int64_t begin, int64_t end
   prepare(p.height, p.width, planes);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / blocks(p), c = task % blocks(p) * LANES;
-    for_block(p, c, [&](auto n) __attribute__((always_inline)) { backward_block(p, b, c, n, planes, planes + 2, planes + 4); });
+    for_lanes(c, c + LANES < p.channels ? c + LANES : p.channels, [&](int64_t, auto n) __attribute__((always_inline)) {
+      backward_block(p, b, c, n, planes, planes + 2, planes + 4);
+    });
   }
 }
 

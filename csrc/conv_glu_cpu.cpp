@@ -70,7 +70,8 @@ TBCM_INLINE Lanes stencil(const float* const* rows, const Lanes* w, int64_t at) 
 
 // One half at a time, and the rest apart: nine taps, and later the coefficients of exp, stay in registers.
 template <class T, class N>
-TBCM_INLINE void convolve(const Forward<T>& p, int64_t b, int64_t y, int64_t c, N n, const float* const* rows, float* sums) {
+TBCM_INLINE void convolve(const Forward<T>& p, int64_t b, int64_t y, int64_t c, N n, const float* const* rows,
+                          float* sums) {
   for (int64_t half = 0; half < 2; ++half) {
     Lanes w[9], bias;
     taps(p, c + half * p.channels, n, w, &bias);

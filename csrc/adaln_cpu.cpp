@@ -31,49 +31,77 @@ TBCM_INLINE void means(const float* a, const float* v, Statistics s, int64_t n, 
 }
 
 template <class T>
-TBCM_INLINE void forward_row(const Forward<T>& p, int64_t b, int64_t n, float* v, float* tv, const float* zero) {
+TBCM_INLINE T* or_else(T* row, float* other) {
+  return row ? row : reinterpret_cast<T*>(other);
+}
+
+// Rows of a thread: the two that it works on, and what stands for operands that are absent.
+struct Spare {
+  float *v, *tv, *zeros, *ones, *unused;
+};
+
+// Three passes over a row in L1: more of them take longer than the memory they work on.
+template <bool residual, bool tangent, class T>
+TBCM_INLINE void forward_row(const Forward<T>& p, int64_t b, int64_t n, const Spare& spare) {
   const int64_t width = p.width;
-  load(v, p.x.at(b, n), width);
-  if (p.h) {
-    multiply_add(v, p.h.at(b, n), p.gate.at(b, n), width);
-    store(p.out.at(b, n), v, width);
+  float *v = spare.v, *tv = spare.tv;
+  const T *x = p.x.at(b, n), *h = p.h.at(b, n);
+  const T *tx = or_else(p.tx.at(b, n), spare.zeros), *th = or_else(p.th.at(b, n), spare.zeros);
+  const float *gate = or_else(p.gate.at(b, n), spare.ones), *tgate = or_else(p.tgate.at(b, n), spare.zeros);
+  T *out = p.out.at(b, n), *tout = or_else(p.tout.at(b, n), spare.unused);
+  float sum = 0.f, tsum = 0.f;
+#pragma omp simd reduction(+ : sum, tsum)
+  for (int64_t i = 0; i < width; ++i) {
+    v[i] = widen(x[i]);
+    if constexpr (residual) {
+      narrow(v[i] + widen(h[i]) * gate[i], &out[i]);
+      v[i] = widen(out[i]);  // later arithmetic sees what was stored
+    }
+    sum += v[i];
+    if constexpr (tangent) {
+      tv[i] = widen(tx[i]);
+      if constexpr (residual) {
+        narrow(tv[i] + widen(h[i]) * tgate[i] + widen(th[i]) * gate[i], &tout[i]);
+        tv[i] = widen(tout[i]);
+      }
+      tsum += tv[i];
+    }
   }
-  if (p.ty) {
-    if (p.tx) load(tv, p.tx.at(b, n), width);
-    else std::memset(tv, 0, width * sizeof(float));
-    if (p.tgate) multiply_add(tv, p.h.at(b, n), p.tgate.at(b, n), width);
-    if (p.th) multiply_add(tv, p.th.at(b, n), p.gate.at(b, n), width);
-    if (p.tout) store(p.tout.at(b, n), tv, width);
+  const float mean = sum / float(width), tmean = tsum / float(width);
+  float square = 0.f, dot = 0.f;
+#pragma omp simd reduction(+ : square, dot)
+  for (int64_t i = 0; i < width; ++i) {
+    square += (v[i] - mean) * (v[i] - mean);
+    if constexpr (tangent) dot += (v[i] - mean) * (tv[i] - tmean);
   }
-  const Statistics s = statistics(v, width, p.eps);
-  const float* scale = p.scale ? p.scale.at(b, n) : zero;
-  const float* shift = p.shift ? p.shift.at(b, n) : zero;
-  if (p.ty) {
-    const float* tscale = p.tscale ? p.tscale.at(b, n) : zero;
-    const float* tshift = p.tshift ? p.tshift.at(b, n) : zero;
-    float tmean, m;
-    means(tv, v, s, width, &tmean, &m);
-    T* ty = p.ty.at(b, n);
+  const float r = 1.f / __builtin_sqrtf(square / float(width) + p.eps), m = r * dot / float(width);
+  const float *scale = or_else(p.scale.at(b, n), spare.zeros), *shift = or_else(p.shift.at(b, n), spare.zeros);
+  const float *tscale = or_else(p.tscale.at(b, n), spare.zeros), *tshift = or_else(p.tshift.at(b, n), spare.zeros);
+  T *y = p.y.at(b, n), *ty = p.ty.at(b, n);
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-      const float xhat = normalise(v[i], s.mean, s.r);
-      const float txhat = normalise_tangent(xhat, tv[i], tmean, m, s.r);
+  for (int64_t i = 0; i < width; ++i) {
+    const float xhat = normalise(v[i], mean, r);
+    narrow(modulate(xhat, scale[i], shift[i]), &y[i]);
+    if constexpr (tangent) {
+      const float txhat = normalise_tangent(xhat, tv[i], tmean, m, r);
       narrow(modulate_tangent(xhat, txhat, scale[i], tscale[i], tshift[i]), &ty[i]);
     }
   }
-  T* y = p.y.at(b, n);
-#pragma omp simd
-  for (int64_t i = 0; i < width; ++i)
-    narrow(modulate(normalise(v[i], s.mean, s.r), scale[i], shift[i]), &y[i]);
 }
 
 template <class T>
 TBCM_INLINE void forward_rows(const Forward<T>& p, int64_t begin, int64_t end) {
-  float* v = scratch(3 * p.width);
-  float* zero = v + 2 * p.width;
-  std::memset(zero, 0, p.width * sizeof(float));
-  for (int64_t row = begin; row < end; ++row)
-    forward_row(p, row / p.tokens, row % p.tokens, v, v + p.width, zero);
+  float* v = scratch(5 * p.width);
+  const Spare spare = {v, v + p.width, v + 2 * p.width, v + 3 * p.width, v + 4 * p.width};
+  std::memset(spare.zeros, 0, p.width * sizeof(float));
+  for (int64_t i = 0; i < p.width; ++i) spare.ones[i] = 1.f;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t b = row / p.tokens, n = row % p.tokens;
+    if (p.h && p.ty) forward_row<true, true>(p, b, n, spare);
+    else if (p.h) forward_row<true, false>(p, b, n, spare);
+    else if (p.ty) forward_row<false, true>(p, b, n, spare);
+    else forward_row<false, false>(p, b, n, spare);
+  }
 }
 
 TBCM_RUN(Forward, forward_rows)

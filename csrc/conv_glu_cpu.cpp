@@ -1,5 +1,6 @@
-// CPU kernels of conv_glu. A task is one image and sixteen channel pairs: its activations fit a
-// zero-bordered plane in cache, so that the 3x3 stencil reads memory once and needs no edge cases.
+// CPU kernels of conv_glu. A task is some channel pairs of one image, in blocks of sixteen. Activations stay in cache
+// with a border of zeros, so that the 3x3 stencil reads memory once and needs no edge cases: forward keeps three rows
+// of them, backward a plane.
 #include "conv_glu_bindings.h"
 #include "lanes.h"
 
@@ -13,10 +14,6 @@ struct Plane {
   TBCM_INLINE float* at(int64_t y, int64_t x) const { return data + ((y + 1) * (width + 2) + x + 1) * LANES; }
   static int64_t floats(int64_t height, int64_t width) { return (height + 2) * (width + 2) * LANES; }
 };
-
-TBCM_INLINE void clear(const Plane& p) {
-  std::memset(p.data, 0, Plane::floats(p.height, p.width) * sizeof(float));
-}
 
 // sum over the taps of w[tap] * plane[pixel + offset]; `sign` -1 is the transposed stencil.
 TBCM_INLINE Lanes stencil(const Plane& p, const Lanes* w, int64_t y, int64_t x, int64_t sign) {
@@ -41,64 +38,103 @@ TBCM_INLINE Lanes get_ahead(const T* p, int64_t n) {
   return get(p, n);
 }
 
-// Fills u = silu(a), and silu'(a) ta where there is a tangent, of one half of the channels.
-template <class T>
-TBCM_INLINE void activate(const Forward<T>& p, int64_t b, int64_t c, int64_t n, Plane u, Plane tu) {
-  for (int64_t y = 0; y < p.height; ++y)
-    for (int64_t x = 0; x < p.width; ++x) {
-      const int64_t at = ((b * p.height + y) * p.width + x) * 2 * p.channels + c;
+// Forward walks down the rows of several blocks of channels together, so that a page of memory is met by few tasks.
+// Of each block it keeps three rows of activations and one of the stencil's sums, with a pixel's VALUES beside each
+// other: those of both halves, then their tangents.
+constexpr int64_t GROUP = 4, VALUES = 4;
+TBCM_INLINE int64_t groups(const Shape& p) { return (blocks(p) + GROUP - 1) / GROUP; }
+TBCM_INLINE int64_t row_floats(const Shape& p) { return (p.width + 2) * VALUES * LANES; }
+
+// Fills a row with silu(a), and silu'(a) ta where there is a tangent; with zeros beyond the image.
+template <class T, class N>
+TBCM_INLINE void activate(const Forward<T>& p, int64_t b, int64_t y, int64_t c, N n, float* row) {
+  if (y < 0 || y == p.height) return void(std::memset(row, 0, row_floats(p) * sizeof(float)));
+  for (int64_t half = 0; half < 2; ++half) {
+    int64_t at = ((b * p.height + y) * p.width * 2 + half) * p.channels + c;
+    float* to = row + (VALUES + half) * LANES;
+    for (int64_t x = 0; x < p.width; ++x, at += 2 * p.channels, to += VALUES * LANES) {
       const Lanes a = get_ahead(p.a + at, n);
       const Logistic l = logistic(a);
-      put(u.at(y, x), a * l.s);
-      if (p.ta) put(tu.at(y, x), silu_slope(a, l.s, l.rest) * get_ahead(p.ta + at, n));
+      put(to, a * l.s);
+      if (p.ta) put(to + 2 * LANES, silu_slope(a, l.s, l.rest) * get_ahead(p.ta + at, n));
     }
+  }
+}
+
+// sum over the taps of w[tap] * row[pixel + offset] of the value at `at` in each of three rows.
+TBCM_INLINE Lanes stencil(const float* const* rows, const Lanes* w, int64_t at) {
+  Lanes sum = {};
+  for (int64_t tap = 0; tap < 9; ++tap) sum += w[tap] * get(rows[tap / 3] + at + tap % 3 * VALUES * LANES);
+  return sum;
+}
+
+// One half at a time, and the rest apart: nine taps, and later the coefficients of exp, stay in registers.
+template <class T, class N>
+TBCM_INLINE void convolve(const Forward<T>& p, int64_t b, int64_t y, int64_t c, N n, const float* const* rows,
+                          float* sums) {
+  for (int64_t half = 0; half < 2; ++half) {
+    Lanes w[9], bias;
+    taps(p, c + half * p.channels, n, w, &bias);
+    for (int64_t at = half * LANES; at < p.width * VALUES * LANES; at += VALUES * LANES) {
+      put(sums + at, bias + stencil(rows, w, at));
+      if (p.ty) put(sums + at + 2 * LANES, stencil(rows, w, at + 2 * LANES));
+    }
+  }
+  int64_t at = (b * p.height + y) * p.width * p.channels + c;
+  for (int64_t x = 0; x < p.width; ++x, at += p.channels, sums += VALUES * LANES) {
+    const Lanes c1 = get(sums), c2 = get(sums + LANES);
+    const Logistic l = logistic(c2);
+    put(p.y + at, c1 * c2 * l.s, n);
+    if (p.ty) {
+      const Lanes tc1 = get(sums + 2 * LANES), tc2 = get(sums + 3 * LANES);
+      put(p.ty + at, tc1 * c2 * l.s + c1 * silu_slope(c2, l.s, l.rest) * tc2, n);
+    }
+  }
 }
 
 template <class T>
-TBCM_INLINE void forward_task(const Forward<T>& p, int64_t task, const Plane* u, const Plane* tu) {
-  const int64_t b = task / blocks(p), c = task % blocks(p) * LANES;
-  const int64_t n = p.channels - c < LANES ? p.channels - c : LANES;
-  Lanes w[2][9], bias[2];
-  for (int64_t half = 0; half < 2; ++half) {
-    taps(p, c + half * p.channels, n, w[half], &bias[half]);
-    activate(p, b, c + half * p.channels, n, u[half], tu[half]);
-  }
-  for (int64_t y = 0; y < p.height; ++y)
-    for (int64_t x = 0; x < p.width; ++x) {
-      const int64_t at = ((b * p.height + y) * p.width + x) * p.channels + c;
-      const Lanes c1 = bias[0] + stencil(u[0], w[0], y, x, 1), c2 = bias[1] + stencil(u[1], w[1], y, x, 1);
-      const Logistic l = logistic(c2);
-      put(p.y + at, c1 * c2 * l.s, n);
-      if (p.ty) {
-        const Lanes tc1 = stencil(tu[0], w[0], y, x, 1), tc2 = stencil(tu[1], w[1], y, x, 1);
-        put(p.ty + at, tc1 * c2 * l.s + c1 * silu_slope(c2, l.s, l.rest) * tc2, n);
-      }
-    }
-}
-
-// Zero-bordered planes in the thread's scratch.
-template <int count>
-TBCM_INLINE void prepare(int64_t height, int64_t width, Plane (&planes)[count]) {
-  const int64_t size = Plane::floats(height, width);
-  float* buffer = scratch(count * size);
-  for (int64_t i = 0; i < count; ++i) {
-    planes[i] = {buffer + i * size, height, width};
-    clear(planes[i]);
+TBCM_INLINE void forward_group(const Forward<T>& p, int64_t b, int64_t first, int64_t last, float* scratch) {
+  const auto row = [&](int64_t c, int64_t i) { return scratch + ((c - first) / LANES * 4 + i) * row_floats(p); };
+  for (int64_t y = -1; y <= p.height; ++y) {
+    const int64_t i = (y + 1) % 3;
+    for_lanes(first, last, [&](int64_t c, auto n) __attribute__((always_inline)) {
+      activate(p, b, y, c, n, row(c, i));
+    });
+    if (y < 1) continue;
+    for_lanes(first, last, [&](int64_t c, auto n) __attribute__((always_inline)) {
+      const float* rows[3] = {row(c, (i + 1) % 3), row(c, (i + 2) % 3), row(c, i)};
+      convolve(p, b, y - 1, c, n, rows, row(c, 3));
+    });
   }
 }
 
 template <class T>
 TBCM_INLINE void forward_tasks(const Forward<T>& p, int64_t begin, int64_t end) {
-  Plane planes[4];
-  prepare(p.height, p.width, planes);
-  for (int64_t task = begin; task < end; ++task) forward_task(p, task, planes, planes + 2);
+  const int64_t size = GROUP * 4 * row_floats(p);
+  float* rows = aligned_scratch(size);
+  std::memset(rows, 0, size * sizeof(float));
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t first = task % groups(p) * GROUP * LANES, last = first + GROUP * LANES;
+    forward_group(p, task / groups(p), first, last < p.channels ? last : p.channels, rows);
+  }
 }
 
 TBCM_RUN(Forward, forward_tasks)
 
+// Zero-bordered planes in the thread's scratch.
+template <int count>
+TBCM_INLINE void prepare(int64_t height, int64_t width, Plane (&planes)[count]) {
+  const int64_t size = Plane::floats(height, width);
+  float* buffer = aligned_scratch(count * size);
+  for (int64_t i = 0; i < count; ++i) {
+    planes[i] = {buffer + i * size, height, width};
+  }
+  std::memset(buffer, 0, count * size * sizeof(float));
+}
+
 // From u and gy: the gradients of c1 and c2 into their planes.
-template <class T>
-TBCM_INLINE void gradient_of_c(const Backward<T>& p, int64_t b, int64_t c, int64_t n, const Plane* u, const Plane* gc) {
+template <class T, class N>
+TBCM_INLINE void gradient_of_c(const Backward<T>& p, int64_t b, int64_t c, N n, const Plane* u, const Plane* gc) {
   Lanes w[2][9], bias[2];
   for (int64_t half = 0; half < 2; ++half) taps(p, c + half * p.channels, n, w[half], &bias[half]);
   for (int64_t y = 0; y < p.height; ++y)
@@ -131,10 +167,9 @@ TBCM_INLINE void gradient_of_taps(const Backward<T>& p, int64_t b, int64_t c, in
   if (p.gbias) put(p.gbias + b * 2 * p.channels + c, total, n);
 }
 
-template <class T>
-TBCM_INLINE void backward_task(const Backward<T>& p, int64_t task, const Plane* u, const Plane* gc, const Plane* slope) {
-  const int64_t b = task / blocks(p), c = task % blocks(p) * LANES;
-  const int64_t n = p.channels - c < LANES ? p.channels - c : LANES;
+template <class T, class N>
+TBCM_INLINE void backward_block(const Backward<T>& p, int64_t b, int64_t c, N n, const Plane* u, const Plane* gc,
+                                const Plane* slope) {
   for (int64_t half = 0; half < 2; ++half)
     for (int64_t y = 0; y < p.height; ++y)
       for (int64_t x = 0; x < p.width; ++x) {
@@ -162,13 +197,23 @@ template <class T>
 TBCM_INLINE void backward_tasks(const Backward<T>& p, int64_t begin, int64_t end) {
   Plane planes[6];
   prepare(p.height, p.width, planes);
-  for (int64_t task = begin; task < end; ++task) backward_task(p, task, planes, planes + 2, planes + 4);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t b = task / blocks(p), c = task % blocks(p) * LANES;
+    for_lanes(c, c + LANES < p.channels ? c + LANES : p.channels, [&](int64_t, auto n) __attribute__((always_inline)) {
+      backward_block(p, b, c, n, planes, planes + 2, planes + 4);
+    });
+  }
 }
 
 TBCM_RUN(Backward, backward_tasks)
 
-template <class P>
-void over_tasks(const P& p) {
+template <class T>
+void over_tasks(const Forward<T>& p) {
+  parallel(p.batch * groups(p), 2 * GROUP * LANES * p.height * p.width, [&](int64_t a, int64_t z) { run(p, a, z); });
+}
+
+template <class T>
+void over_tasks(const Backward<T>& p) {
   parallel(p.batch * blocks(p), 2 * LANES * p.height * p.width, [&](int64_t a, int64_t z) { run(p, a, z); });
 }
 

@@ -23,6 +23,12 @@ TBCM_INLINE void put(float* p, Vector v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// Scratch that starts on a cache line.
+TBCM_INLINE float* aligned_scratch(int64_t floats) {
+  const auto address = reinterpret_cast<uintptr_t>(scratch(floats + LANES));
+  return reinterpret_cast<float*>((address + 63) / 64 * 64);
+}
+
 // The first n lanes of a row of T; the others are zero.
 template <class T>
 TBCM_INLINE Lanes get(const T* p, int64_t n) {
@@ -35,15 +41,36 @@ TBCM_INLINE Lanes get(const T* p, int64_t n) {
   return get(buffer);
 }
 
+// narrow() of all lanes; left to itself the compiler takes them one by one, for the sake of the NaN.
+TBCM_INLINE void narrow(Lanes v, bfloat16* p) {
+  typedef int32_t Words __attribute__((vector_size(64)));
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  Words u;
+  std::memcpy(&u, &v, sizeof u);
+  const Words nan = (0x7f800000 - (u & 0x7fffffff)) >> 31;  // all ones, or zero
+  u = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+  const Halves bits = __builtin_convertvector((u & ~nan) | (nan & 0x7fc0), Halves);
+  std::memcpy(p, &bits, sizeof bits);
+}
+
 template <class T>
 TBCM_INLINE void put(T* p, Lanes v, int64_t n) {
   float buffer[LANES];
   put(buffer, v);
   if (n == LANES) {
-    for (int64_t i = 0; i < LANES; ++i) narrow(buffer[i], &p[i]);
+    if constexpr (std::is_same_v<T, bfloat16>) narrow(v, p);
+    else for (int64_t i = 0; i < LANES; ++i) narrow(buffer[i], &p[i]);
   } else {
     for (int64_t i = 0; i < n; ++i) narrow(buffer[i], &p[i]);
   }
+}
+
+// Calls f(i, n) with the n lanes at each i of a row. Those of a whole vector are a constant: loops then call no memcpy,
+// which would empty the registers. f must be inlined too, or it is compiled for the baseline.
+template <class F>
+TBCM_INLINE void for_lanes(int64_t begin, int64_t end, const F& f) {
+  for (; begin + LANES <= end; begin += LANES) f(begin, std::integral_constant<int64_t, LANES>{});
+  if (begin < end) f(begin, end - begin);
 }
 
 // The sum of all lanes, by halves.

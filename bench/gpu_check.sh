@@ -45,14 +45,14 @@ step() { # step NAME SECONDS COMMAND...
 skip() { echo "skipped  $1: $2" | tee -a "$out/steps.log"; }
 
 bench() { # bench NAME ARGUMENTS...
-    step "bench-$1" 100 "$PYTHON" -m bench --device "$DEVICE" --json "$out/ops.jsonl" "${@:2}"
+    step "bench-$1" 100 "$PYTHON" -m bench --device "$DEVICE" --seconds 0.3 --json "$out/ops.jsonl" "${@:2}"
 }
 
 tbcm_step() { # tbcm_step MODEL STEPS [SIZES]: `tbcm bench step`, without the packages of its command line
     local code="from tbcm.step_bench import Plan, bench_step, lines
 result = bench_step('$out/$1-step.json', $2, Plan('$1'${3:+, $3}))
 print(*lines(result), sep='\n')"
-    step "bench-step-$1" 90 "$PYTHON" -c "$code"
+    step "bench-step-$1" 120 "$PYTHON" -c "$code"
 }
 
 echo "== $(date -u +%FT%TZ) $name" >>"$out/steps.log"
@@ -62,36 +62,52 @@ cuda=auto
 [[ $DEVICE == cuda ]] && cuda=1
 step build 150 env TBCM_BUILD_CPU=1 TBCM_BUILD_CUDA=$cuda "$PYTHON" setup.py build_ext --inplace --force
 step versions 60 "$PYTHON" -m tbcm_kernels
-[[ $DEVICE == cuda ]] &&
-    step proofs-cuda 60 "$PYTHON" -m tbcm_kernels.testing --impl cuda --record "$out/proofs.jsonl"
-step proofs 100 "$PYTHON" -m tbcm_kernels.testing
+
+# Proofs and tests share the GPU and all cores; nothing is timed meanwhile.
+jobs=$(($(nproc) > 8 ? $(nproc) - 6 : 1))
+(
+    [[ $DEVICE == cuda ]] &&
+        step proofs-cuda 60 "$PYTHON" -m tbcm_kernels.testing --device cuda --impl cuda --record "$out/proofs.jsonl"
+    if [[ $DEVICE == cuda ]]; then
+        step proofs 200 "$PYTHON" -m tbcm_kernels.testing --device cuda --impl triton --jobs "$jobs" \
+            --record "$out/proofs.jsonl"
+    else
+        step proofs 100 "$PYTHON" -m tbcm_kernels.testing --jobs "$jobs"
+    fi
+    exit $failed
+) &
+proofs=$!
 if has pytest; then
-    pytest=("$PYTHON" -m pytest -p no:cacheprovider)
-    step tests-attention 120 env TBCM_TEST_DEVICE="$DEVICE" "${pytest[@]}" tests/test_attention*.py
-    step tests-kernels 120 "${pytest[@]}" tests/test_kernels.py
+    pytest=("$PYTHON" -m pytest -p no:cacheprovider --tb=short --maxfail=6) # a stop shows why, a time-out does not
+    has xdist && pytest+=(-n 4)
     step tests-silence 90 env TBCM_TEST_DEVICE="$DEVICE" "${pytest[@]}" tests/test_silence.py
     if has diffusers; then
         step tests-fuse 90 env TBCM_TEST_DEVICE="$DEVICE" "${pytest[@]}" tests/test_fuse.py tests/test_sana_training.py
+        step tests-graph 40 "${pytest[@]}" tests/test_graphed.py
     else
         skip tests-fuse "no diffusers"
     fi
+    step tests-attention 120 env TBCM_TEST_DEVICE="$DEVICE" "${pytest[@]}" tests/test_attention*.py
+    step tests-kernels 120 "${pytest[@]}" tests/test_kernels.py
 else
     skip tests "no pytest"
 fi
+wait $proofs || failed=1
+[[ $DEVICE == cuda ]] && "$PYTHON" -m bench.proofs # what follows takes the kernels that have just passed
 
 if [[ $DEVICE == cuda ]]; then
-    bench attention --op attention --shape sd3-1024 --shape flux-1024 --shape sana-0.6b-1024
+    bench blocks --op adaln --op linear_attention+norm --op conv_glu --op rms_norm --shape sana-0.6b-1024
     if has diffusers; then
-        big=(--layers 28 --batch 15 --dtype bfloat16 --seconds 20)
-        step bench-model 100 "$PYTHON" -m bench.model "${big[@]}" --json "$out/model.jsonl"
         tbcm_step sana-0.6b 8
+        big=(--layers 28 --batch 15 --dtype bfloat16 --seconds 4)
+        step bench-model 100 "$PYTHON" -m bench.model "${big[@]}" --json "$out/model.jsonl"
     fi
-    bench blocks --op adaln --op linear_attention --op conv_glu --op rms_norm --shape sana-0.6b-1024
-    bench blocks-1.6b --op adaln --op linear_attention --op conv_glu --op rms_norm --shape sana-1.6b-1024
+    bench attention --op attention --shape sd3-1024 --shape flux-1024 --shape sana-0.6b-1024
+    bench blocks-1.6b --op adaln --op linear_attention+norm --op conv_glu --op rms_norm --shape sana-1.6b-1024
     bench objective --op tangent_loss --op flow_input --op flow_output --op trajectory_step --shape sana-0.6b-1024
     for tokens in 256 1024 4096 16384; do
         step "bench-length-$tokens" 40 "$PYTHON" -m bench --op attention --shape dit-b-512 --tokens "$tokens" \
-            --pass forward --pass jvp --pass step --device cuda --json "$out/length.jsonl"
+            --pass forward --pass jvp --pass step --device cuda --seconds 0.3 --json "$out/length.jsonl"
     done
     bench linear --op linear --shape sana-0.6b-1024 --shape sana-1.6b-1024
     bench attention-others --op attention --shape sana-1.6b-1024 --shape dit-xl-512 --shape pixart-1024

@@ -306,7 +306,8 @@ def sana_distiller(settings: dict[str, Any], plan: Plan) -> Distiller:
     config = TrainConfig(**settings, train_batch_size=points * sizes["batch"])
     torch.manual_seed(0)
     latent = sizes["resolution"] // 32
-    transformer = sana(plan.model, sizes["layers"], latent, guidance=False)
+    with torch.device("cuda" if plan.gpu else "cpu"):  # a GPU draws the weights in no time
+        transformer = sana(plan.model, sizes["layers"], latent, guidance=False)
     shape = (transformer.config.in_channels, latent, latent)
     teacher = Teacher(Path(), shape)
     teacher.transformer = transformer.eval().requires_grad_(False)

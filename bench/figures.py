@@ -6,6 +6,7 @@ All of it comes from the rows in bench/results; of rows measured again the last 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,14 @@ def speed(step: dict[str, Any]) -> list[str]:
 
 
 def best(rows: list[Row]) -> list[str]:
-    """The README's sentence on the ops: the range of speed-ups, and the rows that are lost."""
-    ours = [r for r in plots.last(rows).values() if r["variant"] in plots.OURS]
+    """The README's sentence on a machine's ops: the range of speed-ups, and the rows we lose."""
+    fastest: dict[tuple, Row] = {}
+    for (*case, variant), row in plots.last(rows).items():
+        known = fastest.get(tuple(case))
+        if variant in plots.OURS and (known is None or row["us"] < known["us"]):
+            fastest[tuple(case)] = row
+    ours, device = list(fastest.values()), rows[0]["device"]
+    where = f"{rows[0]['threads']} CPU threads" if device.startswith("cpu") else f"an {device}"
     found = []
     for what in ("jvp", "step"):
         ratios = [r["speedup"] for r in ours if r["pass"] == what]
@@ -80,8 +87,8 @@ def best(rows: list[Row]) -> list[str]:
             found.append(f"{PASSES[what]} {min(ratios):.1f} to {max(ratios):.1f} times as fast")
     lost = sum(r["speedup"] < 1 for r in ours)
     return [
-        f"Ops in {rows[0]['dtype']} on {rows[0]['threads']} CPU threads, against the fastest way "
-        f"in PyTorch: {'; '.join(found)}. Of {len(ours)} rows we lose {lost}; all are in "
+        f"Ops in {rows[0]['dtype']} on {where}, against the fastest way in PyTorch: "
+        f"{'; '.join(found)}. Of {len(ours)} rows we lose {lost}; all are in "
         f"[docs/benchmarks.md](docs/benchmarks.md), with memory and rooflines.",
     ]
 
@@ -89,6 +96,7 @@ def best(rows: list[Row]) -> list[str]:
 def ops(rows: list[Row]) -> list[str]:
     """Our kernels against the fastest way in PyTorch."""
     last = plots.last(rows)
+    kernels = Counter(key[:-1] for key in last if key[-1] in plots.OURS)
     lines = [
         f"Ops in {rows[0]['dtype']} on {rows[0]['device']}, in turns with PyTorch's fastest "
         f"(`python -m bench`); memory is what a first call takes, its outputs included, but not "
@@ -103,11 +111,13 @@ def ops(rows: list[Row]) -> list[str]:
         other = last[op, shape, batch, what, row["baseline"]]
         eager = "math" if op == "attention" else "eager"
         names = {"sdpa": "flash", "eager": eager, "compile": "compiled"}
+        which = f" ({variant})" if kernels[op, shape, batch, what] > 1 else ""
         share = f"{100 * row['roofline']:.0f}% of {row['bound']}" if "roofline" in row else ""
         lines.append(
             f"| `{op}` | {shape}, B = {batch} | {PASSES[what]} | {_time(other['us'])} "
-            f"({names.get(row['baseline'], row['baseline'])}) | {_time(row['us'])} | "
-            f"**{row['speedup']:.2f}×** | {_memory(other)}, {_memory(row)} | {share} |"
+            f"({names.get(row['baseline'], row['baseline'])}) | "
+            f"{_time(row['us'])}{which} | **{row['speedup']:.2f}×** | {_memory(other)}, "
+            f"{_memory(row)} | {share} |"
         )
     return lines
 
@@ -254,6 +264,9 @@ def readme() -> list[str]:
     lines += [f"![speed-ups of the ops](docs/img/ops-{HOME.name}.svg)"]
     if rows := read(HOME / "model.jsonl"):
         lines += ["", *models(rows)]
+    for folder in sorted(RESULTS.iterdir()):
+        if folder != HOME and (rows := ops_of(folder)):
+            lines += ["", *best(rows), "", f"![speed-ups](docs/img/ops-{folder.name}.svg)"]
     return lines
 
 

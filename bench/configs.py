@@ -49,13 +49,14 @@ CANDIDATES: dict[str, list[Config]] = {
     ],
 }  # fmt: skip
 """Of queries, of keys, warps, stages, for each kind of kernel."""
+DTYPE = torch.bfloat16
 SHAPES = ("sd3-1024", "flux-1024", "sana-0.6b-1024", "sana-1.6b-1024", "pixart-1024")
 Launch = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def launches(shape: str, device: str) -> dict[tuple[str, str], Launch]:
     """The arguments of each launch in the passes of attention, by its kind and what it writes."""
-    case = ops.draw("attention", ops.SHAPES[shape], torch.bfloat16, device)
+    case = ops.draw("attention", ops.SHAPES[shape], DTYPE, device)
     variant, own, found = ops.ours(case, "triton"), kernels._launch, {}
 
     def spy(kernel: Any, kind: str, *arguments: Any, **constants: Any) -> None:
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     for process in processes:
         process.join()
     with torch.cuda.stream(torch.cuda.Stream()):
-        about = environment("cuda", torch.bfloat16)
+        about = environment("cuda", DTYPE)
         rows = [
             {**what, **timed(launch, config, "cuda"), **about}
             for what, launch, config in work(shapes, "cuda")

@@ -11,7 +11,7 @@ import torch
 
 import tbcm_kernels
 from bench import __main__ as bench
-from bench import figures, model, ops, peers, plots
+from bench import configs, figures, model, ops, peers, plots, timing
 from tbcm import peaks
 from tbcm.step_bench import PAPER
 
@@ -287,3 +287,24 @@ def test_plots_of_the_same_rows_are_the_same(
     assert b"0.50" in made[0]["ops-x.svg"]
     plots.clean(["ops-x.svg"])
     assert [f.name for f in (tmp_path / "b").iterdir()] == ["ops-x.svg"]
+
+
+def test_configs_are_timed_and_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every launch of attention's passes with each candidate; a wrong one has no time."""
+    monkeypatch.setitem(ops.SHAPES, "tiny", ops.Shape(1, 16, 64, 2))
+    few = {kind: [(16, 16, 4, 1), (32, 16, 4, 1)] for kind in configs.CANDIDATES}
+    monkeypatch.setattr(configs, "CANDIDATES", few)
+    monkeypatch.setattr(configs, "DTYPE", torch.float16)  # the interpreter has no bfloat16
+    monkeypatch.setattr(timing, "stopwatch", lambda calls, device: (lambda: 1e-6, False))
+    work = list(configs.work(["tiny"], "cpu"))
+    assert {what["kind"] for what, *_ in work} == set(few) and len(work) == 12
+    rows = [configs.timed(launch, config, "cpu") for _, launch, config in work[:4]]
+    assert rows == [{"us": 1.0}] * 4
+    repeated = configs.repeated
+
+    def broken(launch: configs.Launch, config: configs.Config) -> Callable[[], None]:
+        run, good = repeated(launch, config), config == few["forward"][0]
+        return lambda: (run(), good or configs.written(launch)[-1].add_(1))
+
+    monkeypatch.setattr(configs, "repeated", broken)
+    assert configs.timed(*work[1][1:], "cpu") == {"refused": "gives another result"}

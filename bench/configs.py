@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 
 from bench import ops, timing
 from bench.environment import environment
@@ -100,33 +101,35 @@ def work(shapes: list[str], device: str) -> Iterator[tuple[dict[str, Any], Launc
     """Every launch with every candidate."""
     for shape in shapes:
         for (kind, made), launch in launches(shape, device).items():
+            about = {"shape": shape, "kind": kind, "makes": made}
             for config in CANDIDATES.get(kind, ()):
-                yield (
-                    {"shape": shape, "kind": kind, "makes": made, "config": config},
-                    launch,
-                    config,
-                )
+                yield about | {"config": config}, launch, config
 
 
 def compile_share(shapes: list[str], device: str, part: int, parts: int) -> None:
     """Every parts-th config once, so that the compiled kernels are in Triton's cache."""
     for i, (_, launch, config) in enumerate(work(shapes, device)):
         if i % parts == part:
-            try:
-                repeated(launch, config)()
-            except Exception:  # too large for the GPU, which its row will say
-                continue
+            refusal(repeated(launch, config))  # which its row will say
+
+
+def refusal(run: Callable[[], None]) -> str | None:
+    """Why Triton does not compile or launch it, as for want of shared memory; None if it ran."""
+    try:
+        run()
+    except TritonError as error:
+        return f"{type(error).__name__}: {str(error)[:80]}"
+    return None
 
 
 def timed(launch: Launch, config: Config, device: str) -> dict[str, Any]:
     """Microseconds of a launch, or why it has none."""
-    run = repeated(launch, config)
-    try:
-        repeated(launch, CANDIDATES[launch[0][1]][0])()
-        expected = [x.clone() for x in written(launch)]
-        run()
-    except Exception as error:
-        return {"refused": f"{type(error).__name__}: {str(error)[:80]}"}
+    run, first = repeated(launch, config), repeated(launch, CANDIDATES[launch[0][1]][0])
+    if reason := refusal(first):
+        return {"refused": f"the first config: {reason}"}
+    expected = [x.clone() for x in written(launch)]
+    if reason := refusal(run):
+        return {"refused": reason}
     for x, y in zip(written(launch), expected, strict=True):
         if not torch.allclose(x.float(), y.float(), rtol=0.05, atol=0.02 * float(y.abs().max())):
             return {"refused": "gives another result"}
@@ -141,6 +144,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile first (8)")
     parser.add_argument("--json", type=Path, help="file to append JSON lines to")
     args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error("--jobs must be at least 1")
     if not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU here")
     shapes = args.shape or list(SHAPES)
@@ -154,17 +159,15 @@ def main(argv: list[str] | None = None) -> None:
     for process in processes:
         process.join()
     with torch.cuda.stream(torch.cuda.Stream()):
-        about = environment("cuda", DTYPE)
-        rows = [
-            {**what, **timed(launch, config, "cuda"), **about}
-            for what, launch, config in work(shapes, "cuda")
-        ]
+        about, rows = environment("cuda", DTYPE), []
+        for what, launch, config in work(shapes, "cuda"):
+            rows.append({**what, **timed(launch, config, "cuda"), **about})
+            if args.json:
+                with args.json.open("a") as file:
+                    print(json.dumps(rows[-1]), file=file)
     for row in sorted(rows, key=lambda r: (r["shape"], r["kind"], r["makes"], r.get("us", 1e9))):
         time = f"{row['us']:.1f} us" if "us" in row else row["refused"]
         print(f"{row['shape']} {row['kind']} {row['makes']} {tuple(row['config'])} {time}")
-    if args.json:
-        with args.json.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

@@ -66,11 +66,10 @@ step versions 60 "$PYTHON" -m tbcm_kernels
 # Proofs and tests share the GPU and all cores; nothing is timed meanwhile.
 jobs=$(($(nproc) > 8 ? $(nproc) - 6 : 1))
 (
-    [[ $DEVICE == cuda ]] &&
-        step proofs-cuda 60 "$PYTHON" -m tbcm_kernels.testing --device cuda --impl cuda --record "$out/proofs.jsonl"
     if [[ $DEVICE == cuda ]]; then
-        step proofs 200 "$PYTHON" -m tbcm_kernels.testing --device cuda --impl triton --jobs "$jobs" \
-            --record "$out/proofs.jsonl"
+        prove=("$PYTHON" -m tbcm_kernels.testing --device cuda --record "$out/proofs.jsonl")
+        step proofs-cuda 60 "${prove[@]}" --impl cuda
+        step proofs 200 "${prove[@]}" --impl triton --jobs "$jobs"
     else
         step proofs 100 "$PYTHON" -m tbcm_kernels.testing --jobs "$jobs"
     fi
@@ -93,9 +92,9 @@ else
     skip tests "no pytest"
 fi
 wait $proofs || failed=1
-[[ $DEVICE == cuda ]] && "$PYTHON" -m bench.proofs # what follows takes the kernels that have just passed
 
 if [[ $DEVICE == cuda ]]; then
+    step proofs-table 30 "$PYTHON" -m bench.proofs # of bench/results: what follows takes the kernels proved there
     bench blocks --op adaln --op linear_attention+norm --op conv_glu --op rms_norm --shape sana-0.6b-1024
     if has diffusers; then
         tbcm_step sana-0.6b 8

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from tbcm.graphed import capture
 from tbcm.peaks import Call, seconds
 
 MIN_ROUNDS, MAX_ROUNDS, WARM_UP = 7, 400, 3
@@ -41,19 +42,11 @@ def stopwatch(calls: list[Call], device: str) -> tuple[Callable[[], float], bool
 def _captured(sweep: Call) -> Call | None:
     """The sweep as a graph on the current stream, on which backward's kept graphs were made too."""
     torch.cuda.synchronize()
-    graph, random = torch.cuda.CUDAGraph(), _random_state()
-    before = random.clone_state()
     try:
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            sweep()
+        graph, _ = capture(sweep, stream=torch.cuda.current_stream())
     except RuntimeError:  # something in it synchronises; the row then says graph: false
-        random.graphsafe_set_state(before)  # the other one waits for the end of the capture
         return None
     return graph.replay
-
-
-def _random_state() -> torch.Generator:
-    return torch.cuda.default_generators[torch.cuda.current_device()]
 
 
 def interleave(measures: dict[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:

@@ -55,12 +55,31 @@ class Graphed:
         return type(outputs)(*(x.clone() for x in outputs))
 
     def _captured(self, tensors: tuple[Tensor, ...]) -> _Graph:
-        graph, inputs = torch.cuda.CUDAGraph(), [x.clone() for x in tensors]
+        inputs = [x.clone() for x in tensors]
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         # Weights that autocast has cast would be gone at a replay; those cast here have no values
-        # before one.
+        # before one, and none if the capture fails.
         torch.clear_autocast_cache()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            outputs = self.function(*inputs)
-        torch.clear_autocast_cache()
+        try:
+            graph, outputs = capture(
+                lambda: self.function(*inputs), pool=self.pool, capture_error_mode="thread_local"
+            )
+        finally:
+            torch.clear_autocast_cache()
         return _Graph(graph, inputs, outputs)
+
+
+def capture(function: Callable[[], Any], **options: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """The kernels of a call as a graph, and what the call gave; options are `torch.cuda.graph`'s.
+
+    Raises RuntimeError for what cannot be captured; random numbers on the GPU stay usable then.
+    """
+    graph = torch.cuda.CUDAGraph()
+    random = torch.cuda.default_generators[torch.cuda.current_device()]
+    before = random.clone_state()
+    try:
+        with torch.cuda.graph(graph, **options):
+            return graph, function()
+    except RuntimeError:
+        random.graphsafe_set_state(before)  # the other one waits for the end of the capture
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -84,3 +85,23 @@ def test_what_cannot_be_captured_runs_and_is_said(
     with pytest.warns(UserWarning, match="not replayed as a CUDA graph: operation not permitted"):
         assert add(one, one).total.tolist() == [3, 3]
     assert add(one, one).total.tolist() == [3, 3]
+
+
+def test_nothing_that_a_failed_capture_cast_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is cast while capturing has no values: the call that follows has to cast again."""
+    cleared = []
+
+    def refuse(function: Callable[[], object], **_: object) -> None:
+        function()
+        cleared.append("cast")
+        raise RuntimeError("no capture")
+
+    monkeypatch.setattr(graphed, "capture", refuse)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: cleared.append("cleared"))
+    graphed_sum = Graphed(lambda a, b: Result(a + b, a))
+    one = torch.ones(2)
+    with torch.no_grad(), pytest.warns(UserWarning, match="no capture"):
+        for _ in range(2):
+            assert graphed_sum(one, one).total.tolist() == [2, 2]
+    assert cleared == ["cleared", "cast", "cleared"]

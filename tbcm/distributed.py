@@ -65,6 +65,11 @@ def check_shares(config: TrainConfig, processes: int) -> None:
         )
     if config.fsdp and processes == 1:
         raise UserError("fsdp shares a model among processes; start several, or leave it out.")
+    if config.fsdp and not config.fused and torch.__version__ < (2, 13):
+        raise UserError(
+            f"fsdp without fused needs PyTorch 2.13: in {torch.__version__} a sharded model has no "
+            "torch.func.jvp; give --fused, or update PyTorch."
+        )
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:

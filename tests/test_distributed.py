@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from tbcm.config import TrainConfig
 from tbcm.distributed import check_shares
@@ -114,3 +115,10 @@ def test_a_batch_that_cannot_be_shared_is_refused():
         check_shares(settings(Path(), train_batch_size=3, gradient_accumulation_steps=2), 2)
     with pytest.raises(UserError, match="fsdp shares a model among processes"):
         check_shares(settings(Path(), fsdp=True), 1)
+
+
+def test_an_old_pytorch_shards_no_plain_tangent_pass(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0"))
+    check_shares(settings(Path(), fsdp=True, fused=True), 2)
+    with pytest.raises(UserError, match="fsdp without fused needs PyTorch"):
+        check_shares(settings(Path(), fsdp=True), 2)

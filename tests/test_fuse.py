@@ -199,7 +199,7 @@ def test_masks_mean_what_they_do_in_the_stock_model(kind: str, qk_norm: str | No
     for name, weight in model.named_parameters():
         if name.endswith("norm_q.weight"):
             torch.nn.init.uniform_(weight, 0.5, 1.5)
-    inputs = _inputs(model) | {"encoder_attention_mask": MASKS[kind]}
+    inputs = _inputs(model) | {"encoder_attention_mask": MASKS[kind].to(model.device)}
     value, tangent, grads = _dual_pass(model, inputs)
     with tk.fuse(model):
         fused_value, fused_tangent, fused_grads = _dual_pass(model, inputs)

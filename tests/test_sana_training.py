@@ -170,7 +170,13 @@ def test_checkpointing_gives_the_same_bits(side: int, compiled: bool) -> None:
         compiler = torch.compile(backend="aot_eager", fullgraph=True, disable=not compiled)
         got = _step(model, inputs, compiler(_dual_pass))
     for a, b in zip(_flat(got), _flat(want), strict=True):
-        assert torch.equal(a, b)
+        _same(a, b)
+
+
+def _same(a: Tensor, b: Tensor) -> None:
+    """The same bits on a CPU; cuBLAS may round x alone unlike x and its tangent in one product."""
+    close = 1e-5 * b.abs().max() if b.is_cuda else 0
+    assert (a - b).abs().max() <= close
 
 
 def test_checkpointing_computes_primals_alone_again_and_saves_the_rest() -> None:
@@ -233,7 +239,9 @@ def test_checkpointing_through_the_tangent() -> None:
             loss = value.square().sum() + tangent.square().sum()
             found.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
     for a, b in zip(*found, strict=True):
-        assert (a is None and b is None) or torch.equal(a, b)
+        assert (a is None) == (b is None)
+        if a is not None:
+            _same(a, b)
 
 
 def test_autocast_agrees_with_fp32_as_stock_does() -> None:
@@ -283,9 +291,10 @@ def test_data_parallel_processes_average_gradients(tmp_path) -> None:
     end = time.monotonic() + 120
     while not processes.join(timeout=5):  # raises what a process raises, and ends the other
         assert time.monotonic() < end, "the processes hang"
-    model = _model(2, 2, 16)
-    with tk.fuse(model):
-        want = _step(model, _inputs(batch=2))[2]
-    for name, got in torch.load(path).items():
+    with torch.device("cpu"):  # as in the processes
+        model = _model(2, 2, 16)
+        with tk.fuse(model):
+            want = _step(model, _inputs(batch=2))[2]
+    for name, got in torch.load(path, map_location="cpu").items():
         largest = want[name].abs().max()
         assert (2 * got - want[name]).abs().max() <= 1e-4 * largest + 1e-7, name

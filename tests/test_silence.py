@@ -156,7 +156,7 @@ def test_compiled_function_inside_dual_level_keeps_the_tangent_or_raises(fullgra
     primals, tangents = _inputs()
     compiled = torch.compile(stack, fullgraph=fullgraph, backend="aot_eager")
     torch.testing.assert_close(compiled(*primals), stack(*primals))  # compiled before, outside
-    with fwAD.dual_level(), pytest.raises(Exception, match="dual_level"):
+    with fwAD.dual_level(), pytest.raises(Exception, match=r"dual_level|dual tensor"):
         compiled(*map(fwAD.make_dual, primals, tangents))
 
 
@@ -232,10 +232,11 @@ def test_vmap_over_tangents() -> None:
     def along(t: Tensor) -> Tensor:
         return torch.func.jvp(lambda x: stack(x, *primals[1:]), (primals[0],), (t,))[1]
 
+    want = torch.stack([along(t) for t in lanes])
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PyTorch's slow fallback would warn
         got = torch.func.vmap(along)(lanes)
-    torch.testing.assert_close(got, torch.stack([along(t) for t in lanes]))
+    torch.testing.assert_close(got, want)
 
 
 def test_checkpoint_of_explicit_pairs() -> None:

@@ -28,7 +28,7 @@ COMBINATIONS = [
         for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     ),
     *(("cpu", "cpu", d) for d in (torch.float32, torch.bfloat16)),
-    *(("triton", DEVICE, d) for d in (torch.float32, torch.float16)),
+    *(("triton", DEVICE, d) for d in (torch.float32, torch.bfloat16)),
 ]
 LARGE = "shape (2, 4, 32, 32)"
 
@@ -313,7 +313,7 @@ def test_compiled_function_inside_dual_level_raises() -> None:
     primals, tangents = inputs()
     compiled = torch.compile(wrapped, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*primals), wrapped(*primals))
-    with fwAD.dual_level(), pytest.raises(Exception, match="dual_level"):
+    with fwAD.dual_level(), pytest.raises(Exception, match=r"dual_level|dual tensor"):
         compiled(*map(fwAD.make_dual, primals, tangents))
 
 

@@ -1,5 +1,6 @@
 """Without a GPU, Triton kernels run in Triton's interpreter, chosen before its import."""
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,9 +16,37 @@ ASSETS = tempfile.TemporaryDirectory(prefix="tbcm-assets-")
 os.environ["HF_ASSETS_CACHE"] = ASSETS.name
 
 
+@pytest.fixture(scope="session", autouse=True)
+def interpreted_bfloat16() -> None:
+    """Triton's interpreter cuts off what it casts to bf16 and multiplies the bits; here it rounds,
+    and multiplies in fp32.
+    """
+    if "TRITON_INTERPRET" not in os.environ or not importlib.util.find_spec("triton"):
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def rounded(x, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(x, source, target, mode)
+        return torch.tensor(x, device="cpu").bfloat16().view(torch.uint16).numpy()
+
+    def widened(self, *factors, **options):
+        a, b, *rest = factors
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
+        return dot(self, a, b, *rest, **options)
+
+    interpreter._convert_float = rounded
+    interpreter.InterpreterBuilder.create_dot = widened
+
+
 @pytest.fixture(autouse=True)
 def default_device() -> Iterator[None]:
-    """TBCM_TEST_DEVICE=cuda runs the tests that name no device on the GPU."""
+    """TBCM_TEST_DEVICE=cuda runs the tests that name no device on the GPU, without TF32."""
+    torch.backends.cudnn.allow_tf32 = False
     with torch.device(os.environ.get("TBCM_TEST_DEVICE", "cpu")):
         yield
 
@@ -65,7 +94,9 @@ def need() -> Callable[[str], None]:
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
         x = allocate(*args, **kwargs)
-        return x.fill_(float("nan")) if x.is_floating_point() else x
+        if x.is_floating_point():
+            x.detach().fill_(float("nan"))
+        return x
 
     return poisoned
 

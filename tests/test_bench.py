@@ -294,7 +294,6 @@ def test_configs_are_timed_and_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ops.SHAPES, "tiny", ops.Shape(1, 16, 64, 2))
     few = {kind: [(16, 16, 4, 1), (32, 16, 4, 1)] for kind in configs.CANDIDATES}
     monkeypatch.setattr(configs, "CANDIDATES", few)
-    monkeypatch.setattr(configs, "DTYPE", torch.float16)  # the interpreter has no bfloat16
     monkeypatch.setattr(timing, "stopwatch", lambda calls, device: (lambda: 1e-6, False))
     work = list(configs.work(["tiny"], "cpu"))
     assert {what["kind"] for what, *_ in work} == set(few) and len(work) == 12

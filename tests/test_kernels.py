@@ -26,7 +26,7 @@ SMALL = {
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 # The interpreter truncates where a GPU rounds to bf16, so without a GPU Triton is tested in fp16.
-TRITON_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+TRITON_DTYPES = [torch.float32, torch.bfloat16, *([torch.float16] if GPU else [])]
 COMBINATIONS = [
     *(
         ("reference", "cpu", d)

@@ -27,7 +27,7 @@ COMBINATIONS = [
         for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     ),
     *(("cpu", "cpu", d) for d in (torch.float32, torch.bfloat16)),
-    *(("triton", DEVICE, d) for d in (torch.float32, torch.float16)),
+    *(("triton", DEVICE, d) for d in (torch.float32, torch.bfloat16)),
 ]
 IMPLEMENTATIONS = [("cpu", "cpu"), ("triton", DEVICE), ("reference", "cpu")]
 R, C = 0.7, 0.1

@@ -26,20 +26,20 @@ from tbcm_kernels.rms_norm.heads import heads_of_norm
 Config = tuple[int, int, int]
 """Tokens of a tile, warps, stages."""
 _INTERPRETED = (32, 4, 1)
-_PROGRAMS = 264
-"""What fills a GPU of 132 multiprocessors twice."""
+_WARPS = 2112
+"""What gives 16 warps to each of 132 multiprocessors."""
 
 
-def _config(kernel: Any, width: int, dtype: torch.dtype) -> Config:
-    """Chosen by the static audit, for all GPUs: what spills nothing; not yet by timing.
+def _config(kernel: Any, width: int, dtype: torch.dtype, exact: bool) -> Config:
+    """Chosen by the static audit, for all GPUs: few instructions, and no spill; not yet by timing.
 
-    A sum over tokens holds all tokens of a step in registers.
+    A sum over tokens holds all tokens of a step in registers. One warp alone reads no tile twice.
     """
     if width > 32:
-        return 16, 8, 1
+        return 16, 4 if kernel is queries_kernel else 8, 1
     if kernel is state_kernel:
-        return 16, 4, 2 if dtype == torch.float32 else 3
-    return 64, 4, 1
+        return 16, 1 if exact else 4, 2 if dtype == torch.float32 else 3
+    return 64 if exact else 32, 4, 1
 
 
 def forward(
@@ -92,11 +92,10 @@ def _norm(x: Tensor, weight: Tensor | None, tx: Tensor | None, eps: float) -> di
         return {"norm": Norm(weight.contiguous(), 0, eps), "scalars": None}
     scalars = torch.empty((batches, rows, 2), dtype=torch.float32, device=x.device)
     if rows:
-        tokens = 1 if x.is_cuda else _INTERPRETED[0]
-        statistics_kernel[(triton.cdiv(batches * rows, tokens),)](
-            **_operands(x=x, tx=tx), scalars=scalars, batches=batches, heads=heads, rows=rows,
-            eps=eps, **_groups(heads, width), TOKENS=tokens, num_warps=4,
-        )  # fmt: skip
+        options = _rows(heads, width) | ({} if x.is_cuda else {"TOKENS": _INTERPRETED[0]})
+        statistics_kernel[(triton.cdiv(batches * rows, options["TOKENS"]),)](
+            **_operands(x=x, tx=tx), scalars=scalars, batches=batches, rows=rows, eps=eps, **options
+        )
     return {"norm": Norm(weight.contiguous(), width, eps), "scalars": scalars}
 
 
@@ -111,20 +110,21 @@ def _gather(
 ) -> None:  # fmt: skip
     """A state over all tokens: splits of them make parts, which are then added in their order.
 
-    There are as many as fill a GPU, of two tiles or more.
+    There are as many as fill a GPU, of four tiles or more.
     """
     batches, heads, rows, _ = tensors[0].shape
     constants = _constants(state_kernel, tensors[0], state, setting)
     tile, blocks = constants["TOKENS"], triton.cdiv(constants["DV"], constants["BV"])
-    splits = min(triton.cdiv(_PROGRAMS, batches * heads * blocks), triton.cdiv(rows, 2 * tile))
+    programs = batches * heads * blocks * constants["num_warps"]
+    splits = min(triton.cdiv(_WARPS, programs), triton.cdiv(rows, 4 * tile))
     span = triton.cdiv(max(rows, 1), max(splits, 1) * tile) * tile
     splits = max(triton.cdiv(rows, span), 1)
     sums = [s for s in (state, tstate) if s is not None]
     parts = sums if splits == 1 else [s.new_empty((splits, *s.shape)) for s in sums]
-    state_kernel[(splits * batches * heads, blocks)](
+    state_kernel[(batches * heads, splits * blocks)](
         **_operands(**dict(zip(("k", "v", "tk", "tv"), tensors, strict=True))), **norm,
         factors=factors, state=parts[0], tstate=None if tstate is None else parts[1],
-        batches=batches, heads=heads, rows=rows, span=span, **constants,
+        heads=heads, rows=rows, span=span, **constants,
     )  # fmt: skip
     if splits > 1:
         for part, total in zip(parts, sums, strict=True):
@@ -132,21 +132,23 @@ def _gather(
 
 
 def _apply(kernel: Any, x: Tensor, setting: Setting, *, state: Tensor, **arguments: Any) -> None:
-    """One program for each head and block of tokens of x."""
+    """One program for each head and four tiles of tokens of x, which share what it makes of S."""
     batches, heads, rows, _ = x.shape
     constants = _constants(kernel, x, state, setting)
     if rows:
-        grid = (triton.cdiv(rows, constants["TOKENS"]) * batches * heads,)
-        kernel[grid](state=state, **arguments, **constants, heads=heads, rows=rows)
+        span = 4 * constants["TOKENS"]
+        grid = (batches * heads, triton.cdiv(rows, span))
+        kernel[grid](state=state, **arguments, **constants, heads=heads, rows=rows, span=span)
 
 
 def _constants(kernel: Any, x: Tensor, state: Tensor, setting: Setting) -> dict[str, Any]:
     width, columns = state.shape[2:]
-    config, precision = _INTERPRETED, "ieee"
+    config, precision, exact = _INTERPRETED, "ieee", _exact(x.dtype, setting.feature_map)
     if x.is_cuda:
-        config, precision = _config(kernel, max(width, columns - 1), x.dtype), _precision(x.dtype)
+        config = _config(kernel, max(width, columns - 1), x.dtype, exact)
+        precision = _precision(x.dtype, exact)
     options = dict(zip(("TOKENS", "num_warps", "num_stages"), config, strict=True))
-    kinds = {"FEATURE": setting.feature_map, "PRECISION": precision}
+    kinds = {"FEATURE": setting.feature_map, "EXACT": exact, "PRECISION": precision}
     return _widths(width, columns - 1) | kinds | options
 
 
@@ -157,16 +159,23 @@ def _widths(width: int, v_width: int) -> dict[str, int]:
     return {"D": width, "DV": v_width, "BD": block, "BV": columns}
 
 
-def _groups(heads: int, width: int) -> dict[str, int]:
-    """As many heads at once as make 2048 columns, 16 a thread."""
+def _rows(heads: int, width: int) -> dict[str, int]:
+    """A token a warp, and as many heads at once as make 256 columns, 8 a thread."""
     block = triton.next_power_of_2(width)
-    together = min(triton.next_power_of_2(heads), max(2048 // block, 1))
-    return {"D": width, "BD": block, "HEADS": together}
+    together = min(triton.next_power_of_2(heads), max(256 // block, 1))
+    return {"ALL": heads, "D": width, "BD": block, "HEADS": together, "TOKENS": 4, "num_warps": 4}
 
 
-def _precision(dtype: torch.dtype) -> str:
+def _precision(dtype: torch.dtype, exact: bool) -> str:
     """Three products of halves: of bf16, which together have 16 digits, or of TF32, with 22."""
+    if exact:
+        return "bf16"
     return "tf32x3" if dtype == torch.float32 else "bf16x3"
+
+
+def _exact(dtype: torch.dtype, feature_map: str) -> bool:
+    """Whether a tile's factor keeps its numbers of bf16; see the kernels."""
+    return dtype == torch.bfloat16 and feature_map != "elu+1"
 
 
 _VARIANTS = (
@@ -194,14 +203,16 @@ def audit_cases() -> Iterator[AuditCase]:
             tensor = Operand(f"*{short}", "i32", "i32", "i32", "i32")
             for tangent in (None, tensor):
                 types = {n: known.get(n, tensor) for n in _names(statistics_kernel)}
-                constants = _groups(36, width) | {"UNIT": 8, "TOKENS": 1}
+                constants = {n: c for n, c in _rows(36, width).items() if n.isupper()}
+                constants |= {"UNIT": 8}
                 name = f"linear_attention {short} D={width} statistics{' tangent' * bool(tangent)}"
                 yield AuditCase(name, statistics_kernel, types | {"tx": tangent}, constants, 4)
             for name, kernel, absent in _VARIANTS:
                 types = {n: None if n in absent else known.get(n, tensor) for n in _names(kernel)}
-                tokens, warps, stages = _config(kernel, width, dtype)
-                constants = _widths(width, width) | {"FEATURE": "relu", "UNIT": 8}
-                constants |= {"PRECISION": _precision(dtype), "TOKENS": tokens}
+                exact = _exact(dtype, "relu")
+                tokens, warps, stages = _config(kernel, width, dtype, exact)
+                constants = _widths(width, width) | {"FEATURE": "relu", "UNIT": 8, "EXACT": exact}
+                constants |= {"PRECISION": _precision(dtype, exact), "TOKENS": tokens}
                 name = f"linear_attention {short} D={width} {name}"
                 yield AuditCase(name, kernel, types, constants, warps, stages)
 

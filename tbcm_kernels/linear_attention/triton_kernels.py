@@ -1,8 +1,11 @@
 """The Triton kernels of linear_attention; their launches are next door.
 
 One gathers S from the keys, one gives it to the queries; backward is the same in turn: queries, gS,
-keys. Tokens are normalised and mapped as their tiles are read, so that φ(q) and φ(k) exist in
-registers only. The normaliser's column of S is a vector of its own, a sum without tensor cores.
+keys. The normaliser's column of S is a vector of its own, a sum without tensor cores.
+
+φ(q) and φ(k) exist in registers only, as factors: relu(w r x) is r relu(± x) |w|, because r > 0, so
+a scalar for each token, a tile that is exact in the dtype of x, and one for each column, which the
+state takes. The same with its tangent, φ′ x̂˙ = r (φ′ (± ẋ) − d relu(± x)) |w| with d = r² m.
 """
 
 from __future__ import annotations
@@ -28,33 +31,41 @@ class Norm(NamedTuple):
 
 @triton.jit
 def statistics_kernel(
-    x, tx, scalars, batches, heads, rows, eps, D: tl.constexpr, BD: tl.constexpr,
+    x, tx, scalars, batches, rows, eps, ALL: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     UNIT: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """r = (mean x² + ε)^−½ and m = mean(x ẋ) of tokens over all heads, HEADS at once."""
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    batch, row = (token // rows)[:, None], (token % rows)[:, None]
-    j = tl.arange(0, HEADS * BD)
+    """r = (mean x² + ε)^−½ and m = mean(x ẋ) of tokens over ALL heads, HEADS at once."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    there, j = token < batches * rows, tl.arange(0, HEADS * BD)
+    batch, row = (token // rows).to(tl.int64)[:, None], (token % rows).to(tl.int64)[:, None]
     squares = tl.zeros((TOKENS, HEADS * BD), tl.float32)
     mixed = tl.zeros((TOKENS, HEADS * BD), tl.float32)
-    for first in range(0, heads, HEADS):
+    for first in tl.static_range(0, ALL, HEADS):
         h, c = (first + j // BD).to(tl.int64)[None, :], (j % BD)[None, :]
-        there = (batch < batches) & (h < heads) & (c < D)
+        mask = there[:, None] & (h < ALL) & (c < D)
         at = x.pointer + (batch * x.batch + row * x.row + h * x.head) * UNIT + c
-        value = tl.load(at, there, other=0.0).to(tl.float32)
+        value = tl.load(at, mask, other=0.0).to(tl.float32)
         squares += value * value
         if tx is not None:
             at = tx.pointer + (batch * tx.batch + row * tx.row + h * tx.head) * UNIT + c
-            mixed += value * tl.load(at, there, other=0.0).to(tl.float32)
-    width, there = heads * D, token < rows * batches
-    tl.store(scalars + token * 2, tl.rsqrt(tl.sum(squares, 1) / width + eps), there)
+            mixed += value * tl.load(at, mask, other=0.0).to(tl.float32)
+    at = scalars + token.to(tl.int64) * 2
+    tl.store(at, tl.rsqrt(tl.sum(squares, 1) / (ALL * D) + eps), there)
     if tx is not None:
-        tl.store(scalars + token * 2 + 1, tl.sum(mixed, 1) / width, there)
+        tl.store(at + 1, tl.sum(mixed, 1) / (ALL * D), there)
+
+
+@triton.jit
+def _place(heads, rows, part, span):
+    """Batch and head of a program, their index, its first token and the one after its last."""
+    index, begin = tl.program_id(0), part * span
+    head, batch = (index % heads).to(tl.int64), (index // heads).to(tl.int64)
+    return batch, head, index.to(tl.int64), begin, tl.minimum(begin + span, rows)
 
 
 @triton.jit
 def _at(x, batch, head, first, local, columns, UNIT: tl.constexpr):
-    base = x.pointer + (batch * x.batch + head * x.head + first * x.row) * UNIT
+    base = x.pointer + (batch * x.batch + head * x.head + tl.cast(first, tl.int64) * x.row) * UNIT
     return base + local[:, None] * (x.row * UNIT) + columns[None, :]
 
 
@@ -74,39 +85,74 @@ def _store_tile(
 
 
 @triton.jit
-def _features(
-    x, tx, norm, scalars, batch, head, first, local, there, rows,
+def _weights(norm, head, D: tl.constexpr, BD: tl.constexpr):
+    w = tl.full((BD,), 1.0, tl.float32)
+    if norm is not None:
+        c = tl.arange(0, BD)
+        w = tl.load(norm.weight + head * norm.step + c, c < D, other=0.0).to(tl.float32)
+    return w
+
+
+@triton.jit
+def _scale(w, FEATURE: tl.constexpr):
+    """What the state takes of a column: φ(x̂) = r y · scale."""
+    if FEATURE == "relu":
+        w = tl.abs(w)
+    if FEATURE == "elu+1":
+        w = tl.full(w.shape, 1.0, tl.float32)
+    return w
+
+
+@triton.jit
+def _factors(
+    x, tx, norm, w, scalars, batch, head, first, local, there, rows,
     D: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr, FEATURE: tl.constexpr,
 ):  # fmt: skip
-    """φ(x), φ′(x) and φ′(x) ẋ of a tile of tokens; φ and φ′(x) ẋ are zero in rows not there."""
+    """y, ẏ, r and d of a tile: φ(x̂) = r y · scale and φ′ x̂˙ = r (ẏ − d y) · scale.
+
+    y and ẏ hold numbers of the dtype of x, but for elu + 1, where r = 1 and d = 0. They are zero
+    in rows not there.
+    """
     c = tl.arange(0, BD)
-    value = _tile(x, batch, head, first, local, there, c, D, UNIT)
-    tangent = tl.zeros(value.shape, tl.float32)
+    y = _tile(x, batch, head, first, local, there, c, D, UNIT)
+    ty = tl.zeros(y.shape, tl.float32)
     if tx is not None:
-        tangent = _tile(tx, batch, head, first, local, there, c, D, UNIT)
+        ty = _tile(tx, batch, head, first, local, there, c, D, UNIT)
+    r, d = tl.full(local.shape, 1.0, tl.float32), tl.zeros(local.shape, tl.float32)
     if norm is not None:
-        w = tl.load(norm.weight + head * norm.step + c, c < D, other=0.0).to(tl.float32)
         if scalars is None:
-            r = tl.where(there, tl.rsqrt(tl.sum(value * value, 1) / D + norm.eps), 0.0)
+            r = tl.rsqrt(tl.sum(y * y, 1) / D + norm.eps)
+            if tx is not None:
+                d = r * r * (tl.sum(y * ty, 1) / D)
         else:
             at = scalars + (batch * rows + first + local) * 2
             r = tl.load(at, there, other=0.0)
-        if tx is not None:
-            if scalars is None:
-                m = tl.sum(value * tangent, 1) / D
-            else:
-                m = tl.load(at + 1, there, other=0.0)
-            tangent = w[None, :] * r[:, None] * (tangent - value * (r * r * m)[:, None])
-        value = w[None, :] * r[:, None] * value
-    slope = tl.full(value.shape, 1.0, tl.float32)
+            if tx is not None:
+                d = r * r * tl.load(at + 1, there, other=0.0)
     if FEATURE == "relu":
-        slope = tl.where(value > 0, 1.0, 0.0)
-        value = tl.where(value < 0, 0.0, value)  # a NaN stays one
+        sign = tl.where(w < 0, -1.0, 1.0)[None, :]
+        y *= sign
+        ty = tl.where(y > 0, ty * sign, 0.0)
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if FEATURE == "elu+1":
-        slope = tl.exp(tl.where(value > 0, 0.0, value))
-        value = tl.where(value > 0, value + 1, slope)
-        value = tl.where(there[:, None], value, 0.0)  # φ(0) = 1
-    return value, slope, slope * tangent
+        ty = w[None, :] * r[:, None] * (ty - d[:, None] * y)
+        y *= w[None, :] * r[:, None]
+        slope = tl.exp(tl.where(y > 0, 0.0, y))
+        y = tl.where(there[:, None], tl.where(y > 0, y + 1, slope), 0.0)  # φ(0) = 1
+        ty *= slope
+        r, d = tl.full(r.shape, 1.0, tl.float32), tl.zeros(d.shape, tl.float32)
+    return y, ty, r, d
+
+
+@triton.jit
+def _slope(y, scale, FEATURE: tl.constexpr):
+    """φ′, from φ(x̂) = r y · scale."""
+    slope = tl.full(y.shape, 1.0, tl.float32)
+    if FEATURE == "relu":
+        slope = tl.where((y > 0) & (scale != 0)[None, :], 1.0, 0.0)
+    if FEATURE == "elu+1":
+        slope = tl.where(y < 1, y, 1.0)
+    return slope
 
 
 @triton.jit
@@ -125,154 +171,218 @@ def _normaliser(state, index, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexp
 
 @triton.jit
 def _store_state(
-    state, value, z, index, columns, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr
-):
+    state, value, z, scale, index, block, columns,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     d = tl.arange(0, BD)
     at = state + (index * D + d[:, None]) * (DV + 1) + columns[None, :]
-    tl.store(at, value, (d < D)[:, None] & (columns < DV)[None, :])
-    if tl.program_id(1) == 0:
-        tl.store(state + (index * D + d) * (DV + 1) + DV, z, d < D)
+    tl.store(at, scale[:, None] * value, (d < D)[:, None] & (columns < DV)[None, :])
+    if block == 0:
+        tl.store(state + (index * D + d) * (DV + 1) + DV, scale * tl.max(z, 1), d < D)
 
 
 @triton.jit
-def _dot(a, b, total, PRECISION: tl.constexpr):
-    return tl.dot(a, b, total, input_precision=PRECISION)
+def _high(x):
+    """The upper 8 digits of a number of fp32: one of bf16, cut off and not rounded."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _dot(a, b, total, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """total + a b. With EXACT, a is exact in bf16, and b the sum of three numbers of bf16."""
+    if not EXACT:
+        return tl.dot(a, b, total, input_precision=PRECISION)
+    a = _narrow(a, PRECISION)
+    for part in tl.static_range(3):
+        high = _high(b) if part < 2 else b
+        total = tl.dot(a, _narrow(high, PRECISION), total)
+        b -= high
+    return total
+
+
+@triton.jit
+def _narrow(x, PRECISION: tl.constexpr):
+    """x in bf16, and back in fp32 for the interpreter, which cannot multiply it."""
+    x = x.to(tl.bfloat16)
+    return x if PRECISION == "bf16" else x.to(tl.float32)
+
+
+@triton.jit
+def _dot_column(a, b, total, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """total + a b of a vector b, eight times beside itself, as few as tensor cores take."""
+    return _dot(a, tl.broadcast_to(b[:, None], (b.shape[0], 8)), total, EXACT, PRECISION)
+
+
+@triton.jit
+def _along(a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """a b of a vector b, wide ones without tensor cores, whose factors would not fit registers."""
+    if a.shape[1] > 64:
+        return tl.sum(a * b[None, :], 1)
+    none = tl.zeros((a.shape[0], 8), tl.float32)
+    return tl.max(_dot_column(a, b, none, EXACT, PRECISION), 1)
 
 
 @triton.jit
 def state_kernel(
-    k, v, tk, tv, norm, scalars, factors, state, tstate, batches, heads, rows, span,
+    k, v, tk, tv, norm, scalars, factors, state, tstate, heads, rows, span,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
-    FEATURE: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
+    FEATURE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """S = φ(k)ᵀ[v, 1] and its tangent over `span` tokens; the second axis takes columns of v.
+    """S = φ(k)ᵀ[v, 1] and its tangent over `span` tokens; the second axis takes parts of them, and
+    columns of v.
 
     With `factors` f, a pair for each token, it is φ(k)ᵀ[f₀ v, f₁].
     """
-    program = tl.program_id(0).to(tl.int64)
-    head, batch = program % heads, program // heads % batches
-    begin = (program // heads // batches * span).to(tl.int32)
-    columns, local = tl.program_id(1) * BV + tl.arange(0, BV), tl.arange(0, TOKENS)
-    total, z = tl.zeros((BD, BV), tl.float32), tl.zeros((BD,), tl.float32)
-    ttotal, tz = tl.zeros((BD, BV), tl.float32), tl.zeros((BD,), tl.float32)
-    for first in range(begin, tl.minimum(begin + span, rows), TOKENS):
+    blocks: tl.constexpr = (DV + BV - 1) // BV
+    drifts: tl.constexpr = norm is not None and tk is not None
+    block, split = tl.program_id(1) % blocks, tl.program_id(1) // blocks
+    batch, head, index, begin, end = _place(heads, rows, split, span)
+    w, local = _weights(norm, head, D, BD), tl.arange(0, TOKENS)
+    columns = block * BV + tl.arange(0, BV)
+    total, z = tl.zeros((BD, BV), tl.float32), tl.zeros((BD, 8), tl.float32)
+    ttotal, tz = tl.zeros((BD, BV), tl.float32), tl.zeros((BD, 8), tl.float32)
+    for first in range(begin, end, TOKENS):
         there = first + local < rows
-        fk, _, tfk = _features(
-            k, tk, norm, scalars, batch, head, first, local, there, rows, D, BD, UNIT, FEATURE
+        y, ty, r, d = _factors(
+            k, tk, norm, w, scalars, batch, head, first, local, there, rows, D, BD, UNIT, FEATURE
         )
         value = _tile(v, batch, head, first, local, there, columns, DV, UNIT)
-        if factors is None:
-            z += tl.sum(fk, 0)
-        else:
-            at = factors + ((batch * heads + head) * rows + first + local) * 2
-            value *= tl.load(at, there, other=0.0)[:, None]
-            z += tl.sum(fk * tl.load(at + 1, there, other=0.0)[:, None], 0)
-        total = _dot(tl.trans(fk), value, total, PRECISION)
+        y, ty, ones = tl.trans(y), tl.trans(ty), r
+        if factors is not None:
+            at = factors + (index * rows + first + local) * 2
+            r *= tl.load(at, there, other=0.0)
+            ones *= tl.load(at + 1, there, other=0.0)
+        value *= r[:, None]
+        total = _dot(y, value, total, EXACT, PRECISION)
+        z = _dot_column(y, ones, z, EXACT, PRECISION)
         if tk is not None:
-            ttotal = _dot(tl.trans(tfk), value, ttotal, PRECISION)
-            tz += tl.sum(tfk, 0)
+            ttotal = _dot(ty, value, ttotal, EXACT, PRECISION)
+            tz = _dot_column(ty, ones, tz, EXACT, PRECISION)
+        if drifts:
+            tz = _dot_column(y, -d * ones, tz, EXACT, PRECISION)
         if tv is not None:
-            moved = _tile(tv, batch, head, first, local, there, columns, DV, UNIT)
-            ttotal = _dot(tl.trans(fk), moved, ttotal, PRECISION)
-    _store_state(state, total, z, program, columns, D, DV, BD)
+            moved = r[:, None] * _tile(tv, batch, head, first, local, there, columns, DV, UNIT)
+            if drifts:
+                moved -= d[:, None] * value
+            ttotal = _dot(y, moved, ttotal, EXACT, PRECISION)
+        elif drifts:
+            ttotal = _dot(y, -d[:, None] * value, ttotal, EXACT, PRECISION)
+    scale, index = _scale(w, FEATURE), index + split.to(tl.int64) * tl.num_programs(0)
+    _store_state(state, total, z, scale, index, block, columns, D, DV, BD)
     if tstate is not None:
-        _store_state(tstate, ttotal, tz, program, columns, D, DV, BD)
+        _store_state(tstate, ttotal, tz, scale, index, block, columns, D, DV, BD)
 
 
 @triton.jit
 def output_kernel(
-    q, tq, norm, scalars, state, tstate, o, to, heads, rows, eps,
+    q, tq, norm, scalars, state, tstate, o, to, heads, rows, span, eps,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
-    FEATURE: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
+    FEATURE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """o = n_v / (n_1 + ε) with n = φ(q) S, and its tangent, of a block of queries."""
-    program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(rows, TOKENS)
-    head, batch = program % heads, program // heads // blocks
-    first, local = (program // heads % blocks * TOKENS).to(tl.int32), tl.arange(0, TOKENS)
-    there = first + local < rows
-    fq, _, tfq = _features(
-        q, tq, norm, scalars, batch, head, first, local, there, rows, D, BD, UNIT, FEATURE
-    )
-    index = batch * heads + head
-    z = _normaliser(state, index, D, DV, BD)
-    inverse = 1 / (tl.sum(fq * z[None, :], 1) + eps)
-    drift = tl.zeros((TOKENS,), tl.float32)
-    if tq is not None:
-        drift += tl.sum(tfq * z[None, :], 1)
+    """o = n_v / (n_1 + ε) with n = φ(q) S, and its tangent, of `span` queries.
+
+    What d leaves of ṅ_v − o ṅ_1 is −d (n_v − o n_1) = −d ε o.
+    """
+    batch, head, index, begin, end = _place(heads, rows, tl.program_id(1), span)
+    w, local = _weights(norm, head, D, BD), tl.arange(0, TOKENS)
+    scale, columns = _scale(w, FEATURE), tl.arange(0, BV)
+    z = scale * _normaliser(state, index, D, DV, BD)
+    s = scale[:, None] * _state(state, index, columns, D, DV, BD)
     if tstate is not None:
-        drift += tl.sum(fq * _normaliser(tstate, index, D, DV, BD)[None, :], 1)
-    for column in range(0, DV, BV):
-        columns = column + tl.arange(0, BV)
-        s = _state(state, index, columns, D, DV, BD)
-        value = _dot(fq, s, tl.zeros((TOKENS, BV), tl.float32), PRECISION) * inverse[:, None]
-        _store_tile(o, value, batch, head, first, local, there, columns, DV, UNIT)
-        if to is not None:
-            tangent = tl.zeros((TOKENS, BV), tl.float32)
-            if tq is not None:
-                tangent = _dot(tfq, s, tangent, PRECISION)
-            if tstate is not None:
-                ts = _state(tstate, index, columns, D, DV, BD)
-                tangent = _dot(fq, ts, tangent, PRECISION)
-            tangent = (tangent - value * drift[:, None]) * inverse[:, None]
-            _store_tile(to, tangent, batch, head, first, local, there, columns, DV, UNIT)
+        tz = scale * _normaliser(tstate, index, D, DV, BD)
+        ts = scale[:, None] * _state(tstate, index, columns, D, DV, BD)
+    for first in range(begin, end, TOKENS):
+        there = first + local < rows
+        y, ty, r, d = _factors(
+            q, tq, norm, w, scalars, batch, head, first, local, there, rows, D, BD, UNIT, FEATURE
+        )
+        inverse = 1 / (r * _along(y, z, EXACT, PRECISION) + eps)
+        drift = d * eps
+        if tq is not None:
+            drift += r * _along(ty, z, EXACT, PRECISION)
+        if tstate is not None:
+            drift += r * _along(y, tz, EXACT, PRECISION)
+        for column in range(0, DV, BV):
+            columns = column + tl.arange(0, BV)
+            if DV > BV:
+                s = scale[:, None] * _state(state, index, columns, D, DV, BD)
+            zero = tl.zeros((TOKENS, BV), tl.float32)
+            value = _dot(y, s, zero, EXACT, PRECISION) * (r * inverse)[:, None]
+            _store_tile(o, value, batch, head, first, local, there, columns, DV, UNIT)
+            if to is not None:
+                tangent = zero
+                if tq is not None:
+                    tangent = _dot(ty, s, tangent, EXACT, PRECISION)
+                if tstate is not None:
+                    if DV > BV:
+                        ts = scale[:, None] * _state(tstate, index, columns, D, DV, BD)
+                    tangent = _dot(y, ts, tangent, EXACT, PRECISION)
+                tangent = (r[:, None] * tangent - value * drift[:, None]) * inverse[:, None]
+                _store_tile(to, tangent, batch, head, first, local, there, columns, DV, UNIT)
 
 
 @triton.jit
 def queries_kernel(
-    go, q, norm, scalars, state, gq, factors, heads, rows, eps,
+    go, q, norm, scalars, state, gq, factors, heads, rows, span, eps,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
-    FEATURE: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
+    FEATURE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """gφ(q) = g_n Sᵀ of a block of queries; g_n = [f₀ g, f₁] with its factors 1 / (n_1 + ε) and
-    −g·o / (n_1 + ε), which it leaves to the sum gS = φ(q)ᵀ g_n.
+    """gφ(q) = g_n Sᵀ of `span` queries; g_n = [f₀ g, f₁] with its factors 1 / (n_1 + ε) and
+    −g·o / (n_1 + ε), which it leaves to the sum gS = φ(q)ᵀ g_n. As g·n_v = φ(q)·(g Sᵀ), one product
+    gives both.
     """
-    program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(rows, TOKENS)
-    head, batch = program % heads, program // heads // blocks
-    first, local = (program // heads % blocks * TOKENS).to(tl.int32), tl.arange(0, TOKENS)
-    there = first + local < rows
-    fq, slope, _ = _features(
-        q, None, norm, scalars, batch, head, first, local, there, rows, D, BD, UNIT, FEATURE
-    )
-    index = batch * heads + head
-    z = _normaliser(state, index, D, DV, BD)
-    inverse = 1 / (tl.sum(fq * z[None, :], 1) + eps)
-    along = tl.zeros((TOKENS,), tl.float32)
-    grad = tl.zeros((TOKENS, BD), tl.float32)
-    for column in range(0, DV, BV):
-        columns = column + tl.arange(0, BV)
-        s = _state(state, index, columns, D, DV, BD)
-        g = _tile(go, batch, head, first, local, there, columns, DV, UNIT) * inverse[:, None]
-        along += tl.sum(g * _dot(fq, s, tl.zeros((TOKENS, BV), tl.float32), PRECISION), 1)
-        grad = _dot(g, tl.trans(s), grad, PRECISION)
-    g_1 = -along * inverse
-    grad = (grad + g_1[:, None] * z[None, :]) * slope
-    _store_tile(gq, grad, batch, head, first, local, there, tl.arange(0, BD), D, UNIT)
-    at = factors + (index * rows + first + local) * 2
-    tl.store(at, inverse, there)
-    tl.store(at + 1, g_1, there)
+    batch, head, index, begin, end = _place(heads, rows, tl.program_id(1), span)
+    w, local = _weights(norm, head, D, BD), tl.arange(0, TOKENS)
+    scale, z = _scale(w, FEATURE), _normaliser(state, index, D, DV, BD)
+    s = tl.trans(_state(state, index, tl.arange(0, BV), D, DV, BD))
+    for first in range(begin, end, TOKENS):
+        there = first + local < rows
+        y, _, r, _ = _factors(
+            q, None, norm, w, scalars, batch, head, first, local, there, rows, D, BD, UNIT, FEATURE
+        )
+        fq = r[:, None] * y * scale[None, :]
+        inverse = 1 / (tl.sum(fq * z[None, :], 1) + eps)
+        grad = tl.zeros((TOKENS, BD), tl.float32)
+        for column in range(0, DV, BV):
+            columns = column + tl.arange(0, BV)
+            if DV > BV:
+                s = tl.trans(_state(state, index, columns, D, DV, BD))
+            g = _tile(go, batch, head, first, local, there, columns, DV, UNIT)
+            grad = _dot(g, s, grad, EXACT, PRECISION)
+        grad *= inverse[:, None]
+        g_1 = -tl.sum(fq * grad, 1) * inverse
+        grad = (grad + g_1[:, None] * z[None, :]) * _slope(y, scale, FEATURE)
+        _store_tile(gq, grad, batch, head, first, local, there, tl.arange(0, BD), D, UNIT)
+        at = factors + (index * rows + first + local) * 2
+        tl.store(at, inverse, there)
+        tl.store(at + 1, g_1, there)
 
 
 @triton.jit
 def keys_kernel(
-    k, v, norm, scalars, state, gk, gv, heads, rows,
+    k, v, norm, scalars, state, gk, gv, heads, rows, span,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
-    FEATURE: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
+    FEATURE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """gφ(k) = [v, 1] gSᵀ and gv = (φ(k) gS)_v of a block of keys; the state here is gS."""
-    program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(rows, TOKENS)
-    head, batch = program % heads, program // heads // blocks
-    first, local = (program // heads % blocks * TOKENS).to(tl.int32), tl.arange(0, TOKENS)
-    there = first + local < rows
-    fk, slope, _ = _features(
-        k, None, norm, scalars, batch, head, first, local, there, rows, D, BD, UNIT, FEATURE
-    )
-    index = batch * heads + head
-    grad = tl.zeros((TOKENS, BD), tl.float32) + _normaliser(state, index, D, DV, BD)[None, :]
-    for column in range(0, DV, BV):
-        columns = column + tl.arange(0, BV)
-        gs = _state(state, index, columns, D, DV, BD)
-        value = _tile(v, batch, head, first, local, there, columns, DV, UNIT)
-        grad = _dot(value, tl.trans(gs), grad, PRECISION)
-        value = _dot(fk, gs, tl.zeros((TOKENS, BV), tl.float32), PRECISION)
-        _store_tile(gv, value, batch, head, first, local, there, columns, DV, UNIT)
-    _store_tile(gk, grad * slope, batch, head, first, local, there, tl.arange(0, BD), D, UNIT)
+    """gφ(k) = [v, 1] gSᵀ and gv = (φ(k) gS)_v of `span` keys; the state here is gS."""
+    batch, head, index, begin, end = _place(heads, rows, tl.program_id(1), span)
+    w, local = _weights(norm, head, D, BD), tl.arange(0, TOKENS)
+    scale, z = _scale(w, FEATURE), _normaliser(state, index, D, DV, BD)
+    gs = _state(state, index, tl.arange(0, BV), D, DV, BD)
+    for first in range(begin, end, TOKENS):
+        there = first + local < rows
+        y, _, r, _ = _factors(
+            k, None, norm, w, scalars, batch, head, first, local, there, rows, D, BD, UNIT, FEATURE
+        )
+        grad = tl.zeros((TOKENS, BD), tl.float32)
+        for column in range(0, DV, BV):
+            columns = column + tl.arange(0, BV)
+            if DV > BV:
+                gs = _state(state, index, columns, D, DV, BD)
+            value = _tile(v, batch, head, first, local, there, columns, DV, UNIT)
+            grad = _dot(value, tl.trans(gs), grad, EXACT, PRECISION)
+            zero = tl.zeros((TOKENS, BV), tl.float32)
+            value = _dot(y, scale[:, None] * gs, zero, EXACT, PRECISION) * r[:, None]
+            _store_tile(gv, value, batch, head, first, local, there, columns, DV, UNIT)
+        grad = (grad + z[None, :]) * _slope(y, scale, FEATURE)
+        _store_tile(gk, grad, batch, head, first, local, there, tl.arange(0, BD), D, UNIT)

@@ -148,6 +148,7 @@ def _linear_attention_subsets(
         yield f"tangents of {names}", layout, options, {"moving": names.split()}
     for order in ("heads", "features", "shared"):
         yield f"order of {order}", layout, options, {"order": order}
+    yield "weights of 0", layout, options, {"zeros": True}
 
 
 ROWS = [
@@ -318,6 +319,7 @@ def _draw(
     op: str, name: str, layout: Layout, options: dict, device: str, *,
     present: list[str] | None = None, moving: list[str] | None = None, sliced: bool = False,
     tangent_scale: float = 1.0, value_scale: float = 1.0, order: str = "", positive: bool = False,
+    zeros: bool = False,
 ) -> Case:  # fmt: skip
     present = list(layout) if present is None else present
     moving = _movable(op, present) if moving is None else moving
@@ -336,6 +338,10 @@ def _draw(
     primals = tensors(present, lambda n: value_scale if n in ACTIVATIONS else 1.0)
     if positive:  # features that need no map
         primals = [None if p is None else p.abs() for p in primals]
+    if zeros:  # of q's weights and of k's not the same ones, which would hide each other
+        for i, name in enumerate(layout):
+            if name.endswith("weight"):
+                primals[i][i % 3 :: 3] = 0
     tangents = tensors(moving, lambda _: tangent_scale)
     return Case(op, name, list(layout), primals, tangents, options)
 

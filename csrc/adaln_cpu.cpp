@@ -107,10 +107,10 @@ TBCM_INLINE void forward_rows(const Forward<T>& p, int64_t begin, int64_t end) {
 TBCM_RUN(Forward, forward_rows)
 
 template <class T>
-TBCM_INLINE void backward_row(const Backward<T>& p, int64_t b, int64_t n, int64_t c, float* v, float* g, const float* zero) {
+TBCM_INLINE void backward_row(const Backward<T>& p, int64_t b, int64_t n, int64_t c, float* scratch, float* g, const float* zero) {
   const int64_t width = p.width;
   if (p.gy) {
-    load(v, p.x.at(b, n), width);
+    const float* v = widened(p.x.at(b, n), scratch, width);
     const Statistics s = statistics(v, width, p.eps);
     const float* scale = p.scale ? p.scale.at(b, n) : zero;
     const T* gy = p.gy.at(b, n);

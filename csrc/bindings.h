@@ -38,6 +38,13 @@ Rows<T> rows(const Maybe& x) {
   return x ? rows<T>(*x) : Rows<T>{};
 }
 
+// A row in fp32: where it lies, for a copy costs more than the arithmetic of a norm, or widened into scratch.
+TBCM_INLINE const float* widened(const float* row, float*, int64_t) { return row; }
+TBCM_INLINE const float* widened(const bfloat16* row, float* scratch, int64_t n) {
+  load(scratch, row, n);
+  return scratch;
+}
+
 // A modulation with up to three dimensions as rows that broadcast where its size is 1 or missing.
 inline Rows<const float> broadcast_rows(const Maybe& m) {
   if (!m) return {};

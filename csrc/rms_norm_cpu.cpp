@@ -26,14 +26,13 @@ TBCM_INLINE float inverse_rms(const float* x, int64_t n, float eps) {
 }
 
 template <class T>
-TBCM_INLINE void forward_row(const Forward<T>& p, int64_t n, float* x, float* tx, const float* one) {
+TBCM_INLINE void forward_row(const Forward<T>& p, int64_t n, float* scratch, const float* zero, const float* one) {
   const int64_t width = p.width;
   const float* weight = p.weight ? p.weight : one;
-  load(x, p.x.at(0, n), width);
+  const float* x = widened(p.x.at(0, n), scratch, width);
   const float r = inverse_rms(x, width, p.eps);
   if (T* ty = p.ty.at(0, n)) {
-    if (p.tx) load(tx, p.tx.at(0, n), width);
-    else std::memset(tx, 0, width * sizeof(float));
+    const float* tx = p.tx ? widened(p.tx.at(0, n), scratch + width, width) : zero;
     const float m = mean_product(x, tx, width);
     if (p.tweight) {
 #pragma omp simd
@@ -49,17 +48,18 @@ TBCM_INLINE void forward_row(const Forward<T>& p, int64_t n, float* x, float* tx
   for (int64_t i = 0; i < width; ++i) narrow(weight[i] * x[i] * r, &y[i]);
 }
 
-// Scratch for two rows and a row of ones.
+// Scratch for two rows, a row of ones and one of zeros.
 TBCM_INLINE float* prepare(int64_t width) {
-  float* buffer = scratch(3 * width);
+  float* buffer = scratch(4 * width);
   for (int64_t i = 0; i < width; ++i) buffer[2 * width + i] = 1.f;
+  std::memset(buffer + 3 * width, 0, width * sizeof(float));
   return buffer;
 }
 
 template <class T>
 TBCM_INLINE void forward_rows(const Forward<T>& p, int64_t begin, int64_t end) {
-  float* x = prepare(p.width);
-  for (int64_t n = begin; n < end; ++n) forward_row(p, n, x, x + p.width, x + 2 * p.width);
+  float* rows = prepare(p.width);
+  for (int64_t n = begin; n < end; ++n) forward_row(p, n, rows, rows + 3 * p.width, rows + 2 * p.width);
 }
 
 TBCM_RUN(Forward, forward_rows)
@@ -75,18 +75,18 @@ struct Backward {
 };
 
 template <class T>
-TBCM_INLINE void backward_row(const Backward<T>& p, int64_t n, float* sum, float* x, float* g, const float* one) {
+TBCM_INLINE void backward_row(const Backward<T>& p, int64_t n, float* sum, float* scratch, float* g, const float* one) {
   const int64_t width = p.width;
   const float* weight = p.weight ? p.weight : one;
-  load(x, p.x.at(0, n), width);
-  load(g, p.gy.at(0, n), width);
+  const float* x = widened(p.x.at(0, n), scratch, width);
+  const float* gy = widened(p.gy.at(0, n), g, width);
   const float r = inverse_rms(x, width, p.eps);
   if (sum) {
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) sum[i] += g[i] * x[i] * r;
+    for (int64_t i = 0; i < width; ++i) sum[i] += gy[i] * x[i] * r;
   }
 #pragma omp simd
-  for (int64_t i = 0; i < width; ++i) g[i] *= weight[i];
+  for (int64_t i = 0; i < width; ++i) g[i] = gy[i] * weight[i];
   const float m = mean_product(x, g, width);
   T* gx = p.gx.at(0, n);
 #pragma omp simd

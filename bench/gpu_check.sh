@@ -3,12 +3,12 @@
 # Needs PyTorch with CUDA, Triton and nvcc; pytest for the tests, diffusers for the tests of fuse().
 # OUTDIR (bench/results/<GPU>) gets a log of every step and the benchmark's rows, written as they come.
 # A step that fails does not stop the others; the exit code is then 1, and 2 without a GPU.
-# DEVICE=cpu tries the script itself on a machine without one. PYTHON chooses the interpreter.
+# DEVICE=cpu tries the script itself on a machine without one. PYTHON chooses the interpreter, BUDGET the seconds (540).
 set -u
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
-BUDGET=540 # seconds for everything
+BUDGET=${BUDGET:-540} # seconds for everything
 
 gpu=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")')
 if [[ $DEVICE == cuda && -z $gpu ]]; then

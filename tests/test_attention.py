@@ -24,7 +24,6 @@ pytestmark = pytest.mark.kernels
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
-# The interpreter truncates where a GPU rounds to bf16, so without a GPU Triton is tested in fp16.
 TRITON_DTYPES = NARROW if GPU else [torch.float32, torch.bfloat16]
 COMBINATIONS = [
     *(("reference", "cpu", d) for d in NARROW),

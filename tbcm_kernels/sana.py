@@ -236,10 +236,10 @@ def _checkpointed(
 
 
 def _adaln(x: Pair, h: Pair, gate: Pair, scale: Pair, shift: Pair, eps: float) -> tuple[Pair, Pair]:
-    h = (
-        None if h[0] is None else h[0].to(x[0].dtype),
-        None if h[1] is None else h[1].to(x[0].dtype),
-    )
+    dtype = x[0].dtype
+    if h[0] is not None and dtype == torch.float32 and h[0].dtype.itemsize < 4:
+        dtype = h[0].dtype  # which adaln takes, and saves in 16 bits
+    h = tuple(None if v is None else v.to(dtype) for v in h)
     out, y, tout, ty = adaln_jvp(*zip_pairs(x, h, gate, scale, shift), eps=eps)
     return (out, tout), (y, ty)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 
@@ -271,3 +272,36 @@ def test_inputs_are_never_written() -> None:
         run(case, "auto")
         for b, v in zip(before, case.primals + case.tangents, strict=True):
             assert b is None or torch.equal(b, v)
+
+
+@pytest.mark.parametrize("stop", [False, True])
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_adaln_takes_and_saves_a_branch_in_16_bits(impl: str, stop: bool) -> None:
+    """As autocast makes it beside a residual stream in fp32: as with its copy in fp32."""
+    x, tx = torch.randn(2, 2, 5, 24)
+    h, th = torch.randn(2, 2, 5, 24).bfloat16()
+    gate, scale, tscale = torch.randn(3, 2, 1, 24)
+    results, kept = [], []
+
+    def pack(saved: torch.Tensor) -> torch.Tensor:
+        kept.append(saved.dtype)
+        return saved
+
+    for branch, moving in ((h, th), (h.float(), th.float())):
+        leaves = [v.detach().requires_grad_() for v in (x, branch, gate, scale)]
+        context = tbcm_kernels.stop_tangent_gradient() if stop else contextlib.nullcontext()
+        with context, torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
+            outputs = tbcm_kernels.adaln_jvp(
+                *leaves, None, tx, moving, None, tscale, impl=impl
+            )  # fmt: skip
+        loss = sum(o.square().sum() for o in outputs if o.requires_grad)
+        results.append([*outputs, *torch.autograd.grad(loss, leaves)])
+    assert torch.bfloat16 in kept
+    assert results[0][5].dtype == torch.bfloat16
+    results[1][5] = results[1][5].bfloat16()
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+    with pytest.raises(ValueError, match="16 bits beside an x in fp32"):
+        tbcm_kernels.adaln(x, h.double(), impl=impl)
+    with pytest.raises(ValueError, match="16 bits beside an x in fp32"):
+        tbcm_kernels.adaln(h, x, impl=impl)

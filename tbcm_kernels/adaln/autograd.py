@@ -18,6 +18,7 @@ def _forward(
     tshift: Tensor | None, eps: float, through: bool, impl: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     kernel = _dispatch.implementation("adaln", impl).forward
+    h, th = (None if v is None else v.to(x.dtype) for v in (h, th))  # saved as it came
     return present_or_absent(
         x, kernel(x, h, gate, scale, shift, tx, th, tgate, tscale, tshift, eps)
     )
@@ -76,6 +77,7 @@ def _backward_kernel(
     eps: float, impl: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     kernel = _dispatch.implementation("adaln", impl).backward
+    h = None if h is None else h.to(out.dtype)
     return present_or_absent(
         out,
         kernel(

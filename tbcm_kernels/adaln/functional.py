@@ -32,7 +32,8 @@ def adaln(
 
     Args:
         x: residual stream [B, N, C], fp32, bf16, fp16 or fp64.
-        h: branch output of x's shape and dtype; None leaves x as it is.
+        h: branch output of x's shape and dtype, or in 16 bits beside an x in fp32, as autocast
+            makes it; None leaves x as it is.
         gate, scale, shift: modulations that broadcast to x, such as [B, 1, C] per sample or
             [B, N, C] per token, of any floating dtype; None is 1, 0, 0.
         eps: added to the variance.
@@ -140,8 +141,11 @@ def _check(
         raise ValueError(f"adaln: x must be [B, N, C] and floating, got {_dual.describe(x)}.")
     if x.shape[-1] == 0:
         raise ValueError("adaln: x has width 0, and a row of nothing has no norm.")
-    if h is not None and (h.shape != x.shape or h.dtype != x.dtype or h.device != x.device):
-        raise ValueError(f"adaln: h must match x, got {_dual.describe(h)} for {_dual.describe(x)}.")
+    if h is not None and not (h.shape == x.shape and h.device == x.device and _fits(h, x)):
+        raise ValueError(
+            f"adaln: h must match x, or be in 16 bits beside an x in fp32, got "
+            f"{_dual.describe(h)} for {_dual.describe(x)}."
+        )
     if gate is not None and h is None:
         raise ValueError("adaln: gate was given without h; pass the branch output that it gates.")
     for name, m in (("gate", gate), ("scale", scale), ("shift", shift)):
@@ -152,6 +156,11 @@ def _check(
                 f"adaln: {name} must be floating, on x's device, and [..., C] that broadcasts to "
                 f"x, such as [B, 1, C]; got {_dual.describe(m)} for {_dual.describe(x)}."
             )
+
+
+def _fits(h: Tensor, x: Tensor) -> bool:
+    narrow = h.dtype in (torch.bfloat16, torch.float16)
+    return h.dtype == x.dtype or (narrow and x.dtype == torch.float32)
 
 
 def _broadcasts(small: torch.Size, big: torch.Size) -> bool:

@@ -83,26 +83,23 @@ def _check(model: nn.Module) -> None:
 
 def _check_layers(model: nn.Module) -> None:
     """Also on every call: a layer that gets a hook or an adapter later would be passed by."""
-    seen, queue = {id(model)}, list(model.children())
-    for layer in queue:  # it grows under the loop, at a fifth of what modules() takes
-        if id(layer) in seen:
+    queue = list(model._modules.values())
+    for layer in queue:  # it grows under the loop, at a tenth of what modules() takes
+        if layer is None:
             continue
-        seen.add(id(layer))
-        queue += [m for m in layer._modules.values() if m is not None]
-        if reason := _passed_by(layer):
+        queue += layer._modules.values()
+        own, kind = layer.__dict__, type(layer)
+        hooks = any(map(own.__getitem__, _HOOKS)) or "forward" in own
+        if hooks or not _is_plain(kind.forward):
             name = next(n for n, m in model.named_modules() if m is layer)
+            reason = "has hooks or a replaced forward" if hooks else f"is a {kind.__name__}"
             raise ValueError(
                 f"fuse: {name} {reason}, which the fused forward would pass by; use the stock "
                 f"model."
             )
 
 
-def _passed_by(module: nn.Module) -> str | None:
-    """Why a submodule does more than its weights say."""
-    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    if forward or module._backward_hooks or module._backward_pre_hooks:
-        return "has hooks or a replaced forward"
-    return None if _is_plain(type(module).forward) else f"is a {type(module).__name__}"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @functools.cache
@@ -147,7 +144,7 @@ def forward(
     if not isinstance(text, FusedText):
         text = encode_text(self, text)
     _check_prompts(len(text.keys[0][0]), hidden_states, encoder_attention_mask)
-    x = _patch_embed(self, *_split(hidden_states))
+    x = _patch_embed(self, _split(hidden_states))
     grid = (hidden_states.shape[2] // _patch(self), hidden_states.shape[3] // _patch(self))
     y = _trunk(self, x, text, masks, _split(modulation), _split(embedded), grid)
     sample = _dual.pack(*(None if v is None else _unpatchify(self, v, grid) for v in y))
@@ -373,17 +370,24 @@ def _patch(model: nn.Module) -> int:
     return model.config.patch_size
 
 
-def _patch_embed(model: nn.Module, x: Tensor, tx: Tensor | None) -> Pair:
-    """Patch embedding is affine: its tangent is the convolution without bias and positions."""
-    y = model.patch_embed(x)
+def _patch_embed(model: nn.Module, x: Pair) -> Pair:
+    """The convolution of patches as the linear map on tokens that it is."""
+    embed = model.patch_embed
+    y, ty = _linear(_as_linear(embed.proj), tuple(_patches(model, v) for v in x))
+    if embed.pos_embed is not None:
+        y = embed(x[0])  # which adds positions, fitted to the grid
     dtype = torch.promote_types(y.dtype, model.scale_shift_table.dtype)
-    ty = None
-    if tx is not None:
-        with _dual.tangent_scope():
-            projection = model.patch_embed.proj
-            ty = F.conv2d(tx, projection.weight, None, projection.stride)
-            ty = ty.flatten(2).transpose(1, 2).to(dtype)
-    return y.to(dtype), ty
+    return y.to(dtype), None if ty is None else ty.to(dtype)
+
+
+def _patches(model: nn.Module, x: Tensor | None) -> Tensor | None:
+    """Images [B, C, H·p, W·p] as tokens [B, N, C·p·p]; what makes no whole patch is left out."""
+    if x is None:
+        return None
+    p = _patch(model)
+    height, width = (n // p for n in x.shape[2:])
+    x = x[..., : height * p, : width * p].reshape(*x.shape[:2], height, p, width, p)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(len(x), height * width, -1)
 
 
 def _unpatchify(model: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:

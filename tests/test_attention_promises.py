@@ -144,7 +144,7 @@ def test_opcheck(plan: dict[str, Any]) -> None:
     for x in values:
         x.nan_to_num_()
     for through in (True, False):
-        torch.library.opcheck(autograd.attention_op, _op_arguments(case, through))
+        torch.library.opcheck(autograd.attention_op.op, _op_arguments(case, through))
 
 
 @pytest.mark.parametrize("reached", [(0,), (2,), (0, 1, 2, 3), (1, 3)], ids=str)
@@ -156,7 +156,7 @@ def test_opcheck_of_backward(reached: tuple[int, ...]) -> None:
     cotangents = [torch.randn_like(x) if i in reached else None for i, x in enumerate(outputs)]
     outputs = [x.detach() for x in outputs]
     torch.library.opcheck(
-        autograd.attention_backward,
+        autograd.attention_backward.op,
         (*cotangents, *inputs[:8], *outputs, *inputs[8:], "reference"),
     )
 

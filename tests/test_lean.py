@@ -148,7 +148,7 @@ def test_opcheck() -> None:
         (lean.linear_of_conv_glu, (z, a, depth, None, H, W, weight, "reference")),
         (lean.gated_linear, (x, gate, z, weight, None)),
     ):
-        torch.library.opcheck(op, arguments)
+        torch.library.opcheck(op.op, arguments)
 
 
 def test_only_long_sequences_under_a_semi_gradient() -> None:

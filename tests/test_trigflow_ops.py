@@ -376,13 +376,13 @@ def test_opcheck() -> None:
         leaves = [a.clone().requires_grad_() for a in (v, x, t)]
         for through in {False, moves}:
             torch.library.opcheck(
-                autograd.flow_output_op, (*leaves, *tangents, through, "reference")
+                autograd.flow_output_op.op, (*leaves, *tangents, through, "reference")
             )
             torch.library.opcheck(
-                autograd.flow_input_op, (*leaves[1:], *tangents[1:], through, "reference")
+                autograd.flow_input_op.op, (*leaves[1:], *tangents[1:], through, "reference")
             )
     step = (x, torch.cat([v, x]), t, 0 * t, t, 0.5, "reference")
-    torch.library.opcheck(autograd.trajectory_step_op, step)
+    torch.library.opcheck(autograd.trajectory_step_op.op, step)
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ def backward(
     """See reference.backward."""
     batch, _, channels = a.shape
     ga = fresh(a)
-    gw = torch.empty(batch, 9, channels, dtype=torch.float32) if needs_weight else None
-    gb = torch.empty(batch, channels, dtype=torch.float32) if needs_bias else None
+    gw = a.new_empty((batch, 9, channels), dtype=torch.float32) if needs_weight else None
+    gb = a.new_empty((batch, channels), dtype=torch.float32) if needs_bias else None
     torch.ops.tbcm_cpu.conv_glu_backward(
         gy.contiguous(), a.contiguous(), *parameters(weight, bias), ga, gw, gb, height, width
     )

@@ -27,7 +27,7 @@ def backward(
     """See reference.backward."""
     gx = fresh(x)
     chunks = -(-(x.numel() // x.shape[-1]) // chunk)
-    gw = torch.empty(1, chunks, x.shape[-1], dtype=torch.float32) if needs_weight else None
+    gw = x.new_empty((1, chunks, x.shape[-1]), dtype=torch.float32) if needs_weight else None
     torch.ops.tbcm_cpu.rms_norm_backward(
         _rows(gy), _rows(x), floats(weight), _rows(gx), gw, chunk, eps
     )

@@ -14,8 +14,8 @@ def forward(
     weight: Tensor | None, log_variance: Tensor | None, r: float, c: float, sigma_data: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See reference.forward."""
-    loss = torch.empty((), dtype=torch.float32)
-    norm, slope, glv = (torch.empty(len(t), dtype=torch.float32) for _ in range(3))
+    loss = out.new_empty((), dtype=torch.float32)
+    norm, slope, glv = (out.new_empty(len(t), dtype=torch.float32) for _ in range(3))
     torch.ops.tbcm_cpu.tangent_loss_forward(
         *_flat(out, jvp, velocity, x), *map(floats, (t, keep, weight, log_variance)),
         loss, norm, slope, glv, r, c, sigma_data,

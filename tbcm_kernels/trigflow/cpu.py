@@ -53,4 +53,4 @@ def trajectory_step(
 
 
 def _fresh_floats(t: Tensor) -> Tensor:
-    return torch.empty(t.shape, dtype=torch.float32)
+    return t.new_empty(t.shape, dtype=torch.float32)

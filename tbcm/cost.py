@@ -148,7 +148,7 @@ def step_memory(m: Sana, mode: str) -> float:
 
 def training_memory(m: Sana, mode: str) -> float:
     """Bytes of training in all: teacher and student, two moments, gradients, activations."""
-    return 16 * m.parameters + step_memory(m, mode)
+    return (12 + m.itemsize) * m.parameters + step_memory(m, mode)
 
 
 def training_passes(

@@ -95,6 +95,8 @@ class Distiller:
             self.loss = tbcm_kernels.tangent_loss
             self.trajectory_step = tbcm_kernels.trajectory_step
             self.fused = tbcm_kernels.fuse(transformer)
+        if config.mixed_precision == "bf16" and not config.lora_rank:
+            narrow_products(transformer)
         if self.student_fused:
             self.student_pass = objective.one_pass
             tbcm_kernels.fuse(self.student)
@@ -380,6 +382,17 @@ def make_student(teacher: SanaTransformer2DModel, config: TrainConfig) -> SanaTr
     if config.lora_rank:
         return build_lora_student(teacher, config.lora_rank)
     return build_student(teacher).requires_grad_(True)
+
+
+def narrow_products(net: torch.nn.Module) -> None:
+    """Weights in bf16 where autocast would make them so at every use: the same results.
+
+    Frozen fp32 weights are cast anew each time. A fused depthwise convolution reads its own in fp32.
+    """
+    for layer in net.modules():
+        dense = isinstance(layer, torch.nn.Conv2d) and layer.groups == 1
+        if dense or isinstance(layer, torch.nn.Linear):
+            layer.to(torch.bfloat16)
 
 
 def digest(net: torch.nn.Module) -> str:

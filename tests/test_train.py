@@ -143,6 +143,26 @@ def test_bf16_keeps_fp32_weights_and_stays_near_fp32(tmp_path: Path, fused: bool
     assert rows["bf16"]["g_norm"] != rows["no"]["g_norm"]
 
 
+@pytest.mark.parametrize("plan", [{}, {"fused": True}, {"method": "sana_sprint"}], ids=str)
+def test_a_teacher_in_bf16_gives_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: dict
+):
+    def records() -> list[dict]:
+        config = settings(tmp_path, mixed_precision="bf16", **plan)
+        parts = trainer.METHODS[config.method](
+            config, load_teacher("digits"), trainer.load_prompts(config)
+        )
+        sizes.append(sum(p.nbytes for p in parts.teacher.transformer.parameters()))
+        rows = [parts.train_step() for _ in range(2)]
+        return [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows]
+
+    sizes: list[int] = []
+    narrow = records()
+    monkeypatch.setattr("tbcm.distiller.narrow_products", lambda net: None)
+    assert records() == narrow
+    assert sizes[0] < 0.52 * sizes[1]
+
+
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [

@@ -387,7 +387,7 @@ def make_student(teacher: SanaTransformer2DModel, config: TrainConfig) -> SanaTr
 def narrow_products(net: torch.nn.Module) -> None:
     """Weights in bf16 where autocast would make them so at every use: the same results.
 
-    Frozen fp32 weights are cast anew each time. A fused depthwise convolution reads its own in fp32.
+    A frozen one is cast anew each time. A fused depthwise convolution reads its own in fp32.
     """
     for layer in net.modules():
         dense = isinstance(layer, torch.nn.Conv2d) and layer.groups == 1

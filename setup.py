@@ -12,6 +12,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -36,6 +38,7 @@ class OptionalBuild(build_ext):
     def build_extensions(self) -> None:
         try:
             self._configure()
+            self.compiler.compile = at_once(self.compiler.compile)
             if CUDA_CHOICE == "0" or not self._build_with_cuda():
                 super().build_extensions()
         except Exception as reason:  # any failure of a toolchain: compiler, headers, linker
@@ -91,6 +94,17 @@ class OptionalBuild(build_ext):
             extension.extra_objects += objects
             extension.library_dirs += library_directories(nvcc)
             extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
+
+
+def at_once(compile_in_turn: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """A compiler's `compile` that gives each source a process of its own, all at the same time."""
+
+    def compile_at_once(sources: list[str], **options: object) -> list[str]:
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            made = threads.map(lambda source: compile_in_turn([source], **options), sources)
+            return [name for names in made for name in names]
+
+    return compile_at_once
 
 
 def find_nvcc() -> str:

@@ -64,9 +64,15 @@ def forward(
     mu = o.new_zeros((lanes, *lse.shape))
     to = o.new_zeros((lanes, *o.shape))
     if tq is not None or tk is not None:
-        weighted = e * _tangent_of_logits(q, k, tq, tk, setting.scale)
-        mu = (weighted.sum(-1, keepdim=True) * inverse).squeeze(-1)
-        to = (operand(weighted) @ v) * inverse - mu.unsqueeze(-1) * o
+        rate = _tangent_of_logits(q, k, tq, tk, setting.scale)
+        # Around its mean, a constant: autograd would subtract large numbers. Kernels that round
+        # the factors of products round P∘Ṡ itself.
+        mean = ((e * rate).sum(-1, keepdim=True) * inverse).detach()
+        center = mean if operand is _exact else 0
+        weighted = e * (rate - center)
+        rest = weighted.sum(-1, keepdim=True) * inverse
+        mu = (center + rest).squeeze(-1)
+        to = (operand(weighted) @ v) * inverse - rest * o
     if tv is not None:
         to = to + (operand(e) @ tv) * inverse
     return store(o), lse, store(to), mu

@@ -80,7 +80,7 @@ class Distiller:
         self.step = self.skipped = self.skipped_in_row = 0
         if config.lora_rank:
             package("peft", "lora_rank")
-        transformer = teacher.transformer.to(self.device)
+        self.transformer = transformer = teacher.transformer.to(self.device)
         self.teacher_digest = digest(transformer)
         self.student = make_student(transformer, config).train()
         self.log_variance = objective.LogVariance().to(self.device) if config.log_variance else None
@@ -97,6 +97,7 @@ class Distiller:
             self.fused = tbcm_kernels.fuse(transformer)
         if config.mixed_precision == "bf16" and not config.lora_rank:
             narrow_products(transformer)
+            teacher.free("transformer")  # who asks for it again wants it in fp32
         if self.student_fused:
             self.student_pass = objective.one_pass
             tbcm_kernels.fuse(self.student)

@@ -142,9 +142,8 @@ class SprintDistiller(ScmDistiller):
     def __init__(self, config: TrainConfig, teacher: Teacher, prompts: list[str]):
         blocks = head_blocks(config, teacher.transformer)
         super().__init__(config, teacher, prompts)
-        transformer = teacher.transformer
-        self.features = Features(transformer, blocks)
-        self.heads = Heads(Head(_width(transformer)) for _ in blocks).to(self.device).eval()
+        self.features = Features(self.transformer, blocks)
+        self.heads = Heads(Head(_width(self.transformer)) for _ in blocks).to(self.device).eval()
         self.heads_optimizer = make_optimizer(list(self.heads.parameters()), config)
         self.judged: list[Tensor] = []
 

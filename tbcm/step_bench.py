@@ -345,7 +345,7 @@ def work_of(distiller: Distiller, samples: int) -> tuple[float, float]:
         heads=net.num_cross_attention_heads, caption=net.caption_channels,
     )  # fmt: skip
     sprint = config.method == "sana_sprint"
-    judges = head_blocks(config, distiller.teacher.transformer) if sprint else ()
+    judges = head_blocks(config, distiller.transformer) if sprint else ()
     return cost.training_work(m, "fused", config.method, config.route_steps, judges)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from tbcm_kernels._dual import in_dual_level, refuse_duals
 
@@ -56,54 +58,71 @@ def _short_way(
     Through the dispatcher a call takes 15 to 50 µs of CPU time more. `.op` is the op itself.
     """
 
-    class Recorded(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            output = kernel(*args)
-            if setup_context is not None:
-                setup_context(ctx, args, output)
-            return output
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = kernel(*args)
+        if setup_context is not None:
+            setup_context(ctx, args, output)
+        return output
 
-        backward = staticmethod(gradient)
-
-    Recorded.__name__ = Recorded.__qualname__ = op.__name__.partition(".")[0]
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradient)}
+    recorded = type(f"tbcm_{op._opname}", (torch.autograd.Function,), methods).apply
+    takes = [_PLAIN.get(str(a.type), ()) for a in op._schema.arguments]
+    plain = set()  # types of arguments that need no conversion
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or _watched(args):
+        if torch.compiler.is_compiling():
+            return op(*args)
+        if (types := tuple(map(type, args))) not in plain:
+            if len(types) != len(takes) or not all(map(operator.contains, takes, types)):
+                return op(*args)
+            plain.add(types)
+        if _watched(args):
             return op(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return Recorded.apply(*args)
+            return op(*args) if _below_autograd() else recorded(*args)
         return kernel(*args)
 
     call.op = op
     return call
 
 
-_TYPES = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
-_KEYS = functools.reduce(
-    operator.or_,
-    (
-        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-        for key in (
-            "BackendSelect", "ADInplaceOrView", "CPU", "AutogradCPU", "AutocastCPU", "CUDA",
-            "AutogradCUDA", "AutocastCUDA",
-        )
-    ),
-).raw_repr()  # fmt: skip
+_TENSOR = (Tensor, torch.nn.Parameter)
+_PLAIN = {
+    "Tensor": _TENSOR, "Optional[Tensor]": (*_TENSOR, type(None)), "float": (float,),
+    "int": (int,), "Optional[int]": (int, type(None)), "bool": (bool,), "str": (str,),
+}  # fmt: skip
+"""What goes the short way for a type of a schema. A list of tensors does not: `autograd.Function`
+would not look into it."""
+
+
+def _keys(*names: str) -> int:
+    sets = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names]
+    return functools.reduce(operator.or_, sets).raw_repr()
+
+
+_AUTOGRAD = _keys("AutogradCPU") & _keys("AutogradCUDA")  # of any device
+_USUAL = _keys(
+    "BackendSelect", "ADInplaceOrView", "CPU", "AutogradCPU", "AutocastCPU", "CUDA",
+    "AutogradCUDA", "AutocastCUDA",
+)  # fmt: skip
 """Dispatch keys that are there when nothing but autograd happens."""
 
 
 def _watched(args: Sequence[Any]) -> bool:
-    """Whether a transform, a mode or a kind of tensor beyond a plain one may want to see the op.
-
-    So may an op that takes lists of tensors: `autograd.Function` does not look into them.
-    """
-    if not _TYPES.issuperset(map(type, args)):
+    """Whether a transform, a mode, a profiler or a tensor that is no plain one may see the op."""
+    if torch.autograd._profiler_enabled() or any(
+        type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
+    ):
         return True
     tensors = [torch._C._dispatch_keys(a) for a in args if isinstance(a, Tensor)]
     return any(
-        keys.raw_repr() & ~_KEYS for keys in (torch._C._dispatch_tls_local_include_set(), *tensors)
+        keys.raw_repr() & ~_USUAL for keys in (torch._C._dispatch_tls_local_include_set(), *tensors)
     )
+
+
+def _below_autograd() -> bool:
+    """Whether autograd is done with this call, as inside a custom op, and records nothing."""
+    return bool(torch._C._dispatch_tls_local_exclude_set().raw_repr() & _AUTOGRAD)
 
 
 def _guarded(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:

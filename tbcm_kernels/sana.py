@@ -386,6 +386,8 @@ def _patches(model: nn.Module, x: Tensor | None) -> Tensor | None:
         return None
     p = _patch(model)
     height, width = (n // p for n in x.shape[2:])
+    if not height * width:
+        raise ValueError(f"fuse: images of {list(x.shape[2:])} hold no patch of {p} by {p}.")
     x = x[..., : height * p, : width * p].reshape(*x.shape[:2], height, p, width, p)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(len(x), height * width, -1)
 

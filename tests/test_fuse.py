@@ -311,6 +311,18 @@ def test_refuses_a_layer_that_changes_after_fuse() -> None:
         model(**inputs)
 
 
+def test_what_makes_no_whole_patch_is_left_out_or_refused() -> None:
+    model = _model(TINY)
+    inputs = _inputs(model)
+    odd, small = (torch.randn(2, TINY["in_channels"], *size) for size in ((5, 7), (1, 5)))
+    with torch.no_grad():
+        want = model(**(inputs | {"hidden_states": odd})).sample
+        with tk.fuse(model):
+            assert _worst(model(**(inputs | {"hidden_states": odd})).sample, want) < 1e-5
+            with pytest.raises(ValueError, match="hold no patch of 2 by 2"):
+                model(**(inputs | {"hidden_states": small}))
+
+
 def test_refuses_unknown_models_and_arguments() -> None:
     with pytest.raises(TypeError, match="Linear"):
         tk.fuse(torch.nn.Linear(2, 2))

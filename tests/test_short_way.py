@@ -11,22 +11,40 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch._vmap_internals import _vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import tbcm_kernels as tk
 from tbcm_kernels.rms_norm.autograd import rms_norm_op
 
+X = torch.linspace(-1, 1, 12).view(3, 4)
+
 
 class Overridden(Tensor):
     """A subclass that the dispatcher does not know."""
 
 
-def dispatched(function: Callable[[], object]) -> set[str]:
+class Functions(TorchFunctionMode):
+    """A mode that the dispatcher does not know."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The ops of this package that went through the dispatcher."""
-    with profile(activities=[ProfilerActivity.CPU]) as record:
-        function()
-    return {event.key for event in record.key_averages() if event.key.startswith("tbcm::")}
+    seen: set[str] = set()
+    plain = torch._ops.OpOverload.__call__
+
+    def watching(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if self.namespace == "tbcm":
+            seen.add(self.name())
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch._ops.OpOverload, "__call__", watching)
+    return seen
 
 
 def call(x: Tensor) -> Tensor:
@@ -34,14 +52,15 @@ def call(x: Tensor) -> Tensor:
     return rms_norm_op(x, None, None, None, 1e-6, True, "reference")[0]
 
 
-def counted(x: Tensor) -> Tensor:
-    with FlopCounterMode(display=False):
-        return call(x)
+def within(mode: Any) -> Tensor:
+    with mode:
+        return call(X)
 
 
-X = torch.linspace(-1, 1, 12).view(3, 4)
 WATCHERS = {
-    "a dispatch mode": lambda: counted(X),
+    "a dispatch mode": lambda: within(FlopCounterMode(display=False)),
+    "a function mode": lambda: within(Functions()),
+    "a profiler": lambda: within(profile(activities=[ProfilerActivity.CPU])),
     "a subclass": lambda: call(X.as_subclass(Overridden)),
     "fake tensors": lambda: call(FakeTensorMode().from_tensor(X)),
     "the meta device": lambda: call(X.to("meta")),
@@ -52,12 +71,14 @@ WATCHERS = {
     "torch.func.functionalize": lambda: torch.func.functionalize(call)(X),
     "a zero that is not there": lambda: call(torch._efficientzerotensor(3, 4)),
     "a negation that is not done": lambda: call(torch._neg_view(X)),
+    "a number in a tensor": lambda: tk.rms_norm(X, eps=torch.tensor(1e-6)),
 }
 
 
 @pytest.mark.parametrize("who", WATCHERS)
-def test_who_watches_sees_the_op(who: str) -> None:
-    assert "tbcm::rms_norm" in dispatched(WATCHERS[who])
+def test_who_watches_sees_the_op(who: str, dispatched: set[str]) -> None:
+    WATCHERS[who]()
+    assert "tbcm::rms_norm" in dispatched
 
 
 def test_a_compiled_graph_holds_the_op() -> None:
@@ -71,24 +92,38 @@ def test_a_compiled_graph_holds_the_op() -> None:
     assert rms_norm_op.op in targets
 
 
-def test_else_values_and_gradients_pass_by_the_dispatcher() -> None:
+def test_else_values_and_gradients_pass_by_the_dispatcher(dispatched: set[str]) -> None:
     x, weight = X.clone().requires_grad_(), torch.nn.Parameter(torch.ones(4))
 
     def step() -> list[Tensor]:
         y = tk.rms_norm(x, weight)
         return [y, *torch.autograd.grad(y.square().sum(), (x, weight))]
 
-    assert dispatched(step) == set()
     short = step()
     with torch.no_grad():
-        assert dispatched(lambda: tk.rms_norm(x, weight)) == set()
+        tk.rms_norm(x, weight)
+    with torch.inference_mode():
+        tk.rms_norm(torch.ones(3, 4))
+    assert dispatched == set()
+    assert short[0].grad_fn.name() == "tbcm_rms_normBackward"
     with FlopCounterMode(display=False):
-        assert dispatched(step) == {"tbcm::rms_norm", "tbcm::rms_norm_backward"}
         long = step()
+    assert dispatched == {"tbcm::rms_norm", "tbcm::rms_norm_backward"}
     assert all(torch.equal(a, b) for a, b in zip(short, long, strict=True))
 
 
-def test_a_default_device_is_not_that_of_results() -> None:
+def test_nothing_is_recorded_below_autograd() -> None:
+    weight = torch.nn.Parameter(torch.ones(4))
+
+    @torch.library.custom_op("tbcm_tests::norm", mutates_args=())
+    def norm(x: Tensor) -> Tensor:
+        return tk.rms_norm(x, weight)
+
+    assert not norm(X).requires_grad
+    assert torch.equal(norm(X), tk.rms_norm(X, weight))
+
+
+def test_a_default_device_is_not_that_of_results(dispatched: set[str]) -> None:
     """Nor does it send a call the long way: `torch.set_default_device` is a mode of functions."""
     tokens = torch.randn(2, 12, 8, requires_grad=True)
     heads = torch.randn(2, 2, 12, 8, requires_grad=True)
@@ -112,6 +147,6 @@ def test_a_default_device_is_not_that_of_results() -> None:
 
     want = step()
     with torch.device("meta"):
-        assert dispatched(step) == set()
         got = step()
+    assert dispatched == set()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

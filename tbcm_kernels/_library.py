@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from tbcm_kernels._dual import in_dual_level, refuse_duals
+from tbcm_kernels._short_way import short_way
 
 Store = Callable[[Tensor], Tensor]
 """A rounding point: what a value becomes when a kernel stores it."""
@@ -46,83 +43,7 @@ def register(
     torch.library.register_autograd(qualified, gradient, setup_context=setup_context, lib=_library)
     op = getattr(torch.ops.tbcm, name).default
     torch.library.register_vmap(qualified, vmap or lane_by_lane(op), lib=_library)
-    return _short_way(op, kernel, setup_context, gradient)
-
-
-def _short_way(
-    op: Callable[..., Any], kernel: Callable[..., Any], setup_context: Callable[..., None] | None,
-    gradient: Callable[..., Any],
-) -> Callable[..., Any]:  # fmt: skip
-    """A function that calls the op, past PyTorch's dispatcher where nobody could tell.
-
-    Through the dispatcher a call takes 15 to 50 µs of CPU time more. `.op` is the op itself.
-    """
-
-    def forward(ctx: Any, *args: Any) -> Any:
-        output = kernel(*args)
-        if setup_context is not None:
-            setup_context(ctx, args, output)
-        return output
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradient)}
-    recorded = type(f"tbcm_{op._opname}", (torch.autograd.Function,), methods).apply
-    takes = [_PLAIN.get(str(a.type), ()) for a in op._schema.arguments]
-    plain = set()  # types of arguments that need no conversion
-
-    def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return op(*args)
-        if (types := tuple(map(type, args))) not in plain:
-            if len(types) != len(takes) or not all(map(operator.contains, takes, types)):
-                return op(*args)
-            plain.add(types)
-        if _watched(args):
-            return op(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return op(*args) if _below_autograd() else recorded(*args)
-        return kernel(*args)
-
-    call.op = op
-    return call
-
-
-_TENSOR = (Tensor, torch.nn.Parameter)
-_PLAIN = {
-    "Tensor": _TENSOR, "Optional[Tensor]": (*_TENSOR, type(None)), "float": (float,),
-    "int": (int,), "Optional[int]": (int, type(None)), "bool": (bool,), "str": (str,),
-}  # fmt: skip
-"""What goes the short way for a type of a schema. A list of tensors does not: `autograd.Function`
-would not look into it."""
-
-
-def _keys(*names: str) -> int:
-    sets = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names]
-    return functools.reduce(operator.or_, sets).raw_repr()
-
-
-_AUTOGRAD = _keys("AutogradCPU") & _keys("AutogradCUDA")  # of any device
-_USUAL = _keys(
-    "BackendSelect", "ADInplaceOrView", "CPU", "AutogradCPU", "AutocastCPU", "CUDA",
-    "AutogradCUDA", "AutocastCUDA",
-)  # fmt: skip
-"""Dispatch keys that are there when nothing but autograd happens."""
-
-
-def _watched(args: Sequence[Any]) -> bool:
-    """Whether a transform, a mode, a profiler or a tensor that is no plain one may see the op."""
-    if torch.autograd._profiler_enabled() or any(
-        type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
-    ):
-        return True
-    tensors = [torch._C._dispatch_keys(a) for a in args if isinstance(a, Tensor)]
-    return any(
-        keys.raw_repr() & ~_USUAL for keys in (torch._C._dispatch_tls_local_include_set(), *tensors)
-    )
-
-
-def _below_autograd() -> bool:
-    """Whether autograd is done with this call, as inside a custom op, and records nothing."""
-    return bool(torch._C._dispatch_tls_local_exclude_set().raw_repr() & _AUTOGRAD)
+    return short_way(op, kernel, setup_context, gradient)
 
 
 def _guarded(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -38,7 +38,6 @@ class OptionalBuild(build_ext):
     def build_extensions(self) -> None:
         try:
             self._configure()
-            self.compiler.compile = at_once(self.compiler.compile)
             if CUDA_CHOICE == "0" or not self._build_with_cuda():
                 super().build_extensions()
         except Exception as reason:  # any failure of a toolchain: compiler, headers, linker
@@ -46,6 +45,14 @@ class OptionalBuild(build_ext):
                 raise
             say(f"installing without the compiled extension: {reason}")
             self.extensions = []
+
+    def build_extension(self, extension: Extension) -> None:
+        in_turn = self.compiler.compile
+        self.compiler.compile = at_once(in_turn)
+        try:
+            super().build_extension(extension)
+        finally:
+            self.compiler.compile = in_turn
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]

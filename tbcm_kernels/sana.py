@@ -144,8 +144,8 @@ def forward(
     if not isinstance(text, FusedText):
         text = encode_text(self, text)
     _check_prompts(len(text.keys[0][0]), hidden_states, encoder_attention_mask)
-    x = _patch_embed(self, _split(hidden_states))
     grid = (hidden_states.shape[2] // _patch(self), hidden_states.shape[3] // _patch(self))
+    x = _patch_embed(self, _split(hidden_states), grid)
     y = _trunk(self, x, text, masks, _split(modulation), _split(embedded), grid)
     sample = _dual.pack(*(None if v is None else _unpatchify(self, v, grid) for v in y))
     if not return_dict:
@@ -370,22 +370,21 @@ def _patch(model: nn.Module) -> int:
     return model.config.patch_size
 
 
-def _patch_embed(model: nn.Module, x: Pair) -> Pair:
+def _patch_embed(model: nn.Module, x: Pair, grid: tuple[int, int]) -> Pair:
     """The convolution of patches as the linear map on tokens that it is."""
     embed = model.patch_embed
-    y, ty = _linear(_as_linear(embed.proj), tuple(_patches(model, v) for v in x))
+    y, ty = _linear(_as_linear(embed.proj), tuple(_patches(model, v, grid) for v in x))
     if embed.pos_embed is not None:
         y = embed(x[0])  # which adds positions, fitted to the grid
     dtype = torch.promote_types(y.dtype, model.scale_shift_table.dtype)
     return y.to(dtype), None if ty is None else ty.to(dtype)
 
 
-def _patches(model: nn.Module, x: Tensor | None) -> Tensor | None:
+def _patches(model: nn.Module, x: Tensor | None, grid: tuple[int, int]) -> Tensor | None:
     """Images [B, C, H·p, W·p] as tokens [B, N, C·p·p]; what makes no whole patch is left out."""
     if x is None:
         return None
-    p = _patch(model)
-    height, width = (n // p for n in x.shape[2:])
+    p, (height, width) = _patch(model), grid
     if not height * width:
         raise ValueError(f"fuse: images of {list(x.shape[2:])} hold no patch of {p} by {p}.")
     x = x[..., : height * p, : width * p].reshape(*x.shape[:2], height, p, width, p)

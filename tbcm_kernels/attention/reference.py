@@ -65,10 +65,11 @@ def forward(
     to = o.new_zeros((lanes, *o.shape))
     if tq is not None or tk is not None:
         rate = _tangent_of_logits(q, k, tq, tk, setting.scale)
+        center = 0
         # Around its mean, a constant: autograd would subtract large numbers. Kernels that round
         # the factors of products round P∘Ṡ itself.
-        mean = ((e * rate).sum(-1, keepdim=True) * inverse).detach()
-        center = mean if operand is _exact else 0
+        if operand is _exact:
+            center = ((e * rate).sum(-1, keepdim=True) * inverse).detach()
         weighted = e * (rate - center)
         rest = weighted.sum(-1, keepdim=True) * inverse
         mu = (center + rest).squeeze(-1)

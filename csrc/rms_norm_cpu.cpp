@@ -1,18 +1,8 @@
-// CPU kernels of rms_norm. Tensors arrive as [1, rows, C].
-#include "bindings.h"
-#include "rms_norm.h"
+// CPU kernels of rms_norm.
+#include "rms_norm_bindings.h"
 
 namespace tbcm::rms_norm {
 namespace {
-
-template <class T>
-struct Forward {
-  Rows<const T> x, tx;
-  const float *weight, *tweight;
-  Rows<T> y, ty;
-  int64_t count, width;
-  float eps;
-};
 
 TBCM_INLINE float mean_product(const float* a, const float* b, int64_t n) {
   float sum = 0.f;
@@ -65,16 +55,6 @@ TBCM_INLINE void forward_rows(const Forward<T>& p, int64_t begin, int64_t end) {
 TBCM_RUN(Forward, forward_rows)
 
 template <class T>
-struct Backward {
-  Rows<const T> gy, x;
-  const float* weight;
-  Rows<T> gx;
-  Rows<float> gweight;  // [1, chunks, C], each chunk the sum over its rows
-  int64_t count, width, chunk;
-  float eps;
-};
-
-template <class T>
 TBCM_INLINE void backward_row(const Backward<T>& p, int64_t n, float* sum, float* scratch, float* g, const float* one) {
   const int64_t width = p.width;
   const float* weight = p.weight ? p.weight : one;
@@ -109,16 +89,14 @@ TBCM_RUN(Backward, backward_chunks)
 template <class T>
 void forward_as(const Tensor& x, const Maybe& weight, const Maybe& tx, const Maybe& tweight, const Tensor& y,
                 const Maybe& ty, double eps) {
-  const Forward<T> p{rows<const T>(x), rows<const T>(tx), pointer<const float>(weight), pointer<const float>(tweight), rows<T>(y), rows<T>(ty),
-                     x.size(1), x.size(2), float(eps)};
+  const Forward<T> p = operands<T>(x, weight, tx, tweight, y, ty, eps);
   parallel(p.count, p.width, [&](int64_t a, int64_t z) { run(p, a, z); });
 }
 
 template <class T>
 void backward_as(const Tensor& gy, const Tensor& x, const Maybe& weight, const Tensor& gx, const Maybe& gweight,
                  int64_t chunk, double eps) {
-  const Backward<T> p{rows<const T>(gy), rows<const T>(x), pointer<const float>(weight), rows<T>(gx), rows<float>(gweight),
-                      x.size(1), x.size(2), chunk, float(eps)};
+  const Backward<T> p = operands<T>(gy, x, weight, gx, gweight, chunk, eps);
   parallel((p.count + chunk - 1) / chunk, p.width * chunk, [&](int64_t a, int64_t z) { run(p, a, z); });
 }
 

@@ -4,7 +4,8 @@
 plain PyTorch reference it says so once. An explicit `impl` runs that implementation or raises.
 "auto" takes a CUDA C++ kernel only where a GPU has passed all proofs with the same source, which
 proofs.json records (`python -m bench.proofs` makes it from the rows of such runs). A Triton kernel
-without such a proof runs, and says so once.
+without such a proof runs, and says so once. "cuda_next" is the next version of a CUDA kernel,
+beside which it stands until a GPU has proved it too.
 """
 
 from __future__ import annotations
@@ -22,25 +23,28 @@ from torch import Tensor
 
 from tbcm_kernels._dual import constant_under_compile
 
-IMPLEMENTATIONS = ("auto", "triton", "cuda", "cpu", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "cuda_next", "cuda", "cpu", "reference")
+CUDA = ("cuda_next", "cuda")
 _FAST_DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda_next": (torch.float32, torch.bfloat16, torch.float16),
     "cpu": (torch.float32, torch.bfloat16),
     "attention cpu": (torch.float32, torch.bfloat16, torch.float16),
     "linear_attention cpu": (torch.float32, torch.bfloat16, torch.float16),
 }
-_DEVICES = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu"}
+_DEVICES = {"triton": "cuda", "cuda": "cuda", "cuda_next": "cuda", "cpu": "cpu"}
+_WIDEST_ROW = 4096  # MAX_WIDTH in csrc/rows.h
 _ONLY_ASKED_FOR = {
     ("attention", "triton", torch.float32): "exact fp32 products spill registers; ask by impl",
 }
 """What "auto" leaves out, and why."""
 OPS: dict[str, tuple[str, ...]] = {
-    "adaln": ("cuda", "triton", "cpu"),
-    "rms_norm": ("triton", "cpu"),
+    "adaln": ("cuda_next", "cuda", "triton", "cpu"),
+    "rms_norm": ("cuda", "triton", "cpu"),
     "attention": ("triton", "cpu"),
     "linear_attention": ("triton", "cpu"),
-    "conv_glu": ("cuda", "cpu"),
+    "conv_glu": ("cuda_next", "cuda", "cpu"),
     "linear": (),
     "tangent_loss": ("triton", "cpu"),
     "trigflow": ("triton", "cpu"),
@@ -51,7 +55,7 @@ OPS: dict[str, tuple[str, ...]] = {
 @functools.cache
 def missing(impl: str) -> str | None:
     """Why `impl` cannot run in this installation, in one clause; None where it can."""
-    if impl in ("cpu", "cuda"):
+    if impl in ("cpu", *CUDA):
         try:
             extension = importlib.import_module("tbcm_kernels._C")
         except ImportError as error:
@@ -59,7 +63,7 @@ def missing(impl: str) -> str | None:
                 f"the compiled extension is not there ({error}); install a C++ compiler and run "
                 f"pip install --no-build-isolation tbcm-kernels"
             )
-        if impl == "cuda" and not hasattr(extension, "cuda"):
+        if impl in CUDA and not hasattr(extension, "cuda"):
             return (
                 "the compiled extension was built without CUDA; with nvcc on PATH run "
                 "TBCM_BUILD_CUDA=1 pip install --no-build-isolation tbcm-kernels"
@@ -88,9 +92,10 @@ def refusal(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None:
 @functools.cache
 def source(op: str, impl: str) -> str:
     """The op and the hash of its GPU kernels' sources; a CUDA extension has its own inside."""
-    if impl == "cuda":
+    if impl in CUDA:
         sources = importlib.import_module("tbcm_kernels._C").cuda.split()
-        return next(s for s in sources if s.startswith(f"{op}:"))
+        name = op + impl.removeprefix("cuda")
+        return next(s for s in sources if s.startswith(f"{name}:"))
     package = files("tbcm_kernels")
     kernels = sorted(
         (f for f in package.joinpath(op).iterdir() if f.name.startswith("triton")),
@@ -110,11 +115,11 @@ def _proved(op: str, impl: str) -> bool:
 
 def _unproved(op: str, impl: str) -> str | None:
     """Why "auto" leaves out a CUDA C++ kernel that can run; None where it is proved."""
-    if impl != "cuda" or _proved(op, impl):
+    if impl not in CUDA or _proved(op, impl):
         return None
     return (
         "its source has not passed on a GPU yet; `python -m tbcm_kernels.testing` tries it on "
-        'yours and impl="cuda" runs it'
+        f'yours and impl="{impl}" runs it'
     )
 
 
@@ -128,6 +133,13 @@ def choose(op: str, impl: str, x: Tensor) -> str:
     if chosen is None:
         raise ValueError(f"{op}: {reason}.")
     return chosen
+
+
+def choose_for_rows(op: str, impl: str, x: Tensor) -> str:
+    """`choose` for an op on rows; "auto" takes Triton's for those that are too wide for CUDA's."""
+    chosen = choose(op, impl, x)
+    wide = impl == "auto" and chosen in CUDA and x.shape[-1] > _WIDEST_ROW
+    return choose(op, "triton", x) if wide else chosen
 
 
 @constant_under_compile

@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from tbcm_kernels import _dispatch, _dual
 from tbcm_kernels.adaln import adaln_jvp
-from tbcm_kernels.adaln.functional import choose as choose_adaln
 from tbcm_kernels.attention import attention_jvp
 from tbcm_kernels.attention.functional import MAX_HEAD_DIM
 from tbcm_kernels.conv_glu import conv_glu_jvp
@@ -275,7 +274,7 @@ def _after_adaln(
     """Each layer on y = LN(x)(1 + scale) + shift."""
     if not lean.worth_it(x[0], y[1]):
         return [_linear(layer, y) for layer in layers]
-    impl = choose_adaln("auto", x[0])
+    impl = _dispatch.choose_for_rows("adaln", "auto", x[0])
     return lean.of_adaln(y, x[0], scale[0], shift[0], eps, layers, impl)
 
 

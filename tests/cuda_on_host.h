@@ -1,6 +1,8 @@
 // Runs CUDA kernels on the host: the threads of a block are fibers that take turns, and wait for one
 // another where they exchange values. Included before a kernel's source, in place of nvcc.
 //
+// Asynchronous copies arrive no sooner than they are waited for, and a block's shared memory begins as NaNs.
+//
 // Every other launch runs the threads in reverse, so that a missing barrier shows: a case launches three
 // kernels, so its second run meets the other order and gives other bits.
 #pragma once
@@ -32,6 +34,7 @@ struct dim3 {
 using cudaStream_t = void*;
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
+constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 0;
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 
 inline dim3 blockIdx, blockDim, threadIdx;
@@ -53,6 +56,28 @@ inline std::vector<float> exchanged;
 inline std::function<void()> body;
 inline jmp_buf scheduler;
 inline int current;
+
+struct Copy {
+  void* to;
+  const void* from;  // null for zeros
+  size_t bytes;
+};
+inline std::vector<std::vector<std::vector<Copy>>> copies;  // of each thread, in groups; the last is open
+alignas(16) inline unsigned char shared[228 << 10];
+
+inline void copy(void* to, const void* from, size_t bytes) { copies[current].back().push_back({to, from, bytes}); }
+inline void commit() { copies[current].emplace_back(); }
+// WITHOUT_WAITS is a planted fault, as WITHOUT_BARRIERS below.
+inline void wait_for_copies(int left) {
+  static const bool without = std::getenv("WITHOUT_WAITS") != nullptr;
+  auto& groups = copies[current];
+  while (!without && int(groups.size()) - 1 > left) {
+    for (const Copy& c : groups.front())
+      if (c.from) std::memcpy(c.to, c.from, c.bytes);
+      else std::memset(c.to, 0, c.bytes);
+    groups.erase(groups.begin());
+  }
+}
 
 inline void wait(int threads) {
   all[current].waits = threads;
@@ -89,6 +114,8 @@ inline bool ready(int thread, int threads) {
 }
 
 inline void run_block(int threads, bool reversed) {
+  std::memset(shared, 0xff, sizeof shared);
+  copies.assign(threads, {{}});
   for (int i = 0; i < threads; ++i) all[i].started = all[i].done = false, all[i].waits = 0;
   for (int left = threads; left > 0;) {
     std::vector<int> able;  // decided before anyone moves on
@@ -111,6 +138,13 @@ inline void __syncthreads() {
   if (!without) fibers::wait(int(blockDim.x));
 }
 
+inline void __syncwarp() {
+  static const bool without = std::getenv("WITHOUT_BARRIERS") != nullptr;
+  if (!without) fibers::wait(fibers::WARP);
+}
+
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+
 inline float __shfl_xor_sync(unsigned, float v, int lanes) {
   const int me = fibers::current;
   fibers::exchanged[me] = v;
@@ -119,6 +153,8 @@ inline float __shfl_xor_sync(unsigned, float v, int lanes) {
   fibers::wait(fibers::WARP);
   return got;
 }
+
+inline cudaError_t cudaFuncSetAttribute(const void*, int, int) { return cudaSuccess; }
 
 inline bool reversed = false;
 

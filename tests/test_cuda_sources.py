@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,17 +14,19 @@ import torch
 
 from bench import proofs
 from tbcm_kernels import _dispatch
-from tbcm_kernels.adaln.functional import choose
 from tbcm_kernels.testing import audit_cuda
 from tbcm_kernels.testing import proofs as proofs_of
 
 ROOT = Path(__file__).parents[1]
-OPS = ["adaln", "conv_glu"]
+KERNELS = ["adaln", "adaln_next", "conv_glu", "conv_glu_next", "rms_norm"]
 DTYPES = ["float32", "bfloat16", "float16"]
 # So that two blocks or more fit a multiprocessor; conv_glu's backward and fp32 have it to one.
 REGISTERS = {
-    "adaln forward": 64, "adaln backward": 96, "conv_glu forward bf16": 128,
-    "conv_glu forward tangent bf16": 128, "conv_glu forward": 168, "conv_glu backward": 255,
+    "adaln forward": 64, "adaln backward": 96, "adaln next forward": 128,
+    "adaln next backward bf16": 136, "adaln next backward fp32": 168,
+    "conv_glu forward bf16": 128, "conv_glu forward tangent bf16": 128, "conv_glu forward": 168,
+    "conv_glu backward": 255, "conv_glu next forward bf16": 128, "conv_glu next backward": 255,
+    "conv_glu next forward tangent bf16": 128, "rms_norm forward": 102, "rms_norm backward": 128,
 }  # fmt: skip
 
 
@@ -31,7 +34,7 @@ REGISTERS = {
 def test_no_spills_and_few_registers() -> None:
     rows = list(audit_cuda.compile_sources())
     assert {row["architecture"] for row in rows} == {80, 90}
-    assert len(rows) == 2 * (18 + 11)
+    assert len(rows) == 2 * (18 + 24 + 11 + 18 + 30)
     assert [row for row in rows if row["spilled"]] == []
     for kernel, limit in REGISTERS.items():
         found = [row["registers"] for row in rows if row["name"].startswith(f"cuda {kernel}")]
@@ -48,7 +51,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ["-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}"]
     flags += [f"-I{root / 'include'}", "-DTORCH_TARGET_VERSION=0x020A000000000000ULL"]
     flags += ["-DTBCM_DEVICE=CPU", "-include", str(ROOT / "tests" / "cuda_on_host.h")]
-    sources = [*(ROOT / "csrc" / f"{op}.cu" for op in OPS), ROOT / "csrc/cuda_registration.cpp"]
+    sources = [*(ROOT / "csrc" / f"{op}.cu" for op in KERNELS), ROOT / "csrc/cuda_registration.cpp"]
     objects = [made / f"{source.stem}.o" for source in sources]
     running = [
         subprocess.Popen([compiler, *flags, "-x", "c++", "-c", source, "-o", target])
@@ -76,12 +79,20 @@ def proved(library: Path, *dtypes: str, **environment: str) -> list[str]:
 def test_kernels_are_right_on_the_host(library: Path) -> None:
     """Every case in fp32, bf16 and fp16, outputs and gradients, twice with the same bits."""
     lines = proved(library, *DTYPES)
-    assert len(lines) == 6 and all(line.endswith("passed") for line in lines), "\n".join(lines)
+    assert len(lines) == 3 * len(KERNELS)
+    assert all(line.endswith("passed") for line in lines), "\n".join(lines)
 
 
 def test_missing_barriers_are_found(library: Path) -> None:
     lines = proved(library, "bfloat16", WITHOUT_BARRIERS="1")
-    assert len(lines) > len(OPS) and not any(line.endswith("passed") for line in lines)
+    assert len(lines) > len(KERNELS) and not any(line.endswith("passed") for line in lines)
+
+
+def test_missing_waits_are_found(library: Path) -> None:
+    """Kernels that copy ahead into shared memory, unlike those before them, use what has come."""
+    lines = proved(library, "bfloat16", WITHOUT_WAITS="1")
+    passed = [line.split()[:2] for line in lines if line.endswith("passed")]
+    assert passed == [["adaln", "cuda"], ["conv_glu", "cuda"]]
 
 
 def test_proofs_need_every_dtype_and_no_fault() -> None:
@@ -101,20 +112,22 @@ def test_proofs_need_every_dtype_and_no_fault() -> None:
 def test_only_proved_kernels_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """impl="auto" leaves out a CUDA kernel without a proof, and says how to prove it."""
     monkeypatch.setattr(_dispatch, "refusal", lambda op, impl, *_: None)
-    monkeypatch.setattr(_dispatch, "source", lambda op, impl: f"{op}:1")
+    monkeypatch.setattr(_dispatch, "source", lambda op, impl: f"{op} {impl}")
     _dispatch._proved.cache_clear()
     with pytest.warns(UserWarning, match=r"reference.*cuda: its source.*tbcm_kernels\.testing"):
         _dispatch._notice_fallback.cache_clear()
         assert _dispatch._choice("conv_glu", "auto", "cuda", torch.bfloat16)[0] == "reference"
-    assert _dispatch._choice("conv_glu", "cuda", "cuda", torch.bfloat16)[0] == "cuda"
-    monkeypatch.setattr(_dispatch.json, "loads", lambda text: {"conv_glu:1": {}})
-    _dispatch._proved.cache_clear()
-    assert _dispatch._choice("conv_glu", "auto", "cuda", torch.bfloat16)[0] == "cuda"
+    for impl in ("cuda", "cuda_next"):  # from the last to the first choice
+        assert _dispatch._choice("conv_glu", impl, "cuda", torch.bfloat16)[0] == impl
+        monkeypatch.setattr(_dispatch.json, "loads", lambda text, i=impl: {f"conv_glu {i}": {}})
+        _dispatch._proved.cache_clear()
+        assert _dispatch._choice("conv_glu", "auto", "cuda", torch.bfloat16)[0] == impl
     _dispatch._proved.cache_clear()
 
 
 def test_wide_rows_of_adaln_go_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA's kernel has registers for 4096 columns; an explicit impl is left as it is."""
+    """CUDA's kernels have registers for 4096 columns; an explicit impl is left as it is."""
+    choose = partial(_dispatch.choose_for_rows, "adaln")
     monkeypatch.setattr(_dispatch, "_known_choice", lambda op, impl, *_: (_WANTED[impl], ""))
     found = {n: choose("auto", torch.empty(1, 1, n, device="meta")) for n in (4096, 4097)}
     assert found == {4096: "cuda", 4097: "triton"}

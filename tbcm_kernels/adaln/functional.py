@@ -12,8 +12,6 @@ from tbcm_kernels._library import or_none
 from tbcm_kernels.adaln import reference
 from tbcm_kernels.adaln.autograd import adaln_op
 
-_CUDA_WIDTH = 4096
-
 
 def adaln(
     x: Tensor,
@@ -37,8 +35,8 @@ def adaln(
         gate, scale, shift: modulations that broadcast to x, such as [B, 1, C] per sample or
             [B, N, C] per token, of any floating dtype; None is 1, 0, 0.
         eps: added to the variance.
-        impl: "auto", "cpu", "cuda", "triton" or "reference" (plain PyTorch, differentiable to any
-            order).
+        impl: "auto", "cpu", "cuda", "cuda_next", "triton" or "reference" (plain PyTorch,
+            differentiable to any order).
 
     Returns:
         (x', y), both of x's shape and dtype. Without h, x' is x itself.
@@ -114,7 +112,7 @@ def _pair(
     x, h = primals[:2]
     if stopped := _dual.tangent_gradient_stopped():
         tangents = _dual.detached(*tangents)
-    chosen = choose(impl, x)
+    chosen = _dispatch.choose_for_rows("adaln", impl, x)
     out, y, tout, ty = adaln_op(*primals, *tangents, eps, not stopped, chosen)
     residual_tangent = _dual.present(tangents[:3])
     if stopped:
@@ -125,13 +123,6 @@ def _pair(
         tangents[0] if h is None else or_none(tout, residual_tangent),
         or_none(ty, _dual.present(tangents)),
     )
-
-
-def choose(impl: str, x: Tensor) -> str:
-    """The implementation; "auto" takes Triton's for rows that are too wide for CUDA's."""
-    chosen = _dispatch.choose("adaln", impl, x)
-    wide = impl == "auto" and chosen == "cuda" and x.shape[-1] > _CUDA_WIDTH
-    return _dispatch.choose("adaln", "triton", x) if wide else chosen
 
 
 def _check(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,13 +17,13 @@ TILE = 32
 
 def forward(
     a: Tensor, weight: Tensor, bias: Tensor | None, ta: Tensor | None, tweight: Tensor | None,
-    tbias: Tensor | None, height: int, width: int,
+    tbias: Tensor | None, height: int, width: int, ops: Any = torch.ops.tbcm_cuda,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """See reference.forward; tangents of weight and bias never come here."""
     y, ty = outputs(a, ta)
     ta = None if ta is None else ta.contiguous()
     with stream_of(a) as stream:
-        torch.ops.tbcm_cuda.conv_glu_forward(
+        ops.conv_glu_forward(
             a.contiguous(), *parameters(weight, bias), ta, y, ty, height, width, stream
         )
     return y, ty
@@ -29,7 +31,7 @@ def forward(
 
 def backward(
     gy: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs_weight: bool,
-    needs_bias: bool, height: int, width: int,
+    needs_bias: bool, height: int, width: int, ops: Any = torch.ops.tbcm_cuda,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See reference.backward."""
     batch, _, channels = a.shape
@@ -42,7 +44,7 @@ def backward(
         for taps, needed in (((9,), needs_weight), ((), needs_bias))
     )
     with stream_of(a) as stream:
-        torch.ops.tbcm_cuda.conv_glu_backward(
+        ops.conv_glu_backward(
             gy.contiguous(), a.contiguous(), *parameters(weight, bias), ga, gw, gb, height, width,
             stream,
         )  # fmt: skip

@@ -31,7 +31,8 @@ def conv_glu(
             any floating dtype.
         bias: [2K] or None.
         height, width: the grid of the tokens; beyond its border are zeros.
-        impl: "auto", "cpu", "cuda" or "reference" (plain PyTorch, differentiable to any order).
+        impl: "auto", "cpu", "cuda", "cuda_next" or "reference" (plain PyTorch, differentiable to
+            any order).
 
     Returns:
         y [B, height · width, K] of a's dtype.

@@ -21,7 +21,8 @@ def rms_norm(
         x: [..., C], fp32, bf16, fp16 or fp64.
         weight: [C], any floating dtype; None is 1.
         eps: added to the mean square.
-        impl: "auto", "cpu", "triton" or "reference" (plain PyTorch, differentiable to any order).
+        impl: "auto", "cpu", "cuda", "triton" or "reference" (plain PyTorch, differentiable to any
+            order).
 
     Returns:
         y of x's shape and dtype.
@@ -81,7 +82,7 @@ def _pair(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     if stopped := _dual.tangent_gradient_stopped():
         tx, tweight = _dual.detached(tx, tweight)
-    chosen = _dispatch.choose("rms_norm", impl, x)
+    chosen = _dispatch.choose_for_rows("rms_norm", impl, x)
     y, ty = rms_norm_op(x, weight, tx, tweight, eps, not stopped, chosen)
     if stopped:
         ty = ty.detach()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parents[2] / "csrc"
 ARCHITECTURES = ("80", "90a")
-_TYPES = {"float": "fp32", "tbcm::bfloat16": "bf16", "tbcm::float16": "fp16"}
+_TYPES = {"float": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def missing() -> str | None:
@@ -94,9 +94,10 @@ def _rows(log: str) -> Iterator[dict[str, str | int]]:
 
 
 def _brief(name: str) -> str:
-    """Such as "cuda adaln forward bf16 V=8" of a demangled kernel."""
-    op, kernel, arguments = re.search(r"tbcm::(\w+)::.*?(\w+)_kernel<(.*?)>\(", name).groups()
-    dtype, *rest = (re.sub(r"\(\w+\)", "", a.strip()) for a in arguments.split(","))
-    access = f" V={rest[0]}" if rest else ""
-    tangent = " tangent" if rest[1:] and rest[1] in ("true", "1") else ""
-    return f"cuda {op} {kernel}{tangent} {_TYPES[dtype]}{access}"
+    """Such as "cuda adaln forward tangent bf16 8,true" of a demangled kernel."""
+    op, rest, kernel = re.search(r"tbcm::(\w+)::(.*?)(\w+)_kernel<", name).groups()
+    arguments = re.sub(r"tbcm::| ", "", name.split("_kernel<", 1)[1])
+    dtype, *others = arguments[: arguments.index(">(")].split(",")
+    tangent = " tangent" if "true" in others else ""
+    version = " next" if "next::" in rest else ""
+    return f"cuda {op}{version} {kernel}{tangent} {_TYPES[dtype]} {','.join(others)}".rstrip()

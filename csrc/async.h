@@ -1,0 +1,83 @@
+// Copies from global to shared memory that pass no register and are waited for later (cp.async).
+#pragma once
+
+#include "cuda.h"
+
+namespace tbcm {
+
+// An address in shared memory that stays in a register, since compilers would rather find it again at each use.
+struct Shared {
+#if defined(__CUDA_ARCH__)
+  uint32_t address;
+  TBCM_D explicit Shared(void* p) : address(uint32_t(__cvta_generic_to_shared(p))) { asm volatile("" : "+r"(address)); }
+#else
+  unsigned char* address;
+  TBCM_D explicit Shared(void* p) : address(static_cast<unsigned char*>(p)) {}
+#endif
+  TBCM_D Shared operator+(int bytes) const {
+    Shared moved = *this;
+    moved.address += bytes;
+    return moved;
+  }
+};
+
+// Starts to copy a pack of 4, 8 or 16 bytes, or zeros where it is not `there`.
+template <class Pack>
+TBCM_D void copy_async(Shared to, const Pack* from, bool there = true) {
+  constexpr int SIZE = int(sizeof(Pack));
+  static_assert(SIZE == 4 || SIZE == 8 || SIZE == 16);
+#if defined(__CUDA_ARCH__)
+  const int bytes = there ? SIZE : 0;
+  if constexpr (SIZE == 16)  // past L1, which only this size can
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address), "l"(from), "r"(bytes) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to.address), "l"(from), "n"(SIZE), "r"(bytes)
+                 : "memory");
+#elif !defined(__CUDACC__)
+  fibers::copy(to.address, there ? from : nullptr, SIZE);
+#endif
+}
+
+// Makes a group of the thread's copies since the last group.
+TBCM_D void commit_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#elif !defined(__CUDACC__)
+  fibers::commit();
+#endif
+}
+
+// Waits until all but the last N groups of this thread are there, for this thread.
+template <int N>
+TBCM_D void wait_for_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#elif !defined(__CUDACC__)
+  fibers::wait_for_copies(N);
+#endif
+}
+
+// The block's shared memory whose size the launch says.
+#if defined(__CUDACC__)
+#define TBCM_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#else
+#define TBCM_DYNAMIC_SHARED(name) unsigned char* const name = fibers::shared
+#endif
+
+// Queues the kernel with so many bytes of it; null, or what is wrong.
+template <class P>
+const char* start(void (*kernel)(P), int64_t blocks, int threads, int shared, const P& p, void* stream) {
+  if (blocks == 0) return nullptr;
+  if (blocks > INT32_MAX) return "the tensors are too large for one grid";
+  cudaError_t error = cudaSuccess;
+  if (shared > 4 << 10)  // 48 KiB are there without being asked for, of which static arrays of ours take up to 40
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 shared);
+  void* arguments[] = {const_cast<P*>(&p)};
+  if (error == cudaSuccess)
+    error = cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(threads), arguments,
+                             size_t(shared), static_cast<cudaStream_t>(stream));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace tbcm

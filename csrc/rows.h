@@ -1,0 +1,202 @@
+// Rows of CUDA kernels that normalise: a row lies in the registers of one warp, or of a block's warps.
+#pragma once
+
+#include "async.h"
+
+#include <type_traits>
+
+namespace tbcm {
+
+constexpr int MAX_WIDTH = 4096, MAX_WARPS = 16;
+
+// V neighbours of a row that move in one access, as the registers that they are in: compilers take arrays of
+// 16-bit numbers apart, and put them together again wherever they are used.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Few {
+  static constexpr bool PAIRS = sizeof(T) == 2 && V % 2 == 0;
+  std::conditional_t<sizeof(T) == 4 || PAIRS, uint32_t, uint16_t> words[PAIRS ? V / 2 : V];
+
+  TBCM_D float operator[](int j) const {
+    const auto word = words[PAIRS ? j / 2 : j];
+    T x;
+    if constexpr (PAIRS && std::is_same_v<T, bfloat16>) {
+      float wide;
+      const uint32_t bits = j % 2 ? word & 0xffff0000u : word << 16;
+      std::memcpy(&wide, &bits, sizeof wide);
+      return wide;
+    } else if constexpr (PAIRS) {
+      x.bits = uint16_t(j % 2 ? word >> 16 : word);
+    } else {
+      std::memcpy(&x, &word, sizeof x);
+    }
+    return widen(x);
+  }
+  // Of what f gives for 0, ..., V - 1.
+  template <class F>
+  TBCM_D static Few of(const F& f) {
+    Few few;
+    each<PAIRS ? V / 2 : V>([&](int k) {
+      if constexpr (PAIRS) {
+        few.words[k] = both(f(2 * k), f(2 * k + 1));
+      } else {
+        T x;
+        narrow(f(k), &x);
+        std::memcpy(&few.words[k], &x, sizeof x);
+      }
+    });
+    return few;
+  }
+
+ private:
+  TBCM_D static uint32_t both(float low, float high) {
+#if defined(__CUDA_ARCH__)
+    uint32_t bits;
+    if (std::is_same_v<T, bfloat16>) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+#else
+    T parts[2];
+    narrow(low, parts);
+    narrow(high, parts + 1);
+    uint32_t bits;
+    std::memcpy(&bits, parts, sizeof bits);
+    return bits;
+#endif
+  }
+};
+
+// How a row is spread: over one warp where it is ALONE, else over the block, each warp with a piece of its own. A
+// thread has E columns of it in packs of V neighbours, those of neighbouring threads side by side.
+template <int V_, int E_, bool ALONE_>
+struct Spread {
+  static constexpr int V = V_, E = E_, PACKS = E / V, PITCH = WARP * V;
+  static constexpr bool ALONE = ALONE_;
+
+  TBCM_D static int first() {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    return ALONE ? lane * V : warp * (WARP * E) + lane * V;
+  }
+  TBCM_D static bool inside(int k, int width) { return first() < width - k * PITCH; }
+};
+
+// The thread's packs of a row in memory.
+template <class T, class S>
+struct Place {
+  T* first;
+  int width;  // 0 where there is no row
+
+  TBCM_D Place(T* row, int width) : first(row + S::first()), width(row ? width : 0) {}
+  TBCM_D void step(int64_t stride) { first += stride; }
+  TBCM_D T* at(int k) const { return first + k * S::PITCH; }
+  // Zeros, or another number, beyond the row and where there is none.
+  using Own = Few<std::remove_const_t<T>, S::V>;
+  TBCM_D Own get(int k, const Own& otherwise = {}) const {
+    return S::inside(k, width) ? *reinterpret_cast<const Own*>(at(k)) : otherwise;
+  }
+  TBCM_D void put(int k, const Few<T, S::V>& few) const {
+    if (S::inside(k, width)) *reinterpret_cast<Few<T, S::V>*>(at(k)) = few;
+  }
+};
+
+template <class S, class T>
+TBCM_D Place<T, S> place_of(T* row, int width) {
+  return {row, width};
+}
+
+// A thread's part of a row, in registers.
+template <class T, class S>
+struct Part {
+  Few<T, S::V> packs[S::PACKS];
+
+  Part() = default;
+  TBCM_D Part(const T* row, int width) {
+    const Place<const T, S> place(row, width);
+    each<S::PACKS>([&](int k) { packs[k] = place.get(k); });
+  }
+  TBCM_D float operator[](int i) const { return packs[i / S::V][i % S::V]; }
+};
+
+// Means over the row of a function of the element that gives two numbers, ZERO for zeros as they are beyond the row;
+// `partial` has a place for each warp.
+template <class S, bool ZERO, class F>
+TBCM_D float2 means(int width, float2* partial, const F& f) {
+  const float scale = 1.f / float(width);
+  float2 sum = {0.f, 0.f};
+  each<S::PACKS>([&](int k) {
+    if (ZERO || S::inside(k, width)) each<S::V>([&](int j) {
+        const float2 v = f(k * S::V + j);
+        sum.x += v.x;
+        sum.y += v.y;
+      });
+  });
+#pragma unroll
+  for (int distance = WARP / 2; distance > 0; distance /= 2) {
+    sum.x += __shfl_xor_sync(~0u, sum.x, distance);
+    sum.y += __shfl_xor_sync(~0u, sum.y, distance);
+  }
+  if constexpr (!S::ALONE) {
+    if (threadIdx.x % WARP == 0) partial[threadIdx.x / WARP] = sum;
+    __syncthreads();
+    sum = partial[0];
+#pragma unroll 1
+    for (int warp = 1; warp < int(blockDim.x) / WARP; ++warp) {
+      sum.x += partial[warp].x;
+      sum.y += partial[warp].y;
+    }
+  }
+  return {sum.x * scale, sum.y * scale};
+}
+
+// The rows of COUNT operands in shared memory, a row ahead: each thread copies and reads what is its own, so it
+// waits for nobody.
+template <class T, class S, int COUNT>
+struct Queue {
+  static constexpr int STAGE = COUNT * S::PACKS * WARP;
+  using Own = Few<T, S::V>;
+  Own* own;
+  Shared to;
+  int filled = STAGE, free = 0;  // the thread's places for the row in use and for the next
+
+  TBCM_D explicit Queue(unsigned char* shared)
+      : own(reinterpret_cast<Own*>(shared) + threadIdx.x / WARP * (2 * STAGE) + threadIdx.x % WARP), to(own) {}
+  static int bytes(int threads) { return 2 * STAGE * (threads / WARP) * int(sizeof(Own)); }
+  // Asks for the next row of the operands that are there.
+  TBCM_D void ask(const T* const (&rows)[COUNT], int width) {
+    each<COUNT>([&](int i) {
+      if (!rows[i]) return;
+      const Place<const T, S> from(rows[i], width);
+      each<S::PACKS>([&](int k) {
+        if (!S::inside(k, width)) return;
+        const Own* source = reinterpret_cast<const Own*>(from.at(k));
+        const int place = (i * S::PACKS + k) * WARP;
+        if constexpr (sizeof(Own) < 4) own[free + place] = *source;  // too small for such copies
+        else copy_async(to + (free + place) * int(sizeof(Own)), source);
+      });
+    });
+    commit_copies();
+  }
+  // What was asked for last is what `get` gives from here on, once it has been waited for.
+  TBCM_D void step() {
+    filled = free;
+    free = STAGE - free;
+  }
+  // An operand's part of the row, zeros beyond its end; only of an operand that is there.
+  TBCM_D Few<T, S::V> get(int operand, int k, int width) const {
+    return S::inside(k, width) ? own[filled + (operand * S::PACKS + k) * WARP] : Own{};
+  }
+  TBCM_D Part<T, S> get(int operand, int width) const {
+    Part<T, S> part;
+    each<S::PACKS>([&](int k) { part.packs[k] = get(operand, k, width); });
+    return part;
+  }
+};
+
+template <class... Operands>
+bool all_aligned(const Operands&... operands) {
+  return (aligned(operands) && ...);
+}
+
+// Threads of a block for rows of a width in parts of E.
+inline int threads_of(int64_t width, int E) { return int((width + WARP * E - 1) / (WARP * E)) * WARP; }
+
+}  // namespace tbcm

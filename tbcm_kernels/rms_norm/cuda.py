@@ -1,0 +1,35 @@
+"""The CUDA kernels of rms_norm (csrc/rms_norm.cu): allocates the outputs and calls them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tbcm_kernels._cuda import stream_of
+from tbcm_kernels._library import floats, fresh
+from tbcm_kernels.rms_norm.buffers import gradients, rows
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, tx: Tensor | None, tweight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """See reference.forward."""
+    y = fresh(x)
+    ty = None if tx is None and tweight is None else fresh(x)
+    with stream_of(x) as stream:
+        torch.ops.tbcm_cuda.rms_norm_forward(
+            rows(x), floats(weight), rows(tx), floats(tweight), rows(y), rows(ty), eps, stream
+        )
+    return y, ty
+
+
+def backward(
+    gy: Tensor, x: Tensor, weight: Tensor | None, needs_weight: bool, chunk: int, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """See reference.backward."""
+    gx, gw = gradients(x, needs_weight, chunk)
+    with stream_of(x) as stream:
+        torch.ops.tbcm_cuda.rms_norm_backward(
+            rows(gy), rows(x), floats(weight), rows(gx), gw, chunk, eps, stream
+        )
+    return gx, None if gw is None else gw[0]

@@ -9,27 +9,19 @@ namespace tbcm {
 
 constexpr int MAX_WIDTH = 4096, MAX_WARPS = 16;
 
-// V neighbours of a row that move in one access, as the registers that they are in: compilers take arrays of
-// 16-bit numbers apart, and put them together again wherever they are used.
+// V neighbours of a row that move in accesses of up to 16 bytes, as the registers that they are in: compilers take
+// arrays of 16-bit numbers apart, and put them together again wherever they are used.
 template <class T, int V>
-struct alignas(sizeof(T) * V) Few {
+struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Few {
   static constexpr bool PAIRS = sizeof(T) == 2 && V % 2 == 0;
-  std::conditional_t<sizeof(T) == 4 || PAIRS, uint32_t, uint16_t> words[PAIRS ? V / 2 : V];
+  using Word = std::conditional_t<sizeof(T) == 4 || PAIRS, uint32_t, uint16_t>;
+  Word words[PAIRS ? V / 2 : V];
 
   TBCM_D float operator[](int j) const {
     const auto word = words[PAIRS ? j / 2 : j];
-    T x;
-    if constexpr (PAIRS && std::is_same_v<T, bfloat16>) {
-      float wide;
-      const uint32_t bits = j % 2 ? word & 0xffff0000u : word << 16;
-      std::memcpy(&wide, &bits, sizeof wide);
-      return wide;
-    } else if constexpr (PAIRS) {
-      x.bits = uint16_t(j % 2 ? word >> 16 : word);
-    } else {
-      std::memcpy(&x, &word, sizeof x);
-    }
-    return widen(x);
+    if constexpr (PAIRS && std::is_same_v<T, bfloat16>) return as<float>(j % 2 ? word & 0xffff0000u : word << 16);
+    else if constexpr (PAIRS) return widen(T{uint16_t(j % 2 ? word >> 16 : word)});
+    else return widen(as<T>(word));
   }
   // Of what f gives for 0, ..., V - 1.
   template <class F>
@@ -41,13 +33,20 @@ struct alignas(sizeof(T) * V) Few {
       } else {
         T x;
         narrow(f(k), &x);
-        std::memcpy(&few.words[k], &x, sizeof x);
+        few.words[k] = as<Word>(x);
       }
     });
     return few;
   }
 
  private:
+  // The same bits as another type.
+  template <class To, class From>
+  TBCM_D static To as(const From& from) {
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+  }
   TBCM_D static uint32_t both(float low, float high) {
 #if defined(__CUDA_ARCH__)
     uint32_t bits;
@@ -58,9 +57,7 @@ struct alignas(sizeof(T) * V) Few {
     T parts[2];
     narrow(low, parts);
     narrow(high, parts + 1);
-    uint32_t bits;
-    std::memcpy(&bits, parts, sizeof bits);
-    return bits;
+    return as<uint32_t>(parts);
 #endif
   }
 };
@@ -86,7 +83,6 @@ struct Place {
   int width;  // 0 where there is no row
 
   TBCM_D Place(T* row, int width) : first(row + S::first()), width(row ? width : 0) {}
-  TBCM_D void step(int64_t stride) { first += stride; }
   TBCM_D T* at(int k) const { return first + k * S::PITCH; }
   // Zeros, or another number, beyond the row and where there is none.
   using Own = Few<std::remove_const_t<T>, S::V>;

@@ -35,7 +35,7 @@ COMBINATIONS = [
     ),
     *(("cpu", "cpu", d) for d in (torch.float32, torch.bfloat16)),
     *(("triton", DEVICE, d) for d in TRITON_DTYPES),
-    *(("cuda", DEVICE, d) for d in TRITON_DTYPES if GPU),
+    *((impl, DEVICE, d) for impl in _dispatch.CUDA for d in TRITON_DTYPES if GPU),
 ]
 
 

@@ -88,7 +88,10 @@ def through_norm(
     gy: Tensor, gty: Tensor | None, x: Tensor, weight: Tensor | None, tx: Tensor | None,
     eps: float, impl: str,
 ) -> Sequence[Tensor | None]:  # fmt: skip
-    """`heads.norm_backward`, by the kernel where the tangent has no cotangent."""
+    """`heads.norm_backward`, by the kernel where the tangent has no cotangent.
+
+    `impl` is the attention's; beside one in Triton runs the CUDA kernel where "auto" takes it.
+    """
     if weight is None:
         return gy, None, gty
     if gty is not None:
@@ -96,6 +99,8 @@ def through_norm(
     count = heads.heads_of_norm(x, weight)
     if _dispatch.refusal("rms_norm", impl, x.device.type, x.dtype) is not None:
         impl = "reference"
-    rows = (heads.merge(t, count) for t in (gy, x))
+    rows = [heads.merge(t, count) for t in (gy, x)]
+    if impl == "triton" and _dispatch.choose_for_rows("rms_norm", "auto", rows[1]) == "cuda":
+        impl = "cuda"
     gx, gw = rms_norm_backward(*rows, weight, True, CHUNK, eps, impl)
     return heads.split(gx, count), gw.sum(0).to(weight.dtype), None

@@ -155,7 +155,7 @@ def main(pattern: str = "") -> int:
 
 def _cuda_reports(pattern: str) -> list[Report]:
     """Reports of the CUDA C++ kernels whose name matches; compiled only where one can."""
-    if not re.search(pattern, "cuda") and "cuda" not in pattern:
+    if not re.search(pattern, "cuda adaln") and not re.match("cuda", pattern):
         return []
     if reason := audit_cuda.missing():
         print(f"no CUDA C++ kernels: {reason}", file=sys.stderr)

@@ -69,14 +69,15 @@ template <class P>
 const char* start(void (*kernel)(P), int64_t blocks, int threads, int shared, const P& p, void* stream) {
   if (blocks == 0) return nullptr;
   if (blocks > INT32_MAX) return "the tensors are too large for one grid";
-  cudaError_t error = cudaSuccess;
-  if (shared > 4 << 10)  // 48 KiB are there without being asked for, of which static arrays of ours take up to 40
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 shared);
+  // 48 KiB are there without being asked for, of which static arrays of ours take up to 40.
+  const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  if (shared > 4 << 10 && cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), most, shared) != cudaSuccess) {
+    cudaGetLastError();  // PyTorch would take it for one of its own
+    return "this GPU has too little shared memory for such rows; another impl takes them";
+  }
   void* arguments[] = {const_cast<P*>(&p)};
-  if (error == cudaSuccess)
-    error = cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(threads), arguments,
-                             size_t(shared), static_cast<cudaStream_t>(stream));
+  const cudaError_t error = cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(threads), arguments, size_t(shared),
+                                             static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -36,6 +36,7 @@ using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 0;
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 inline dim3 blockIdx, blockDim, threadIdx;
 

@@ -136,8 +136,10 @@ fi
 
 if [[ $DEVICE == cuda ]] && sanitizer=$(command -v compute-sanitizer); then
     for tool in memcheck racecheck; do # without PyTorch's cache, every allocation has an end
-        step "$tool" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" \
-            --error-exitcode 1 "$PYTHON" -m tbcm_kernels.testing --impl cuda --few
+        for impl in cuda cuda_next; do
+            step "$tool-$impl" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" \
+                --error-exitcode 1 "$PYTHON" -m tbcm_kernels.testing --impl "$impl" --few
+        done
     done
 else
     skip sanitizer "no GPU, or no compute-sanitizer"

@@ -5,7 +5,7 @@
 // backward. What a row takes beside its elements (operands that may be absent, addresses, sums over threads) is
 // the same for 8 elements a thread as for 40, so a thread has as many as its registers hold: 40 of 16 bits or 20
 // of 32 forward, 20 in backward, beside whose 60 sums for the parameters the row waits in shared memory.
-#include "adaln.h"
+#include "next.h"
 #include "rows.h"
 
 namespace tbcm::adaln::next {
@@ -18,17 +18,18 @@ constexpr int REGISTERS = 136;
 constexpr int REGISTERS = 128;  // so that eight blocks of two warps fit, and 1024 chunks are one wave of an H200
 #endif
 
-template <class T, class S, bool TANGENT>
+template <class T, class N, class S, bool TANGENT>
 __global__ void __launch_bounds__(S::ALONE ? ROWS * WARP : MAX_WARPS * WARP, S::ALONE ? (TANGENT ? 4 : 6) : 1)
-    forward_kernel(const Forward<T> p) {
+    forward_kernel(const Forward<T, N> p) {
   __shared__ float2 partial[2][MAX_WARPS];
   const int width = int(p.width);
   const int64_t row = S::ALONE ? int64_t(blockIdx.x) * ROWS + threadIdx.x / WARP : blockIdx.x;
   if (row >= p.batch * p.tokens) return;
   const int64_t b = uint32_t(row) / uint32_t(p.tokens), n = uint32_t(row) % uint32_t(p.tokens);
-  // All on their way before the first is used. x and tx become the residual sum and its tangent, as they are stored.
+  // All on their way before the first is used. x and tx become the residual sum and its tangent, as they are
+  // stored: fp32 in their place would spill registers.
   Part<T, S> x(p.x.at(b, n), width), tx(TANGENT ? p.tx.at(b, n) : nullptr, width);
-  const Part<T, S> h(p.h.at(b, n), width), th(TANGENT ? p.th.at(b, n) : nullptr, width);
+  const Part<N, S> h(p.h.at(b, n), width), th(TANGENT ? p.th.at(b, n) : nullptr, width);
   const auto place = [&](const auto& operand) { return place_of<S>(operand.at(b, n), width); };
   if (p.h) {
     const auto ones = Few<float, S::V>::of([](int) { return 1.f; });
@@ -59,23 +60,28 @@ __global__ void __launch_bounds__(S::ALONE ? ROWS * WARP : MAX_WARPS * WARP, S::
   const float r = rsqrtf(second.x + p.eps), m = r * second.y;
   const auto scales = place(p.scale), shifts = place(p.shift), tscales = place(p.tscale), tshifts = place(p.tshift);
   const auto y = place(p.y), ty = place(p.ty);
+  const bool moves = p.h ? bool(p.tout) : bool(p.tx);
   each<S::PACKS>([&](int k) {
     const auto scale = scales.get(k), shift = shifts.get(k);
     float xhat[S::V];
     each<S::V>([&](int j) { xhat[j] = normalise(x.packs[k][j], mean.x, r); });
-    y.put(k, Few<T, S::V>::of([&](int j) { return modulate(xhat[j], scale[j], shift[j]); }));
+    y.put(k, Few<N, S::V>::of([&](int j) { return modulate(xhat[j], scale[j], shift[j]); }));
     if (TANGENT) {
       const auto tscale = tscales.get(k), tshift = tshifts.get(k);
-      ty.put(k, Few<T, S::V>::of([&](int j) {
-        const float txhat = normalise_tangent(xhat[j], tx.packs[k][j], mean.y, m, r);
-        return modulate_tangent(xhat[j], txhat, scale[j], tscale[j], tshift[j]);
+      // A tangent that is not there adds nothing, not a product of zero with what may be infinite.
+      ty.put(k, Few<N, S::V>::of([&](int j) {
+        float sum = tshift[j];
+        if (p.tscale) sum += xhat[j] * tscale[j];
+        if (moves) sum += normalise_tangent(xhat[j], tx.packs[k][j], mean.y, m, r) * (1.f + scale[j]);
+        return sum;
       }));
     }
   });
 }
 
-template <class T, class S>
-__global__ void __maxnreg__(S::V == 1 ? 128 : sizeof(T) == 4 ? 168 : REGISTERS) backward_kernel(const Backward<T> p) {
+template <class T, class N, class S>
+__global__ void __maxnreg__(S::V == 1 ? 128 : sizeof(T) == 4 ? 168 : REGISTERS)
+    backward_kernel(const Backward<T, N> p) {
   __shared__ float2 partial[2][MAX_WARPS];
   TBCM_DYNAMIC_SHARED(shared);
   enum { X, GY, GOUT, H };
@@ -83,10 +89,14 @@ __global__ void __maxnreg__(S::V == 1 ? 128 : sizeof(T) == 4 ? 168 : REGISTERS) 
   const uint32_t chunks = uint32_t((p.tokens + p.chunk - 1) / p.chunk);
   const int64_t b = blockIdx.x / chunks, part = blockIdx.x % chunks, first = part * p.chunk;
   const int rows = int(p.chunk < p.tokens - first ? p.chunk : p.tokens - first);
-  Queue<T, S, 4> queue(shared);
+  Queue<S, 4, sizeof(T)> queue(shared);
   const auto ask = [&](int row) {
     const int64_t n = first + row;
-    queue.ask({p.gy ? p.x.at(b, n) : nullptr, p.gy.at(b, n), p.gout.at(b, n), p.ggate ? p.h.at(b, n) : nullptr}, width);
+    queue.ask(X, p.gy ? p.x.at(b, n) : nullptr, width);
+    queue.ask(GY, p.gy.at(b, n), width);
+    queue.ask(GOUT, p.gout.at(b, n), width);
+    queue.ask(H, p.ggate ? p.h.at(b, n) : nullptr, width);
+    commit_copies();
   };
   float ggate[S::E] = {}, gscale[S::E] = {}, gshift[S::E] = {};
   ask(0);
@@ -102,10 +112,10 @@ __global__ void __maxnreg__(S::V == 1 ? 128 : sizeof(T) == 4 ? 168 : REGISTERS) 
     float g[S::E] = {};
     if (p.gy) {
       const Place<const float, S> scales(p.scale.at(b, n), width);
-      const auto x = queue.get(X, width);
+      const auto x = queue.template get<T>(X, width);
       each<S::PACKS>([&](int k) {
         const auto scale = scales.get(k);
-        const auto gy = queue.get(GY, k, width);
+        const auto gy = queue.template get<N>(GY, k, width);
         each<S::V>([&](int j) { g[k * S::V + j] = gy[j] * (1.f + scale[j]); });
       });
       const float2 mean = means<S, true>(width, partial[0], [&](int i) { return float2{x[i], g[i]}; });
@@ -115,7 +125,8 @@ __global__ void __maxnreg__(S::V == 1 ? 128 : sizeof(T) == 4 ? 168 : REGISTERS) 
       });
       const float r = rsqrtf(second.x + p.eps), m = r * second.y;
       each<S::PACKS>([&](int k) {  // read again: registers are needed for sums
-        const auto x = queue.get(X, k, width), gy = queue.get(GY, k, width);
+        const auto x = queue.template get<T>(X, k, width);
+        const auto gy = queue.template get<N>(GY, k, width);
         each<S::V>([&](int j) {
           const int i = k * S::V + j;
           const float xhat = normalise(x[j], mean.x, r);
@@ -126,19 +137,20 @@ __global__ void __maxnreg__(S::V == 1 ? 128 : sizeof(T) == 4 ? 168 : REGISTERS) 
       });
     }
     if (p.gout) {
-      const auto gout = queue.get(GOUT, width);
+      const auto gout = queue.template get<T>(GOUT, width);
       each<S::E>([&](int i) { g[i] += gout[i]; });
     }
-    const Place<T, S> gx(p.gx.at(b, n), width), gh(p.gh.at(b, n), width);
+    const Place<T, S> gx(p.gx.at(b, n), width);
+    const Place<N, S> gh(p.gh.at(b, n), width);
     const Place<const float, S> gates(p.gate.at(b, n), width);
     each<S::PACKS>([&](int k) { gx.put(k, Few<T, S::V>::of([&](int j) { return g[k * S::V + j]; })); });
     if (p.ggate) {
-      const auto h = queue.get(H, width);
+      const auto h = queue.template get<N>(H, width);
       each<S::E>([&](int i) { ggate[i] += g[i] * h[i]; });
     }
     if (p.gh) each<S::PACKS>([&](int k) {
         const auto gate = gates.get(k);
-        gh.put(k, Few<T, S::V>::of([&](int j) { return gate[j] * g[k * S::V + j]; }));
+        gh.put(k, Few<N, S::V>::of([&](int j) { return gate[j] * g[k * S::V + j]; }));
       });
   }
   const auto store = [&](const Rows<float>& operand, const float (&sums)[S::E]) {
@@ -150,28 +162,29 @@ __global__ void __maxnreg__(S::V == 1 ? 128 : sizeof(T) == 4 ? 168 : REGISTERS) 
   store(p.gshift, gshift);
 }
 
-template <class S, class T>
-const char* launch_rows(const Forward<T>& p, void* stream) {
+template <class S, class T, class N>
+const char* launch_rows(const Forward<T, N>& p, void* stream) {
   const int64_t rows = p.batch * p.tokens;
   if (rows > UINT32_MAX) return "the CUDA kernels of adaln take up to 2^32 rows";
-  const auto kernel = p.ty ? forward_kernel<T, S, true> : forward_kernel<T, S, false>;
+  const auto kernel = p.ty ? forward_kernel<T, N, S, true> : forward_kernel<T, N, S, false>;
   if (S::ALONE) return start(kernel, (rows + ROWS - 1) / ROWS, ROWS * WARP, p, stream);
   return start(kernel, rows, threads_of(p.width, S::E), p, stream);
 }
 
-template <class S, class T>
-const char* launch_rows(const Backward<T>& p, void* stream) {
+template <class S, class T, class N>
+const char* launch_rows(const Backward<T, N>& p, void* stream) {
   const int64_t blocks = p.batch * ((p.tokens + p.chunk - 1) / p.chunk);
   const int threads = threads_of(p.width, S::E);
-  return start(backward_kernel<T, S>, blocks, threads, Queue<T, S, 4>::bytes(threads), p, stream);
+  const int shared = Queue<S, 4, sizeof(T)>::bytes(threads);
+  return start(backward_kernel<T, N, S>, blocks, threads, shared, PARTIAL_BYTES, p, stream);
 }
 
 constexpr const char* TOO_WIDE = "the CUDA kernels of adaln take widths up to 4096";
 
 }  // namespace
 
-template <class T>
-const char* launch(const Forward<T>& p, void* stream) {
+template <class T, class N>
+const char* launch(const Forward<T, N>& p, void* stream) {
   constexpr int V = 16 / sizeof(T), E = 5 * V;
   if (p.width > MAX_WIDTH) return TOO_WIDE;
   const bool vectors = p.width % V == 0 && all_aligned(p.x, p.h, p.tx, p.th, p.gate, p.scale, p.shift, p.tgate,
@@ -181,8 +194,8 @@ const char* launch(const Forward<T>& p, void* stream) {
   return launch_rows<Spread<V, E, true>>(p, stream);
 }
 
-template <class T>
-const char* launch(const Backward<T>& p, void* stream) {
+template <class T, class N>
+const char* launch(const Backward<T, N>& p, void* stream) {
   if (p.width > MAX_WIDTH) return TOO_WIDE;
   const bool vectors = p.width % 4 == 0 && all_aligned(p.gout, p.gy, p.x, p.h, p.gate, p.scale, p.gx, p.gh, p.ggate,
                                                        p.gscale, p.gshift);
@@ -190,6 +203,13 @@ const char* launch(const Backward<T>& p, void* stream) {
   return launch_rows<Spread<4, 20, false>>(p, stream);
 }
 
-TBCM_INSTANCES
+#define TBCM_INSTANCES_OF_BOTH(T, N)                        \
+  template const char* launch(const Forward<T, N>&, void*); \
+  template const char* launch(const Backward<T, N>&, void*);
+TBCM_INSTANCES_OF_BOTH(float, float)
+TBCM_INSTANCES_OF_BOTH(float, bfloat16)
+TBCM_INSTANCES_OF_BOTH(float, float16)
+TBCM_INSTANCES_OF_BOTH(bfloat16, bfloat16)
+TBCM_INSTANCES_OF_BOTH(float16, float16)
 
 }  // namespace tbcm::adaln::next

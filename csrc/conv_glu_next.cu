@@ -15,6 +15,7 @@ namespace {
 
 constexpr int PX = 4;  // pixels of a thread, side by side
 constexpr int WARPS = int(TILE) / PX, THREADS = WARPS * WARP;  // of a block, at most
+constexpr int STATIC_BYTES = 40 << 10;  // of a block, at most: backward's borders and sums
 constexpr int RING = 4;  // rows in turn: of input in shared memory, of u and its slope in backward's registers
 
 // silu(x) = x s and its derivative s + silu(x) (1 - s), for s = sigmoid(x).
@@ -101,7 +102,7 @@ struct Feed {
 #pragma unroll 1
       for (int i = 0; i < COPIES; ++i) {
         const auto* source = reinterpret_cast<const Chunk*>(from + int64_t(pixel_of(i) * HALVES + half_of(i)) * pairs);
-        reinterpret_cast<Chunk*>(own + stage * bytes)[i * WARP + lane] = there >> i & 1 ? *source : Chunk{};
+        copy_async(to + (stage * bytes + i * WARP * SIZE), source, there >> i & 1);
       }
     } else {
       each<COPIES>([&](int i) {
@@ -338,16 +339,16 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const Backward<T> 
         });
         each<2>([&](int half) { gc_borders[k % 2][half].put(t, gc[half]); });
         if (y > t.y0 && y <= t.y1) {
-          float own[2][PX];
           each<2 * PX>([&](int i) {
-            own[i % 2][i / 2] = t.owned(i / 2) ? gc[i % 2][0][i / 2 + 1] : 0.f;
-            gb[i % 2] += own[i % 2][i / 2];
+            if (t.owned(i / 2)) gb[i % 2] += gc[i % 2][0][i / 2 + 1];
           });
           each<3>([&](int dy) {
             if (dy == 2 && y == t.height) return;  // there is no row below
             each<6>([&](int part) {
               const int half = part % 2, dx = part / 2;
-              each<PX>([&](int i) { gw[half][dy * 3 + dx] += own[half][i] * u[(k + 2 + dy) % RING][half][0][i + dx]; });
+              each<PX>([&](int i) {
+                if (t.owned(i)) gw[half][dy * 3 + dx] += gc[half][0][i + 1] * u[(k + 2 + dy) % RING][half][0][i + dx];
+              });
             });
           });
         }
@@ -387,7 +388,7 @@ template <class P>
 const char* launch_tiles(void (*kernel)(P), const P& p, int reach, int channels, int bytes, void* stream) {
   if (p.width * 2 * p.channels > INT32_MAX) return "a row of pixels has more than 2^31 elements";
   const Tiling t(p, reach, channels);
-  return start(kernel, p.batch * t.across * t.down * t.deep, t.warps * WARP, t.warps * bytes, p, stream);
+  return start(kernel, p.batch * t.across * t.down * t.deep, t.warps * WARP, t.warps * bytes, STATIC_BYTES, p, stream);
 }
 
 template <class T, int V, bool TANGENT, int CHUNK>

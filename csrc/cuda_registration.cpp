@@ -26,21 +26,41 @@ void launch_on(int64_t stream, const Tensor& x, const F& f) {
   else call(float{});
 }
 
+// The same for x's element type T and another one N: T, or 16 bits beside fp32.
+template <class F>
+void launch_on_both(int64_t stream, const Tensor& x, const Tensor& other, const F& f) {
+  launch_on(stream, x, [&]<class T>(T element, void* queue) {
+    if constexpr (sizeof(T) == 4) {
+      if (is_bf16(other)) return f(element, bfloat16{}, queue);
+      if (other.scalar_type() == torch::headeronly::ScalarType::Half) return f(element, float16{}, queue);
+    }
+    return f(element, element, queue);
+  });
+}
+
 template <bool NEXT>
 void adaln_forward(Tensor x, Maybe h, Maybe gate, Maybe scale, Maybe shift, Maybe tx, Maybe th, Maybe tgate,
                    Maybe tscale, Maybe tshift, Maybe out, Tensor y, Maybe tout, Maybe ty, double eps, int64_t stream) {
-  launch_on(stream, x, [&]<class T>(T, void* queue) {
+  launch_on_both(stream, x, y, [&]<class T, class N>(T, N, void* queue) {
     const auto p = adaln::operands<T>(x, h, gate, scale, shift, tx, th, tgate, tscale, tshift, out, y, tout, ty, eps);
-    return NEXT ? adaln::next::launch(p, queue) : adaln::launch(p, queue);
+    if constexpr (NEXT)
+      return adaln::next::launch(
+          adaln::next::Forward<T, N>{p, rows<const N>(h), rows<const N>(th), rows<N>(y), rows<N>(ty)}, queue);
+    else
+      return adaln::launch(p, queue);
   });
 }
 
 template <bool NEXT>
 void adaln_backward(Maybe gout, Maybe gy, Tensor x, Maybe h, Maybe gate, Maybe scale, Tensor gx, Maybe gh, Maybe ggate,
                     Maybe gscale, Maybe gshift, int64_t chunk, double eps, int64_t stream) {
-  launch_on(stream, x, [&]<class T>(T, void* queue) {
+  launch_on_both(stream, x, gy ? *gy : h ? *h : gh ? *gh : x, [&]<class T, class N>(T, N, void* queue) {
     const auto p = adaln::operands<T>(gout, gy, x, h, gate, scale, gx, gh, ggate, gscale, gshift, chunk, eps);
-    return NEXT ? adaln::next::launch(p, queue) : adaln::launch(p, queue);
+    if constexpr (NEXT)
+      return adaln::next::launch(adaln::next::Backward<T, N>{p, rows<const N>(gy), rows<const N>(h), rows<N>(gh)},
+                                 queue);
+    else
+      return adaln::launch(p, queue);
   });
 }
 

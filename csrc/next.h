@@ -5,10 +5,25 @@
 #include "conv_glu.h"
 
 namespace tbcm::adaln::next {
-template <class T>
-const char* launch(const Forward<T>& p, void* stream);
-template <class T>
-const char* launch(const Backward<T>& p, void* stream);
+
+// The residual stream in T, and what other layers make and take in N: T itself, or 16 bits beside fp32.
+template <class T, class N>
+struct Forward : adaln::Forward<T> {
+  Rows<const N> h, th;
+  Rows<N> y, ty;
+};
+
+template <class T, class N>
+struct Backward : adaln::Backward<T> {
+  Rows<const N> gy, h;
+  Rows<N> gh;
+};
+
+template <class T, class N>
+const char* launch(const Forward<T, N>& p, void* stream);
+template <class T, class N>
+const char* launch(const Backward<T, N>& p, void* stream);
+
 }  // namespace tbcm::adaln::next
 
 namespace tbcm::conv_glu::next {

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(S::ALONE ? ROWS * WARP : MAX_WARPS * WARP, S::
     if (TANGENT) {
       const auto tweight = tweights.get(k);
       ty.put(k, Few<T, S::V>::of([&](int j) {
-        const float moved = weight[j] * tangent(x.packs[k][j], tx.packs[k][j], m, r);
+        const float moved = p.tx ? weight[j] * tangent(x.packs[k][j], tx.packs[k][j], m, r) : 0.f;
         return p.tweight ? moved + tweight[j] * x.packs[k][j] * r : moved;
       }));
     }
@@ -42,11 +42,15 @@ __global__ void __maxnreg__(128) backward_kernel(const Backward<T> p) {
   __shared__ float2 partial[2][MAX_WARPS];
   TBCM_DYNAMIC_SHARED(shared);
   enum { X, GY };
-  Queue<T, S, 2> queue(shared);
+  Queue<S, 2, sizeof(T)> queue(shared);
   const int width = int(p.width);
   const int64_t first = int64_t(blockIdx.x) * p.chunk;
   const int rows = int(p.chunk < p.count - first ? p.chunk : p.count - first);
-  const auto ask = [&](int row) { queue.ask({p.x.at(0, first + row), p.gy.at(0, first + row)}, width); };
+  const auto ask = [&](int row) {
+    queue.ask(X, p.x.at(0, first + row), width);
+    queue.ask(GY, p.gy.at(0, first + row), width);
+    commit_copies();
+  };
   const auto ones = Few<float, S::V>::of([](int) { return 1.f; });
   const Place<const float, S> weights(p.weight, width);
   float gweight[S::E] = {};
@@ -59,7 +63,7 @@ __global__ void __maxnreg__(128) backward_kernel(const Backward<T> p) {
     } else {
       wait_for_copies<0>();
     }
-    const auto x = queue.get(X, width), gy = queue.get(GY, width);
+    const auto x = queue.template get<T>(X, width), gy = queue.template get<T>(GY, width);
     float g[S::E];
     each<S::PACKS>([&](int k) {
       const auto weight = weights.get(k, ones);
@@ -89,7 +93,8 @@ template <class S, class T>
 const char* launch_rows(const Backward<T>& p, void* stream) {
   const int threads = threads_of(p.width, S::E);
   const int64_t chunks = (p.count + p.chunk - 1) / p.chunk;
-  return start(backward_kernel<T, S>, chunks, threads, Queue<T, S, 2>::bytes(threads), p, stream);
+  const int shared = Queue<S, 2, sizeof(T)>::bytes(threads);
+  return start(backward_kernel<T, S>, chunks, threads, shared, PARTIAL_BYTES, p, stream);
 }
 
 constexpr const char* TOO_WIDE = "the CUDA kernels of rms_norm take widths up to 4096";

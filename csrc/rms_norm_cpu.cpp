@@ -23,7 +23,7 @@ TBCM_INLINE void forward_row(const Forward<T>& p, int64_t n, float* scratch, con
   const float r = inverse_rms(x, width, p.eps);
   if (T* ty = p.ty.at(0, n)) {
     const float* tx = p.tx ? widened(p.tx.at(0, n), scratch + width, width) : zero;
-    const float m = mean_product(x, tx, width);
+    const float m = p.tx ? mean_product(x, tx, width) : 0.f;  // of infinities it would be a NaN
     if (p.tweight) {
 #pragma omp simd
       for (int64_t i = 0; i < width; ++i)

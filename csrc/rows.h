@@ -8,6 +8,7 @@
 namespace tbcm {
 
 constexpr int MAX_WIDTH = 4096, MAX_WARPS = 16;
+constexpr int PARTIAL_BYTES = 2 * MAX_WARPS * int(sizeof(float2));  // of sums over a block, in backward
 
 // V neighbours of a row that move in accesses of up to 16 bytes, as the registers that they are in: compilers take
 // arrays of 16-bit numbers apart, and put them together again wherever they are used.
@@ -143,33 +144,29 @@ TBCM_D float2 means(int width, float2* partial, const F& f) {
   return {sum.x * scale, sum.y * scale};
 }
 
-// The rows of COUNT operands in shared memory, a row ahead: each thread copies and reads what is its own, so it
-// waits for nobody.
-template <class T, class S, int COUNT>
+// The rows of COUNT operands of up to so many bytes an element in shared memory, a row ahead: each thread copies
+// and reads what is its own, so it waits for nobody.
+template <class S, int COUNT, int ELEMENT>
 struct Queue {
-  static constexpr int STAGE = COUNT * S::PACKS * WARP;
-  using Own = Few<T, S::V>;
-  Own* own;
-  Shared to;
+  static constexpr int SLOT = ELEMENT * S::V, STAGE = COUNT * S::PACKS * WARP * SLOT;
+  Shared own;
   int filled = STAGE, free = 0;  // the thread's places for the row in use and for the next
 
   TBCM_D explicit Queue(unsigned char* shared)
-      : own(reinterpret_cast<Own*>(shared) + threadIdx.x / WARP * (2 * STAGE) + threadIdx.x % WARP), to(own) {}
-  static int bytes(int threads) { return 2 * STAGE * (threads / WARP) * int(sizeof(Own)); }
-  // Asks for the next row of the operands that are there.
-  TBCM_D void ask(const T* const (&rows)[COUNT], int width) {
-    each<COUNT>([&](int i) {
-      if (!rows[i]) return;
-      const Place<const T, S> from(rows[i], width);
-      each<S::PACKS>([&](int k) {
-        if (!S::inside(k, width)) return;
-        const Own* source = reinterpret_cast<const Own*>(from.at(k));
-        const int place = (i * S::PACKS + k) * WARP;
-        if constexpr (sizeof(Own) < 4) own[free + place] = *source;  // too small for such copies
-        else copy_async(to + (free + place) * int(sizeof(Own)), source);
-      });
+      : own(shared + threadIdx.x / WARP * (2 * STAGE) + threadIdx.x % WARP * SLOT) {}
+  static int bytes(int threads) { return 2 * STAGE * (threads / WARP); }
+  // Asks for an operand's next row, if it is there.
+  template <class T>
+  TBCM_D void ask(int operand, const T* row, int width) {
+    if (!row) return;
+    const Place<const T, S> from(row, width);
+    using Own = Few<T, S::V>;
+    each<S::PACKS>([&](int k) {
+      if (!S::inside(k, width)) return;
+      const Own* source = reinterpret_cast<const Own*>(from.at(k));
+      const int place = free + (operand * S::PACKS + k) * (WARP * SLOT);
+      copy_async(own + place, source);
     });
-    commit_copies();
   }
   // What was asked for last is what `get` gives from here on, once it has been waited for.
   TBCM_D void step() {
@@ -177,12 +174,16 @@ struct Queue {
     free = STAGE - free;
   }
   // An operand's part of the row, zeros beyond its end; only of an operand that is there.
+  template <class T>
   TBCM_D Few<T, S::V> get(int operand, int k, int width) const {
-    return S::inside(k, width) ? own[filled + (operand * S::PACKS + k) * WARP] : Own{};
+    using Own = Few<T, S::V>;
+    const int place = filled + (operand * S::PACKS + k) * (WARP * SLOT);
+    return S::inside(k, width) ? load<Own>(own + place) : Own{};
   }
+  template <class T>
   TBCM_D Part<T, S> get(int operand, int width) const {
     Part<T, S> part;
-    each<S::PACKS>([&](int k) { part.packs[k] = get(operand, k, width); });
+    each<S::PACKS>([&](int k) { part.packs[k] = get<T>(operand, k, width); });
     return part;
   }
 };

@@ -86,16 +86,21 @@ def refusal(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None:
     if dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         return f"it takes {names} and these are {str(dtype).removeprefix('torch.')}"
-    return missing(impl)
+    if (reason := missing(impl)) is None and impl in CUDA and source(op, impl) is None:
+        return "the compiled extension is of an older version; build it again"
+    return reason
 
 
 @functools.cache
-def source(op: str, impl: str) -> str:
-    """The op and the hash of its GPU kernels' sources; a CUDA extension has its own inside."""
+def source(op: str, impl: str) -> str | None:
+    """The op and the hash of its GPU kernels' sources; a CUDA extension has its own inside.
+
+    None where the extension has no such kernels.
+    """
     if impl in CUDA:
         sources = importlib.import_module("tbcm_kernels._C").cuda.split()
         name = op + impl.removeprefix("cuda")
-        return next(s for s in sources if s.startswith(f"{name}:"))
+        return next((s for s in sources if s.startswith(f"{name}:")), None)
     package = files("tbcm_kernels")
     kernels = sorted(
         (f for f in package.joinpath(op).iterdir() if f.name.startswith("triton")),
@@ -123,45 +128,51 @@ def _unproved(op: str, impl: str) -> str | None:
     )
 
 
-def choose(op: str, impl: str, x: Tensor) -> str:
+def choose(op: str, impl: str, x: Tensor, *, wide: bool = False) -> str:
     """The name of the implementation that runs `op` on tensors like x.
+
+    Args:
+        wide: whether rows are too long for CUDA's kernels.
 
     Raises:
         ValueError: an unknown `impl`, or an explicit one that cannot run here, with the reason.
     """
-    chosen, reason = _known_choice(op, impl, x.device.type, x.dtype)
+    chosen, reason = _known_choice(op, impl, x.device.type, x.dtype, wide)
     if chosen is None:
         raise ValueError(f"{op}: {reason}.")
     return chosen
 
 
 def choose_for_rows(op: str, impl: str, x: Tensor) -> str:
-    """`choose` for an op on rows; "auto" takes Triton's for those that are too wide for CUDA's."""
-    chosen = choose(op, impl, x)
-    wide = impl == "auto" and chosen in CUDA and x.shape[-1] > _WIDEST_ROW
-    return choose(op, "triton", x) if wide else chosen
+    """`choose` for an op whose CUDA kernels keep a row of x in registers."""
+    return choose(op, impl, x, wide=x.shape[-1] > _WIDEST_ROW)
 
 
 @constant_under_compile
-def _known_choice(op: str, impl: str, device: str, dtype: torch.dtype) -> tuple[str | None, str]:
+def _known_choice(
+    op: str, impl: str, device: str, dtype: torch.dtype, wide: bool
+) -> tuple[str | None, str]:
     """`_choice`, looked up after its first time and where torch.compile traces."""
-    return _remembered(op, impl, device, dtype)
+    return _remembered(op, impl, device, dtype, wide)
 
 
-def _choice(op: str, impl: str, device: str, dtype: torch.dtype) -> tuple[str | None, str]:
+def _choice(
+    op: str, impl: str, device: str, dtype: torch.dtype, wide: bool = False
+) -> tuple[str | None, str]:
     """The chosen implementation, or None and why."""
+    too_wide = f"its rows have at most {_WIDEST_ROW} numbers" if wide else None
     if impl == "reference":
         return impl, "asked for"
     if impl not in IMPLEMENTATIONS:
         return None, f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}"
     if impl != "auto":
-        reason = refusal(op, impl, device, dtype)
+        reason = refusal(op, impl, device, dtype) or (too_wide if impl in CUDA else None)
         return (None, f"impl={impl!r} cannot run: {reason}") if reason else (impl, "asked for")
     why_not = {}
     for candidate in OPS[op]:
         reason = refusal(op, candidate, device, dtype)
         reason = reason or _ONLY_ASKED_FOR.get((op, candidate, dtype))
-        reason = reason or _unproved(op, candidate)
+        reason = reason or (too_wide if candidate in CUDA else None) or _unproved(op, candidate)
         if device == _DEVICES[candidate] and reason is None:
             if candidate == "triton" and not _proved(op, candidate):
                 _notice_unproved()

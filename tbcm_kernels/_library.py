@@ -99,9 +99,9 @@ def present_or_absent(like: Tensor, outputs: Sequence[Tensor | None]) -> tuple[T
     return tuple(absent(like) if o is None else o for o in outputs)
 
 
-def fresh(x: Tensor) -> Tensor:
-    """An uninitialised contiguous tensor like x."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def fresh(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised contiguous tensor like x, in another dtype if one is given."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def floats(x: Tensor | None) -> Tensor | None:

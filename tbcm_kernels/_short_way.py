@@ -32,7 +32,7 @@ def short_way(
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(gradient)}
     recorded = type(f"tbcm_{op._opname}", (torch.autograd.Function,), methods).apply
-    takes = [_PLAIN.get(str(a.type), ()) for a in op._schema.arguments]
+    takes = [_PLAIN.get(str(a.real_type), ()) for a in op._schema.arguments]
     plain = set()  # types of arguments that need no conversion
 
     def call(*args: Any) -> Any:
@@ -56,6 +56,7 @@ _TENSOR = (Tensor, torch.nn.Parameter)
 _PLAIN = {
     "Tensor": _TENSOR, "Optional[Tensor]": (*_TENSOR, type(None)), "float": (float,),
     "int": (int,), "Optional[int]": (int, type(None)), "bool": (bool,), "str": (str,),
+    "Optional[ScalarType]": (torch.dtype, type(None)),
 }  # fmt: skip
 """What goes the short way for a type of a schema. A list of tensors does not: `autograd.Function`
 would not look into it."""

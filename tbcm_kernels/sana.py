@@ -236,8 +236,17 @@ def _adaln(x: Pair, h: Pair, gate: Pair, scale: Pair, shift: Pair, eps: float) -
     if h[0] is not None and dtype == torch.float32 and h[0].dtype.itemsize < 4:
         dtype = h[0].dtype  # which adaln takes, and saves in 16 bits
     h = tuple(None if v is None else v.to(dtype) for v in h)
-    out, y, tout, ty = adaln_jvp(*zip_pairs(x, h, gate, scale, shift), eps=eps)
+    pairs = zip_pairs(x, h, gate, scale, shift)
+    out, y, tout, ty = adaln_jvp(*pairs, eps=eps, dtype=_of_layers(x[0]))
     return (out, tout), (y, ty)
+
+
+def _of_layers(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast would give a stream in fp32 to the layers after its norm."""
+    device = x.device.type
+    if x.dtype != torch.float32 or device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def zip_pairs(*pairs: Pair) -> list[Tensor | None]:

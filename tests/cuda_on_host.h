@@ -3,8 +3,9 @@
 //
 // Asynchronous copies arrive no sooner than they are waited for, and a block's shared memory begins as NaNs.
 //
-// Every other launch runs the threads in reverse, so that a missing barrier shows: a case launches three
-// kernels, so its second run meets the other order and gives other bits.
+// Launches differ in the order of threads, so that a missing barrier shows: as they are or in reverse, each in turn
+// or one warp as far as it comes. A case launches three kernels, so its second run meets other orders and gives
+// other bits.
 #pragma once
 
 #include <setjmp.h>
@@ -34,9 +35,8 @@ struct dim3 {
 using cudaStream_t = void*;
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
-constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 0;
+constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 0, cudaDevAttrMaxSharedMemoryPerBlockOptin = 0;
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 inline dim3 blockIdx, blockDim, threadIdx;
 
@@ -50,6 +50,7 @@ struct Fiber {
   std::vector<char> stack = std::vector<char>(STACK);
   bool started, done;
   int waits;  // for how many threads: those of its warp, or of its block
+  int times[2];  // it has waited for its warp, and for its block
 };
 
 inline std::vector<Fiber> all;
@@ -82,6 +83,7 @@ inline void wait_for_copies(int left) {
 
 inline void wait(int threads) {
   all[current].waits = threads;
+  ++all[current].times[threads > WARP];
   if (!_setjmp(all[current].at)) _longjmp(scheduler, 1);
 }
 
@@ -108,22 +110,30 @@ inline void resume(int thread) {
 
 // Whether all threads that this one waits for have come as far; those that have ended count.
 inline bool ready(int thread, int threads) {
-  const int waits = all[thread].waits, group = waits > 0 ? waits : 1, first = thread / group * group;
-  for (int i = first; i < first + group && i < threads; ++i)
-    if (!all[i].done && all[i].waits != waits) return false;
+  const int group = all[thread].waits, kind = group > WARP;
+  if (group == 0) return true;
+  for (int i = thread / group * group; i < thread / group * group + group && i < threads; ++i)
+    if (!all[i].done && all[i].times[kind] < all[thread].times[kind]) return false;
   return true;
 }
 
-inline void run_block(int threads, bool reversed) {
+inline void run_block(int threads, int launch) {
   std::memset(shared, 0xff, sizeof shared);
   copies.assign(threads, {{}});
-  for (int i = 0; i < threads; ++i) all[i].started = all[i].done = false, all[i].waits = 0;
+  for (int i = 0; i < threads; ++i) {
+    all[i].started = all[i].done = false;
+    all[i].waits = all[i].times[0] = all[i].times[1] = 0;
+  }
   for (int left = threads; left > 0;) {
     std::vector<int> able;  // decided before anyone moves on
     for (int i = 0; i < threads; ++i)
       if (!all[i].done && ready(i, threads)) able.push_back(i);
-    if (reversed) std::reverse(able.begin(), able.end());
     if (able.empty()) __builtin_trap();  // threads that wait for one another for ever
+    if (launch % 2) std::reverse(able.begin(), able.end());
+    if (launch / 2 % 2) {
+      const int warp = able[0] / WARP;
+      std::erase_if(able, [&](int i) { return i / WARP != warp; });
+    }
     for (const int i : able) {
       resume(i);
       left -= all[i].done;
@@ -155,17 +165,22 @@ inline float __shfl_xor_sync(unsigned, float v, int lanes) {
   return got;
 }
 
+inline cudaError_t cudaGetDevice(int*) { return cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
+  *value = int(sizeof fibers::shared);
+  return cudaSuccess;
+}
 inline cudaError_t cudaFuncSetAttribute(const void*, int, int) { return cudaSuccess; }
 
-inline bool reversed = false;
+inline int launches = 0;
 
 template <class P>
 cudaError_t cudaLaunchKernel(void (*kernel)(P), dim3 blocks, dim3 threads, void** arguments, size_t, cudaStream_t) {
-  reversed = !reversed;
+  ++launches;
   blockDim = threads;
   if (fibers::all.size() < threads.x) fibers::all.resize(threads.x);
   fibers::exchanged.resize(threads.x);
   fibers::body = [=] { kernel(*static_cast<P*>(arguments[0])); };
-  for (blockIdx.x = 0; blockIdx.x < blocks.x; ++blockIdx.x) fibers::run_block(int(threads.x), reversed);
+  for (blockIdx.x = 0; blockIdx.x < blocks.x; ++blockIdx.x) fibers::run_block(int(threads.x), launches);
   return cudaSuccess;
 }

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,7 +33,7 @@ REGISTERS = {
 def test_no_spills_and_few_registers() -> None:
     rows = list(audit_cuda.compile_sources())
     assert {row["architecture"] for row in rows} == {80, 90}
-    assert len(rows) == 2 * (18 + 24 + 11 + 18 + 30)
+    assert len(rows) == 2 * (18 + 40 + 11 + 18 + 30)
     assert [row for row in rows if row["spilled"]] == []
     for kernel, limit in REGISTERS.items():
         found = [row["registers"] for row in rows if row["name"].startswith(f"cuda {kernel}")]
@@ -125,16 +124,31 @@ def test_only_proved_kernels_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None
     _dispatch._proved.cache_clear()
 
 
-def test_wide_rows_of_adaln_go_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA's kernels have registers for 4096 columns; an explicit impl is left as it is."""
-    choose = partial(_dispatch.choose_for_rows, "adaln")
-    monkeypatch.setattr(_dispatch, "_known_choice", lambda op, impl, *_: (_WANTED[impl], ""))
-    found = {n: choose("auto", torch.empty(1, 1, n, device="meta")) for n in (4096, 4097)}
-    assert found == {4096: "cuda", 4097: "triton"}
-    assert choose("cuda", torch.empty(1, 1, 4097, device="meta")) == "cuda"
+def test_wide_rows_go_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's kernels have registers for 4096 columns; where Triton is not, the reference runs."""
+    monkeypatch.setattr(_dispatch, "_known_choice", _dispatch._choice)
+    monkeypatch.setattr(_dispatch, "_proved", lambda op, impl: True)
+    monkeypatch.setattr(_dispatch, "_DEVICES", dict.fromkeys(_dispatch._DEVICES, "meta"))
+    here = {impl: None for impl in _dispatch.IMPLEMENTATIONS}
+    monkeypatch.setattr(_dispatch, "missing", here.get)
+    monkeypatch.setattr(_dispatch, "source", lambda op, impl: f"{op} {impl}")
+    narrow, wide = (torch.empty(1, 1, n, device="meta") for n in (4096, 4097))
+    for op, first in (("adaln", "cuda_next"), ("rms_norm", "cuda")):
+        assert _dispatch.choose_for_rows(op, "auto", narrow) == first
+        assert _dispatch.choose_for_rows(op, "auto", wide) == "triton"
+        with pytest.raises(ValueError, match="at most 4096 numbers"):
+            _dispatch.choose_for_rows(op, "cuda", wide)
+    here |= {"triton": "no Triton", "cpu": "no extension"}
+    _dispatch._notice_fallback.cache_clear()
+    with pytest.warns(UserWarning, match="reference.*at most 4096 numbers.*no Triton"):
+        assert _dispatch.choose_for_rows("adaln", "auto", wide) == "reference"
 
 
-_WANTED = {"auto": "cuda", "cuda": "cuda", "triton": "triton"}
+def test_an_older_extension_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "missing", lambda impl: None)
+    monkeypatch.setattr(_dispatch, "source", lambda op, impl: None)
+    chosen, reason = _dispatch._choice("adaln", "cuda_next", "cuda", torch.float32)
+    assert chosen is None and "older version; build it again" in reason
 
 
 def test_processes_share_the_cases() -> None:

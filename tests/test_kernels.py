@@ -13,6 +13,7 @@ import tbcm_kernels
 from tbcm_kernels import _dispatch
 from tbcm_kernels.testing.cases import Case, cases
 from tbcm_kernels.testing.check import call, check, run
+from tbcm_kernels.testing.prove import mixed_faults
 
 pytestmark = pytest.mark.kernels
 OPS = ["adaln", "conv_glu", "linear_attention", "rms_norm"]
@@ -261,8 +262,9 @@ def test_opcheck(op: str) -> None:
         through = any(t is not None for t in tangents)
         if op == "linear_attention":  # its norms' weights have no tangents
             tangents = tangents[:3]
-        arguments = (*leaves, *tangents, *case.options.values(), through, "reference")
-        torch.library.opcheck(getattr(module, f"{op}_op").op, arguments)
+        for dtype in [(None,), (torch.bfloat16,)] if op == "adaln" else [()]:
+            options = (*case.options.values(), *dtype, through, "reference")
+            torch.library.opcheck(getattr(module, f"{op}_op").op, (*leaves, *tangents, *options))
 
 
 def test_inputs_are_never_written() -> None:
@@ -272,6 +274,40 @@ def test_inputs_are_never_written() -> None:
         run(case, "auto")
         for b, v in zip(before, case.primals + case.tangents, strict=True):
             assert b is None or torch.equal(b, v)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "triton", "reference"])
+def test_adaln_in_16_bits_beside_a_stream_in_fp32(impl: str, need: Callable[[str], None]) -> None:
+    need(impl)
+    assert mixed_faults(impl, "cpu") == []
+    x = torch.randn(2, 3, 8)
+    for dtype in (torch.float64, torch.int32):
+        with pytest.raises(ValueError, match="dtype must be x's, or bf16 or fp16 beside"):
+            tbcm_kernels.adaln(x, dtype=dtype)
+
+
+@pytest.mark.parametrize("through", [False, True])
+def test_adaln_gives_the_dtype_of_the_layer_behind_it(through: bool) -> None:
+    """y and its tangent, in any of the ways to ask for them, and gradients through both."""
+    x, tx = torch.randn(2, 2, 5, 24)
+    scale, tscale = torch.randn(2, 2, 1, 24)
+    wanted = tbcm_kernels.adaln_jvp(x, scale=scale, tx=tx, tscale=tscale)
+    _, got, _, moved = tbcm_kernels.adaln_jvp(
+        x, scale=scale, tx=tx, tscale=tscale, dtype=torch.bfloat16
+    )
+    assert torch.equal(got, wanted[1].bfloat16()) and torch.equal(moved, wanted[3].bfloat16())
+    dual = torch.func.jvp(
+        lambda *a: tbcm_kernels.adaln(a[0], scale=a[1], dtype=torch.bfloat16)[1],
+        (x, scale), (tx, tscale),
+    )  # fmt: skip
+    assert torch.equal(dual[0], got) and torch.equal(dual[1], moved)
+    grads = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaf = x.clone().requires_grad_()
+        _, y, _, ty = tbcm_kernels.adaln_jvp(leaf, scale=scale, tx=tx, tscale=tscale, dtype=dtype)
+        out = y + ty if through else y
+        grads += torch.autograd.grad(out, leaf, torch.ones_like(out))
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("stop", [False, True])

@@ -13,9 +13,12 @@ Tensors = tuple[Tensor | None, ...]
 def forward_buffers(
     x: Tensor, h: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
     tx: Tensor | None, th: Tensor | None, tgate: Tensor | None, tscale: Tensor | None,
-    tshift: Tensor | None,
+    tshift: Tensor | None, dtype: torch.dtype | None = None,
 ) -> tuple[Tensors, Tensors]:  # fmt: skip
-    """Operands of forward as rows of unit stride, and the outputs: x', y, ẋ', ẏ."""
+    """Operands of forward as rows of unit stride, and the outputs: x', y, ẋ', ẏ.
+
+    y and ẏ are in `dtype`, x's by default.
+    """
     tangent_in = any(t is not None for t in (tx, th, tgate))
     tangent_out = tangent_in or tscale is not None or tshift is not None
     there = (h is not None, True, h is not None and tangent_in, tangent_out)
@@ -24,14 +27,19 @@ def forward_buffers(
         unit_stride(tx), unit_stride(th), modulation(tgate), modulation(tscale),
         modulation(tshift),
     )  # fmt: skip
-    return inputs, tuple(fresh(x) if t else None for t in there)
+    dtypes = (x.dtype, dtype or x.dtype) * 2
+    return inputs, tuple(fresh(x, d) if t else None for t, d in zip(there, dtypes, strict=True))
 
 
 def backward_buffers(
     gout: Tensor | None, gy: Tensor | None, out: Tensor, h: Tensor | None, gate: Tensor | None,
     scale: Tensor | None, needs_gate: bool, needs_scale: bool, needs_shift: bool, chunk: int,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensors, Tensors]:  # fmt: skip
-    """Operands of backward, and the gradients of x, h, gate, scale, shift that it fills."""
+    """Operands of backward, and the gradients of x, h, gate, scale, shift that it fills.
+
+    h's is in `dtype`, x's by default.
+    """
     batch, tokens, width = out.shape
     shape = (batch, -(-tokens // chunk), width)
     there = (needs_gate, needs_scale and gy is not None, needs_shift and gy is not None)
@@ -40,7 +48,7 @@ def backward_buffers(
     )
     still = map(unit_stride, (gout, gy, out, h))
     inputs = (*still, modulation(gate), modulation(scale))
-    return inputs, (fresh(out), fresh(out) if gate is not None else None, *sums)
+    return inputs, (fresh(out), fresh(out, dtype) if gate is not None else None, *sums)
 
 
 def modulation(m: Tensor | None) -> Tensor | None:

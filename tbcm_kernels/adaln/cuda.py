@@ -14,10 +14,13 @@ from tbcm_kernels.adaln.buffers import backward_buffers, forward_buffers
 def forward(
     x: Tensor, h: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
     tx: Tensor | None, th: Tensor | None, tgate: Tensor | None, tscale: Tensor | None,
-    tshift: Tensor | None, eps: float, ops: Any = torch.ops.tbcm_cuda,
+    tshift: Tensor | None, eps: float, dtype: torch.dtype | None = None,
+    ops: Any = torch.ops.tbcm_cuda,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """See reference.forward."""
-    inputs, outputs = forward_buffers(x, h, gate, scale, shift, tx, th, tgate, tscale, tshift)
+    inputs, outputs = forward_buffers(
+        x, h, gate, scale, shift, tx, th, tgate, tscale, tshift, dtype
+    )
     with stream_of(x) as stream:
         ops.adaln_forward(*inputs, *outputs, eps, stream)
     return outputs
@@ -26,11 +29,11 @@ def forward(
 def backward(
     gout: Tensor | None, gy: Tensor | None, out: Tensor, h: Tensor | None, gate: Tensor | None,
     scale: Tensor | None, needs_gate: bool, needs_scale: bool, needs_shift: bool, chunk: int,
-    eps: float, ops: Any = torch.ops.tbcm_cuda,
+    eps: float, dtype: torch.dtype | None = None, ops: Any = torch.ops.tbcm_cuda,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """See reference.backward."""
     inputs, gradients = backward_buffers(
-        gout, gy, out, h, gate, scale, needs_gate, needs_scale, needs_shift, chunk
+        gout, gy, out, h, gate, scale, needs_gate, needs_scale, needs_shift, chunk, dtype
     )
     with stream_of(out) as stream:
         ops.adaln_backward(*inputs, *gradients, chunk, eps, stream)

@@ -21,6 +21,7 @@ def adaln(
     shift: Tensor | None = None,
     *,
     eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Gated residual, then LayerNorm without weights, then modulation: adaLN of DiT and SANA.
@@ -35,11 +36,13 @@ def adaln(
         gate, scale, shift: modulations that broadcast to x, such as [B, 1, C] per sample or
             [B, N, C] per token, of any floating dtype; None is 1, 0, 0.
         eps: added to the variance.
+        dtype: of y, x's by default; bf16 or fp16 beside an x in fp32, as the layer after it
+            takes it under autocast.
         impl: "auto", "cpu", "cuda", "cuda_next", "triton" or "reference" (plain PyTorch,
             differentiable to any order).
 
     Returns:
-        (x', y), both of x's shape and dtype. Without h, x' is x itself.
+        (x', y), of x's shape and dtype, y in the `dtype` asked for. Without h, x' is x itself.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, or an `impl` that cannot run here.
@@ -51,13 +54,13 @@ def adaln(
     Source: adaLN-Zero of DiT, arXiv 2212.09748.
     """
     inputs = (x, h, gate, scale, shift)
-    _check(*inputs)
+    _check(*inputs, dtype)
     if impl == "reference":
-        out, y, _, _ = reference.forward(*inputs, *[None] * 5, eps)
+        out, y, _, _ = reference.forward(*inputs, *[None] * 5, eps, dtype)
         return (x if out is None else out), y
     _dual.guard_levels("adaln")
     primals, tangents = _dual.unpack(*inputs)
-    out, y, tout, ty = _pair(primals, tangents, eps, impl)
+    out, y, tout, ty = _pair(primals, tangents, eps, dtype, impl)
     return _dual.pack(out, tout), _dual.pack(y, ty)
 
 
@@ -74,6 +77,7 @@ def adaln_jvp(
     tshift: Tensor | None = None,
     *,
     eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """`adaln` with explicit tangents, value and tangent in one pass.
@@ -95,7 +99,7 @@ def adaln_jvp(
     """
     primals = (x, h, gate, scale, shift)
     tangents = (tx, th, tgate, tscale, tshift)
-    _check(*primals)
+    _check(*primals, dtype)
     _dual.guard_levels("adaln")
     _dual.refuse_duals("adaln_jvp", *primals, *tangents)
     if _dual.present(tangents):
@@ -103,17 +107,21 @@ def adaln_jvp(
             "adaln_jvp", x=(x, tx), h=(h, th), gate=(gate, tgate), scale=(scale, tscale),
             shift=(shift, tshift),
         )  # fmt: skip
-    return _pair(primals, tangents, eps, impl)
+    return _pair(primals, tangents, eps, dtype, impl)
 
 
 def _pair(
-    primals: Sequence[Tensor | None], tangents: Sequence[Tensor | None], eps: float, impl: str
+    primals: Sequence[Tensor | None],
+    tangents: Sequence[Tensor | None],
+    eps: float,
+    dtype: torch.dtype | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     x, h = primals[:2]
     if stopped := _dual.tangent_gradient_stopped():
         tangents = _dual.detached(*tangents)
     chosen = _dispatch.choose_for_rows("adaln", impl, x)
-    out, y, tout, ty = adaln_op(*primals, *tangents, eps, not stopped, chosen)
+    out, y, tout, ty = adaln_op(*primals, *tangents, eps, dtype, not stopped, chosen)
     residual_tangent = _dual.present(tangents[:3])
     if stopped:
         tout, ty = tout.detach(), ty.detach()
@@ -126,13 +134,19 @@ def _pair(
 
 
 def _check(
-    x: Tensor, h: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None
-) -> None:
+    x: Tensor, h: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    dtype: torch.dtype | None,
+) -> None:  # fmt: skip
     if x.ndim != 3 or not x.dtype.is_floating_point:
         raise ValueError(f"adaln: x must be [B, N, C] and floating, got {_dual.describe(x)}.")
     if x.shape[-1] == 0:
         raise ValueError("adaln: x has width 0, and a row of nothing has no norm.")
-    if h is not None and not (h.shape == x.shape and h.device == x.device and _fits(h, x)):
+    if dtype is not None and not _fits(dtype, x):
+        raise ValueError(
+            f"adaln: dtype must be x's, or bf16 or fp16 beside an x in fp32, got {dtype} for "
+            f"{_dual.describe(x)}."
+        )
+    if h is not None and not (h.shape == x.shape and h.device == x.device and _fits(h.dtype, x)):
         raise ValueError(
             f"adaln: h must match x, or be in 16 bits beside an x in fp32, got "
             f"{_dual.describe(h)} for {_dual.describe(x)}."
@@ -149,9 +163,9 @@ def _check(
             )
 
 
-def _fits(h: Tensor, x: Tensor) -> bool:
-    narrow = h.dtype in (torch.bfloat16, torch.float16)
-    return h.dtype == x.dtype or (narrow and x.dtype == torch.float32)
+def _fits(dtype: torch.dtype, x: Tensor) -> bool:
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    return dtype == x.dtype or (narrow and x.dtype == torch.float32)
 
 
 def _broadcasts(small: torch.Size, big: torch.Size) -> bool:

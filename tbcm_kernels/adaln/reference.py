@@ -18,9 +18,14 @@ from tbcm_kernels._library import Store, chunk_sum, wide
 def forward(
     x: Tensor, h: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
     tx: Tensor | None, th: Tensor | None, tgate: Tensor | None, tscale: Tensor | None,
-    tshift: Tensor | None, eps: float, store: Store | None = None,
+    tshift: Tensor | None, eps: float, dtype: torch.dtype | None = None,
+    store: Store | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """x', y, ẋ', ẏ; x' and ẋ' are None without h, and tangents where all that they need are."""
+    """x', y, ẋ', ẏ; x' and ẋ' are None without h, and tangents where all that they need are.
+
+    y and ẏ are in `dtype`, x's by default.
+    """
+    store_y = store or (lambda v: v.to(dtype or x.dtype))
     store = store or (lambda v: v.to(x.dtype))
     x_, h_, gate_, scale_, shift_, tx_, th_, tgate_, tscale_, tshift_ = (
         wide(v) for v in (x, h, gate, scale, shift, tx, th, tgate, tscale, tshift)
@@ -48,8 +53,8 @@ def forward(
     if tshift_ is not None:
         terms.append(tshift_)
     # The sum starts at zeros: a lone ḃ must neither alias its input nor stay narrow.
-    ty = store(sum(terms, torch.zeros_like(y))) if terms else None
-    return out, store(y), tout, ty
+    ty = store_y(sum(terms, torch.zeros_like(y))) if terms else None
+    return out, store_y(y), tout, ty
 
 
 def _residual_tangent(

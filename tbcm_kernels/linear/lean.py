@@ -151,8 +151,9 @@ def _adaln_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
     def again() -> Tensor:
         nothing = [None] * 5
-        op = adaln_op(x, None, None, scale, shift, *nothing, ctx.eps, False, ctx.impl)
-        return op[1].to(ctx.dtype)
+        return adaln_op(x, None, None, scale, shift, *nothing, ctx.eps, ctx.dtype, False, ctx.impl)[
+            1
+        ]
 
     needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:7])
     gy, gws, gbs = _through_linears(grads, weights, needs, again)

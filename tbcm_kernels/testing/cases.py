@@ -153,14 +153,18 @@ def _linear_attention_subsets(
 
 ROWS = [
     (2, 3, 4), (2, 5, 48), (2, 15, 127), (1, 16, 128), (2, 17, 129), (1, 33, 320), (1, 2, 1152),
-    (1, 2, 2240), (2, 150, 320), (3, 7, 31), (1, 1, 8), (2, 0, 16), (0, 4, 16),
+    (1, 2, 2240), (2, 150, 320), (3, 7, 31), (1, 1, 8), (2, 17, 1152), (1, 3, 1284), (1, 3, 4096),
+    (1, 2, 4095), (1, 17, 1), (2, 0, 16), (0, 4, 16),
 ]  # fmt: skip
-"""One tile, one less, one more, SANA's widths, enough for several threads, primes, nothing."""
+"""One tile, one less, one more, SANA's widths, enough for several threads, primes, the widest that
+CUDA's kernels hold, one number, nothing."""
 GRIDS = [
     (1, 1, 1, 4), (2, 3, 5, 24), (1, 4, 4, 16), (2, 5, 3, 15), (1, 2, 7, 17), (1, 4, 4, 320),
-    (2, 8, 8, 33), (2, 16, 16, 40), (1, 1, 6, 8), (0, 2, 2, 4),
+    (2, 8, 8, 33), (2, 16, 16, 40), (1, 1, 6, 8), (1, 34, 36, 24), (1, 3, 65, 5), (2, 33, 9, 16),
+    (1, 1, 32, 160), (0, 2, 2, 4),
 ]  # fmt: skip
-"""Square and not, narrower than the stencil, around a block, for several threads, nothing."""
+"""Square and not, narrower than the stencil, around a block, for several threads, several of the
+tiles and strips that GPUs cut images into, nothing."""
 HEADS = [
     (2, 2, 2, 1, 1, 16, 16), (2, 3, 3, 15, 15, 8, 8), (1, 4, 1, 28, 31, 32, 32),
     (1, 2, 2, 33, 28, 64, 16), (2, 4, 2, 31, 33, 40, 40), (1, 8, 1, 49, 48, 72, 80),

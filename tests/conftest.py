@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
+# `with torch.device(...)` remembers the allocators that it first meets, which tests replace.
+_device_constructors()
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # Read when huggingface_hub is imported: prompt embeddings are cached here, not in the user's home.

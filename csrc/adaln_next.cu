@@ -11,7 +11,6 @@
 namespace tbcm::adaln::next {
 namespace {
 
-constexpr int ROWS = 4;  // of a block, where a warp has one alone
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int REGISTERS = 136;
 #else
@@ -96,19 +95,12 @@ __global__ void __maxnreg__(S::V == 1 ? 128 : sizeof(T) == 4 ? 168 : REGISTERS)
     queue.ask(GY, p.gy.at(b, n), width);
     queue.ask(GOUT, p.gout.at(b, n), width);
     queue.ask(H, p.ggate ? p.h.at(b, n) : nullptr, width);
-    commit_copies();
   };
   float ggate[S::E] = {}, gscale[S::E] = {}, gshift[S::E] = {};
-  ask(0);
+  queue.begin(ask);
   for (int row = 0; row < rows; ++row) {
     const int64_t n = first + row;
-    queue.step();
-    if (row + 1 < rows) {
-      ask(row + 1);
-      wait_for_copies<1>();
-    } else {
-      wait_for_copies<0>();
-    }
+    queue.step(row, rows, ask);
     float g[S::E] = {};
     if (p.gy) {
       const Place<const float, S> scales(p.scale.at(b, n), width);
@@ -167,8 +159,7 @@ const char* launch_rows(const Forward<T, N>& p, void* stream) {
   const int64_t rows = p.batch * p.tokens;
   if (rows > UINT32_MAX) return "the CUDA kernels of adaln take up to 2^32 rows";
   const auto kernel = p.ty ? forward_kernel<T, N, S, true> : forward_kernel<T, N, S, false>;
-  if (S::ALONE) return start(kernel, (rows + ROWS - 1) / ROWS, ROWS * WARP, p, stream);
-  return start(kernel, rows, threads_of(p.width, S::E), p, stream);
+  return start_rows<S>(kernel, rows, p, stream);
 }
 
 template <class S, class T, class N>

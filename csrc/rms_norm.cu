@@ -9,7 +9,6 @@
 namespace tbcm::rms_norm {
 namespace {
 
-constexpr int ROWS = 4;  // of a block, where a warp has one alone
 
 template <class T, class S, bool TANGENT>
 __global__ void __launch_bounds__(S::ALONE ? ROWS * WARP : MAX_WARPS * WARP, S::ALONE ? 5 : 1)
@@ -49,20 +48,13 @@ __global__ void __maxnreg__(128) backward_kernel(const Backward<T> p) {
   const auto ask = [&](int row) {
     queue.ask(X, p.x.at(0, first + row), width);
     queue.ask(GY, p.gy.at(0, first + row), width);
-    commit_copies();
   };
   const auto ones = Few<float, S::V>::of([](int) { return 1.f; });
   const Place<const float, S> weights(p.weight, width);
   float gweight[S::E] = {};
-  ask(0);
+  queue.begin(ask);
   for (int row = 0; row < rows; ++row) {
-    queue.step();
-    if (row + 1 < rows) {
-      ask(row + 1);
-      wait_for_copies<1>();
-    } else {
-      wait_for_copies<0>();
-    }
+    queue.step(row, rows, ask);
     const auto x = queue.template get<T>(X, width), gy = queue.template get<T>(GY, width);
     float g[S::E];
     each<S::PACKS>([&](int k) {
@@ -85,8 +77,7 @@ __global__ void __maxnreg__(128) backward_kernel(const Backward<T> p) {
 template <class S, class T>
 const char* launch_rows(const Forward<T>& p, void* stream) {
   const auto kernel = p.ty ? forward_kernel<T, S, true> : forward_kernel<T, S, false>;
-  if (S::ALONE) return start(kernel, (p.count + ROWS - 1) / ROWS, ROWS * WARP, p, stream);
-  return start(kernel, p.count, threads_of(p.width, S::E), p, stream);
+  return start_rows<S>(kernel, p.count, p, stream);
 }
 
 template <class S, class T>

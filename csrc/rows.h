@@ -8,6 +8,7 @@
 namespace tbcm {
 
 constexpr int MAX_WIDTH = 4096, MAX_WARPS = 16;
+constexpr int ROWS = 4;  // of a block, where a warp has one alone
 constexpr int PARTIAL_BYTES = 2 * MAX_WARPS * int(sizeof(float2));  // of sums over a block, in backward
 
 // V neighbours of a row that move in accesses of up to 16 bytes, as the registers that they are in: compilers take
@@ -168,10 +169,24 @@ struct Queue {
       copy_async(own + place, source);
     });
   }
-  // What was asked for last is what `get` gives from here on, once it has been waited for.
-  TBCM_D void step() {
+  // Asks for the first row; `ask` asks for all operands of a row.
+  template <class F>
+  TBCM_D void begin(const F& ask) {
+    ask(0);
+    commit_copies();
+  }
+  // Asks for the row behind this one, and waits for this one, which `get` gives from here on.
+  template <class F>
+  TBCM_D void step(int row, int rows, const F& ask) {
     filled = free;
     free = STAGE - free;
+    if (row + 1 < rows) {
+      ask(row + 1);
+      commit_copies();
+      wait_for_copies<1>();
+    } else {
+      wait_for_copies<0>();
+    }
   }
   // An operand's part of the row, zeros beyond its end; only of an operand that is there.
   template <class T>
@@ -195,5 +210,12 @@ bool all_aligned(const Operands&... operands) {
 
 // Threads of a block for rows of a width in parts of E.
 inline int threads_of(int64_t width, int E) { return int((width + WARP * E - 1) / (WARP * E)) * WARP; }
+
+// Queues a kernel that takes each row alone.
+template <class S, class P>
+const char* start_rows(void (*kernel)(P), int64_t rows, const P& p, void* stream) {
+  if (S::ALONE) return start(kernel, (rows + ROWS - 1) / ROWS, ROWS * WARP, p, stream);
+  return start(kernel, rows, threads_of(p.width, S::E), p, stream);
+}
 
 }  // namespace tbcm

@@ -32,6 +32,8 @@ class AuditCase:
     """Whether its products are large enough for Hopper's asynchronous tensor cores."""
     may_spill: int = 0
     """What costs less on a GPU than each config that spills nothing, in the bytes of a `Report`."""
+    registers: int | None = None
+    """What a thread may have; None leaves it to the compiler."""
 
 
 def row_config(width: int) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,26 +20,54 @@ from tbcm_kernels.linear_attention.triton_kernels import (
     queries_kernel,
     state_kernel,
     statistics_kernel,
+    sum_kernel,
 )
 from tbcm_kernels.rms_norm.heads import heads_of_norm
 
-Config = tuple[int, int, int]
-"""Tokens of a tile, warps, stages."""
-_INTERPRETED = (32, 4, 1)
-_WARPS = 2112
-"""What gives 16 warps to each of 132 multiprocessors."""
+
+class Config(NamedTuple):
+    """What a kernel is compiled with, and how many tiles a program of it takes."""
+
+    tokens: int
+    """Of a tile."""
+    warps: int
+    stages: int
+    tiles: int = 4
+    """Of a program; of S at least."""
+    copies: int = 8
+    """Columns that a vector makes in a product; see the kernels' _along."""
+    registers: int | None = None
+    """What a thread may have, where that lets a multiprocessor hold more programs."""
+    waves: int = 1
+    """Of a state: how many times as many programs as a GPU holds at once."""
 
 
-def _config(kernel: Any, width: int, dtype: torch.dtype, exact: bool) -> Config:
-    """Chosen by the static audit, for all GPUs: few instructions, and no spill; not yet by timing.
+_INTERPRETED = Config(32, 4, 1)
+_MULTIPROCESSORS = 132
+_HOPPER = {
+    "state": Config(16, 1, 3, registers=136),
+    "state tangent": Config(16, 1, 3, registers=224, waves=2),
+    "state gradient": Config(16, 1, 3),
+    "output": Config(32, 2, 3, 8),
+    "output tangent": Config(32, 2, 3, 8),
+    "queries": Config(64, 4, 3, registers=128),
+    "keys": Config(32, 2, 3, 8),
+}
+"""Of each kind of kernel, for heads up to 32 wide whose numbers of bf16 are exact in products."""
+
+
+def _config(kind: str, width: int, dtype: torch.dtype, exact: bool, hopper: bool) -> Config:
+    """Chosen by the static audit: few instructions, no spill; on Hopper by timing on an H200.
 
     A sum over tokens holds all tokens of a step in registers. One warp alone reads no tile twice.
     """
     if width > 32:
-        return 16, 4 if kernel is queries_kernel else 8, 1
-    if kernel is state_kernel:
-        return 16, 1 if exact else 4, 2 if dtype == torch.float32 else 3
-    return 64 if exact else 32, 4, 1
+        return Config(16, 4 if kind == "queries" else 8, 1)
+    if exact and hopper:
+        return _HOPPER[kind]
+    if kind.startswith("state"):
+        return Config(16, 1 if exact else 4, 2 if dtype == torch.float32 else 3)
+    return Config(64 if exact else 32, 4, 1)
 
 
 def forward(
@@ -54,7 +82,8 @@ def forward(
             norm = _norm(k, k_weight, tk, setting.k_eps)
             _gather((k, v, tk, tv), norm, None, state, tstate, setting)
             _apply(
-                output_kernel, q, setting, state=state, tstate=tstate, eps=setting.eps,
+                output_kernel, "output" if to is None else "output tangent", q, setting,
+                state=state, tstate=tstate, eps=setting.eps,
                 **_norm(q, q_weight, tq, setting.q_eps), **_operands(q=q, tq=tq, o=o, to=to),
             )  # fmt: skip
     return o, to, state
@@ -72,12 +101,12 @@ def backward(
             norm = _norm(q, q_weight, None, setting.q_eps)
             factors = state.new_empty((*q.shape[:3], 2))
             _apply(
-                queries_kernel, q, setting, state=state, factors=factors, eps=setting.eps,
-                **norm, **_operands(go=go, q=q, gq=gq),
+                queries_kernel, "queries", q, setting, state=state, factors=factors,
+                eps=setting.eps, **norm, **_operands(go=go, q=q, gq=gq),
             )  # fmt: skip
             _gather((q, go, None, None), norm, factors, gstate, None, setting)
             _apply(
-                keys_kernel, k, setting, state=gstate,
+                keys_kernel, "keys", k, setting, state=gstate,
                 **_norm(k, k_weight, None, setting.k_eps), **_operands(k=k, v=v, gk=gk, gv=gv),
             )  # fmt: skip
     return gq, gk, gv
@@ -92,7 +121,7 @@ def _norm(x: Tensor, weight: Tensor | None, tx: Tensor | None, eps: float) -> di
         return {"norm": Norm(weight.contiguous(), 0, eps), "scalars": None}
     scalars = torch.empty((batches, rows, 2), dtype=torch.float32, device=x.device)
     if rows:
-        options = _rows(heads, width) | ({} if x.is_cuda else {"TOKENS": _INTERPRETED[0]})
+        options = _rows(heads, width) | ({} if x.is_cuda else {"TOKENS": _INTERPRETED.tokens})
         statistics_kernel[(triton.cdiv(batches * rows, options["TOKENS"]),)](
             **_operands(x=x, tx=tx), scalars=scalars, batches=batches, rows=rows, eps=eps, **options
         )
@@ -110,46 +139,65 @@ def _gather(
 ) -> None:  # fmt: skip
     """A state over all tokens: splits of them make parts, which are then added in their order.
 
-    There are as many as fill a GPU, of four tiles or more.
+    There are as many as a GPU holds at once, of a few tiles or more: those that would have to wait
+    for others to end would have it for themselves.
     """
     batches, heads, rows, _ = tensors[0].shape
-    constants = _constants(state_kernel, tensors[0], state, setting)
-    tile, blocks = constants["TOKENS"], triton.cdiv(constants["DV"], constants["BV"])
-    programs = batches * heads * blocks * constants["num_warps"]
-    splits = min(triton.cdiv(_WARPS, programs), triton.cdiv(rows, 4 * tile))
-    span = triton.cdiv(max(rows, 1), max(splits, 1) * tile) * tile
+    kind = "state" if tstate is None else "state tangent"
+    config, constants = _constants(
+        state_kernel, kind if factors is None else "state gradient", tensors[0], state, setting
+    )
+    tile, blocks = config.tokens, triton.cdiv(constants["DV"], constants["BV"])
+    held = 2**16 // (32 * config.warps * (config.registers or 128))
+    splits = config.waves * _MULTIPROCESSORS * held // (batches * heads * blocks)
+    splits = max(min(splits, triton.cdiv(rows, config.tiles * tile)), 1)
+    span = triton.cdiv(max(rows, 1), splits * tile) * tile
     splits = max(triton.cdiv(rows, span), 1)
     sums = [s for s in (state, tstate) if s is not None]
     parts = sums if splits == 1 else [s.new_empty((splits, *s.shape)) for s in sums]
-    state_kernel[(batches * heads, splits * blocks)](
+    state_kernel[(batches * heads * splits, blocks)](
         **_operands(**dict(zip(("k", "v", "tk", "tv"), tensors, strict=True))), **norm,
         factors=factors, state=parts[0], tstate=None if tstate is None else parts[1],
-        heads=heads, rows=rows, span=span, **constants,
+        states=batches * heads, heads=heads, rows=rows, span=span, **constants,
     )  # fmt: skip
     if splits > 1:
-        for part, total in zip(parts, sums, strict=True):
-            torch.sum(part, 0, out=total)
+        options = _sum(splits)
+        sum_kernel[(triton.cdiv(state.numel(), options["BLOCK"]), len(sums))](
+            parts[0], sums[0], parts[-1], sums[-1], splits, state.numel(), **options
+        )
 
 
-def _apply(kernel: Any, x: Tensor, setting: Setting, *, state: Tensor, **arguments: Any) -> None:
-    """One program for each head and four tiles of tokens of x, which share what it makes of S."""
+def _apply(
+    kernel: Any, kind: str, x: Tensor, setting: Setting, *, state: Tensor, **arguments: Any
+) -> None:
+    """One program for each head and a few tiles of tokens of x, which share what it makes of S."""
     batches, heads, rows, _ = x.shape
-    constants = _constants(kernel, x, state, setting)
+    config, constants = _constants(kernel, kind, x, state, setting)
     if rows:
-        span = 4 * constants["TOKENS"]
-        grid = (batches * heads, triton.cdiv(rows, span))
-        kernel[grid](state=state, **arguments, **constants, heads=heads, rows=rows, span=span)
+        span = config.tiles * config.tokens
+        programs = batches * heads * triton.cdiv(rows, span)
+        kernel[(programs,)](
+            state=state, **arguments, **constants, heads=heads, rows=rows, span=span
+        )
 
 
-def _constants(kernel: Any, x: Tensor, state: Tensor, setting: Setting) -> dict[str, Any]:
+def _constants(
+    kernel: Any, kind: str, x: Tensor, state: Tensor, setting: Setting
+) -> tuple[Config, dict[str, Any]]:
     width, columns = state.shape[2:]
     config, precision, exact = _INTERPRETED, "ieee", _exact(x.dtype, setting.feature_map)
     if x.is_cuda:
-        config = _config(kernel, max(width, columns - 1), x.dtype, exact)
+        hopper = torch.cuda.get_device_capability(x.device) == (9, 0)
+        config = _config(kind, max(width, columns - 1), x.dtype, exact, hopper)
         precision = _precision(x.dtype, exact)
-    options = dict(zip(("TOKENS", "num_warps", "num_stages"), config, strict=True))
+    options = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers}
     kinds = {"FEATURE": setting.feature_map, "EXACT": exact, "PRECISION": precision}
-    return _widths(width, columns - 1) | kinds | options
+    return config, _widths(width, columns - 1) | kinds | _tile(kernel, config) | options
+
+
+def _tile(kernel: Any, config: Config) -> dict[str, int]:
+    sizes = {"TOKENS": config.tokens, "COPIES": config.copies}
+    return {name: size for name, size in sizes.items() if name in kernel.arg_names}
 
 
 def _widths(width: int, v_width: int) -> dict[str, int]:
@@ -164,6 +212,12 @@ def _rows(heads: int, width: int) -> dict[str, int]:
     block = triton.next_power_of_2(width)
     together = min(triton.next_power_of_2(heads), max(256 // block, 1))
     return {"ALL": heads, "D": width, "BD": block, "HEADS": together, "TOKENS": 4, "num_warps": 4}
+
+
+def _sum(splits: int) -> dict[str, int]:
+    """Parts and elements that a program reads at once, 16 numbers a thread."""
+    parts = triton.next_power_of_2(splits)
+    return {"SPLITS": parts, "BLOCK": max(2048 // parts, 128), "num_warps": 4}
 
 
 def _precision(dtype: torch.dtype, exact: bool) -> str:
@@ -181,20 +235,20 @@ def _exact(dtype: torch.dtype, feature_map: str) -> bool:
 _VARIANTS = (
     ("state", state_kernel, ("tk", "tv", "tstate", "factors")),
     ("state tangent", state_kernel, ("factors",)),
-    ("state of heads with norms of their own", state_kernel, ("factors", "scalars")),
+    ("state tangent, heads with norms of their own", state_kernel, ("factors", "scalars")),
     ("state gradient", state_kernel, ("tk", "tv", "tstate")),
     ("output", output_kernel, ("tq", "tstate", "to")),
     ("output tangent", output_kernel, ()),
     ("queries", queries_kernel, ()),
     ("keys", keys_kernel, ()),
 )
-"""Every kernel with the arguments that are absent in a use of it."""
+"""Every kernel with the arguments that are absent in a use of it, whose name says its kind."""
 
 
 def audit_cases() -> Iterator[AuditCase]:
     """What `impl="auto"` takes, at head dims of every class, with norms over all heads."""
     known = dict.fromkeys(("state", "tstate", "factors", "scalars"), "*fp32") | {"eps": "fp32"}
-    known |= dict.fromkeys(("batches", "heads", "rows", "span"), "i32")
+    known |= dict.fromkeys(("batches", "states", "heads", "rows", "span"), "i32")
     known["norm"] = Norm("*fp32", "i32", "fp32")
     for width in (32, 64, 72, 112, 128):
         for short, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
@@ -209,12 +263,20 @@ def audit_cases() -> Iterator[AuditCase]:
                 yield AuditCase(name, statistics_kernel, types | {"tx": tangent}, constants, 4)
             for name, kernel, absent in _VARIANTS:
                 types = {n: None if n in absent else known.get(n, tensor) for n in _names(kernel)}
-                exact = _exact(dtype, "relu")
-                tokens, warps, stages = _config(kernel, width, dtype, exact)
+                exact, kind = _exact(dtype, "relu"), name.partition(",")[0]
                 constants = _widths(width, width) | {"FEATURE": "relu", "UNIT": 8, "EXACT": exact}
-                constants |= {"PRECISION": _precision(dtype, exact), "TOKENS": tokens}
+                constants |= {"PRECISION": _precision(dtype, exact)}
                 name = f"linear_attention {short} D={width} {name}"
-                yield AuditCase(name, kernel, types, constants, warps, stages)
+                for hopper, architectures in ((True, (90,)), (False, (80, 100))):
+                    config = _config(kind, width, dtype, exact, hopper)
+                    yield AuditCase(
+                        name, kernel, types, constants | _tile(kernel, config), config.warps,
+                        config.stages, architectures, registers=config.registers,
+                    )  # fmt: skip
+    types = dict.fromkeys(("parts", "total", "tparts", "ttotal"), "*fp32")
+    types |= dict.fromkeys(("splits", "size"), "i32")
+    options = {name: size for name, size in _sum(4).items() if name.isupper()}
+    yield AuditCase("linear_attention sum of splits", sum_kernel, types, options, 4)
 
 
 def _names(kernel: Any) -> list[str]:

@@ -1,7 +1,7 @@
 """The Triton kernels of linear_attention; their launches are next door.
 
 One gathers S from the keys, one gives it to the queries; backward is the same in turn: queries, gS,
-keys. The normaliser's column of S is a vector of its own, a sum without tensor cores.
+keys. The normaliser's column of S is a vector of its own.
 
 φ(q) and φ(k) exist in registers only, as factors: relu(w r x) is r relu(± x) |w|, because r > 0, so
 a scalar for each token, a tile that is exact in the dtype of x, and one for each column, which the
@@ -34,8 +34,11 @@ def statistics_kernel(
     x, tx, scalars, batches, rows, eps, ALL: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     UNIT: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """r = (mean x² + ε)^−½ and m = mean(x ẋ) of tokens over ALL heads, HEADS at once."""
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    """r = (mean x² + ε)^−½ and m = mean(x ẋ) of tokens over ALL heads, HEADS at once.
+
+    The last ones come first: the kernel after this one begins with those that are still in L2.
+    """
+    token = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS + tl.arange(0, TOKENS)
     there, j = token < batches * rows, tl.arange(0, HEADS * BD)
     batch, row = (token // rows).to(tl.int64)[:, None], (token % rows).to(tl.int64)[:, None]
     squares = tl.zeros((TOKENS, HEADS * BD), tl.float32)
@@ -56,11 +59,15 @@ def statistics_kernel(
 
 
 @triton.jit
-def _place(heads, rows, part, span):
-    """Batch and head of a program, their index, its first token and the one after its last."""
-    index, begin = tl.program_id(0), part * span
-    head, batch = (index % heads).to(tl.int64), (index // heads).to(tl.int64)
-    return batch, head, index.to(tl.int64), begin, tl.minimum(begin + span, rows)
+def _place(heads, rows, span):
+    """Batch and head of a program, their index, its first token and the one after its last.
+
+    All heads of some tokens follow each other, as they do in memory. No tokens are one part, too.
+    """
+    parts, program = tl.maximum(tl.cdiv(rows, span), 1), tl.program_id(0)
+    head, begin = (program % heads).to(tl.int64), program // heads % parts * span
+    batch = (program // heads // parts).to(tl.int64)
+    return batch, head, batch * heads + head, begin, tl.minimum(begin + span, rows)
 
 
 @triton.jit
@@ -201,6 +208,19 @@ def _dot(a, b, total, EXACT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _dot_sum(a, b, total, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """total + a b. With EXACT, b is exact in bf16, and a the sum of three numbers of bf16."""
+    if not EXACT:
+        return tl.dot(a, b, total, input_precision=PRECISION)
+    b = _narrow(b, PRECISION)
+    for part in tl.static_range(3):
+        high = _high(a) if part < 2 else a
+        total = tl.dot(_narrow(high, PRECISION), b, total)
+        a -= high
+    return total
+
+
+@triton.jit
 def _narrow(x, PRECISION: tl.constexpr):
     """x in bf16, and back in fp32 for the interpreter, which cannot multiply it."""
     x = x.to(tl.bfloat16)
@@ -209,68 +229,82 @@ def _narrow(x, PRECISION: tl.constexpr):
 
 @triton.jit
 def _dot_column(a, b, total, EXACT: tl.constexpr, PRECISION: tl.constexpr):
-    """total + a b of a vector b, eight times beside itself, as few as tensor cores take."""
-    return _dot(a, tl.broadcast_to(b[:, None], (b.shape[0], 8)), total, EXACT, PRECISION)
+    """total + a b of a vector b, beside itself as often as total has columns, eight at least."""
+    return _dot(
+        a, tl.broadcast_to(b[:, None], (b.shape[0], total.shape[1])), total, EXACT, PRECISION
+    )
 
 
 @triton.jit
-def _along(a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr):
-    """a b of a vector b, wide ones without tensor cores, whose factors would not fit registers."""
+def _along(a, b, COPIES: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """a b of a vector b, wide ones without tensor cores, whose factors would not fit registers.
+
+    With as many copies of b as S has columns, both products read a in one layout.
+    """
     if a.shape[1] > 64:
         return tl.sum(a * b[None, :], 1)
-    none = tl.zeros((a.shape[0], 8), tl.float32)
+    none = tl.zeros((a.shape[0], COPIES), tl.float32)
     return tl.max(_dot_column(a, b, none, EXACT, PRECISION), 1)
 
 
 @triton.jit
 def state_kernel(
-    k, v, tk, tv, norm, scalars, factors, state, tstate, heads, rows, span,
+    k, v, tk, tv, norm, scalars, factors, state, tstate, states, heads, rows, span,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
     FEATURE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """S = φ(k)ᵀ[v, 1] and its tangent over `span` tokens; the second axis takes parts of them, and
-    columns of v.
+    """S = φ(k)ᵀ[v, 1] and its tangent over `span` tokens; parts of all `states` follow each other.
+    The second axis takes columns of v.
 
-    With `factors` f, a pair for each token, it is φ(k)ᵀ[f₀ v, f₁].
+    With `factors` f, a pair for each token, it is φ(k)ᵀ[f₀ v, f₁]; r is in them already.
+    Otherwise v goes from memory to tensor cores as it is.
     """
-    blocks: tl.constexpr = (DV + BV - 1) // BV
-    drifts: tl.constexpr = norm is not None and tk is not None
-    block, split = tl.program_id(1) % blocks, tl.program_id(1) // blocks
-    batch, head, index, begin, end = _place(heads, rows, split, span)
+    block = tl.program_id(1)
+    batch, head, index, begin, end = _place(heads, rows, span)
     w, local = _weights(norm, head, D, BD), tl.arange(0, TOKENS)
     columns = block * BV + tl.arange(0, BV)
     total, z = tl.zeros((BD, BV), tl.float32), tl.zeros((BD, 8), tl.float32)
     ttotal, tz = tl.zeros((BD, BV), tl.float32), tl.zeros((BD, 8), tl.float32)
+    ones = tl.full((TOKENS, 8), 1.0, tl.float32)
     for first in range(begin, end, TOKENS):
         there = first + local < rows
         y, ty, r, d = _factors(
             k, tk, norm, w, scalars, batch, head, first, local, there, rows, D, BD, UNIT, FEATURE
         )
         value = _tile(v, batch, head, first, local, there, columns, DV, UNIT)
-        y, ty, ones = tl.trans(y), tl.trans(ty), r
         if factors is not None:
             at = factors + (index * rows + first + local) * 2
-            r *= tl.load(at, there, other=0.0)
-            ones *= tl.load(at + 1, there, other=0.0)
-        value *= r[:, None]
-        total = _dot(y, value, total, EXACT, PRECISION)
-        z = _dot_column(y, ones, z, EXACT, PRECISION)
+            f_0, f_1 = tl.load(at, there, other=0.0), tl.load(at + 1, there, other=0.0)
+            total = _dot(tl.trans(y), f_0[:, None] * value, total, EXACT, PRECISION)
+            z = _dot_column(tl.trans(y), f_1, z, EXACT, PRECISION)
+        else:
+            phi = tl.trans(r[:, None] * y)
+            total = _dot_sum(phi, value, total, EXACT, PRECISION)
+            z = _dot_sum(phi, ones, z, EXACT, PRECISION)
         if tk is not None:
-            ttotal = _dot(ty, value, ttotal, EXACT, PRECISION)
-            tz = _dot_column(ty, ones, tz, EXACT, PRECISION)
-        if drifts:
-            tz = _dot_column(y, -d * ones, tz, EXACT, PRECISION)
+            tphi = tl.trans(r[:, None] * (ty - d[:, None] * y))
+            ttotal = _dot_sum(tphi, value, ttotal, EXACT, PRECISION)
+            tz = _dot_sum(tphi, ones, tz, EXACT, PRECISION)
         if tv is not None:
-            moved = r[:, None] * _tile(tv, batch, head, first, local, there, columns, DV, UNIT)
-            if drifts:
-                moved -= d[:, None] * value
-            ttotal = _dot(y, moved, ttotal, EXACT, PRECISION)
-        elif drifts:
-            ttotal = _dot(y, -d[:, None] * value, ttotal, EXACT, PRECISION)
-    scale, index = _scale(w, FEATURE), index + split.to(tl.int64) * tl.num_programs(0)
+            moved = _tile(tv, batch, head, first, local, there, columns, DV, UNIT)
+            ttotal = _dot_sum(phi, moved, ttotal, EXACT, PRECISION)
+    scale, index = _scale(w, FEATURE), index + (begin // span).to(tl.int64) * states
     _store_state(state, total, z, scale, index, block, columns, D, DV, BD)
     if tstate is not None:
         _store_state(tstate, ttotal, tz, scale, index, block, columns, D, DV, BD)
+
+
+@triton.jit
+def sum_kernel(
+    parts, total, tparts, ttotal, splits, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The sum of a state's parts, all read at once, and beside it of its tangent's."""
+    if tl.program_id(1) == 1:
+        parts, total = tparts, ttotal
+    i, split = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, SPLITS)[:, None]
+    there = (i < size)[None, :] & (split < splits)
+    part = tl.load(parts + split * size + i[None, :], there, other=0.0)
+    tl.store(total + i, tl.sum(part, 0), i < size)
 
 
 @triton.jit
@@ -278,12 +312,13 @@ def output_kernel(
     q, tq, norm, scalars, state, tstate, o, to, heads, rows, span, eps,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
     FEATURE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
+    COPIES: tl.constexpr,
 ):  # fmt: skip
     """o = n_v / (n_1 + ε) with n = φ(q) S, and its tangent, of `span` queries.
 
     What d leaves of ṅ_v − o ṅ_1 is −d (n_v − o n_1) = −d ε o.
     """
-    batch, head, index, begin, end = _place(heads, rows, tl.program_id(1), span)
+    batch, head, index, begin, end = _place(heads, rows, span)
     w, local = _weights(norm, head, D, BD), tl.arange(0, TOKENS)
     scale, columns = _scale(w, FEATURE), tl.arange(0, BV)
     z = scale * _normaliser(state, index, D, DV, BD)
@@ -296,12 +331,12 @@ def output_kernel(
         y, ty, r, d = _factors(
             q, tq, norm, w, scalars, batch, head, first, local, there, rows, D, BD, UNIT, FEATURE
         )
-        inverse = 1 / (r * _along(y, z, EXACT, PRECISION) + eps)
+        inverse = 1 / (r * _along(y, z, COPIES, EXACT, PRECISION) + eps)
         drift = d * eps
         if tq is not None:
-            drift += r * _along(ty, z, EXACT, PRECISION)
+            drift += r * _along(ty, z, COPIES, EXACT, PRECISION)
         if tstate is not None:
-            drift += r * _along(y, tz, EXACT, PRECISION)
+            drift += r * _along(y, tz, COPIES, EXACT, PRECISION)
         for column in range(0, DV, BV):
             columns = column + tl.arange(0, BV)
             if DV > BV:
@@ -326,12 +361,13 @@ def queries_kernel(
     go, q, norm, scalars, state, gq, factors, heads, rows, span, eps,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
     FEATURE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
+    COPIES: tl.constexpr,
 ):  # fmt: skip
     """gφ(q) = g_n Sᵀ of `span` queries; g_n = [f₀ g, f₁] with its factors 1 / (n_1 + ε) and
-    −g·o / (n_1 + ε), which it leaves to the sum gS = φ(q)ᵀ g_n. As g·n_v = φ(q)·(g Sᵀ), one product
-    gives both.
+    −g·o / (n_1 + ε), which it leaves, each times r, to the sum gS = φ(q)ᵀ g_n. As g·n_v is
+    φ(q)·(g Sᵀ), one product gives both.
     """
-    batch, head, index, begin, end = _place(heads, rows, tl.program_id(1), span)
+    batch, head, index, begin, end = _place(heads, rows, span)
     w, local = _weights(norm, head, D, BD), tl.arange(0, TOKENS)
     scale, z = _scale(w, FEATURE), _normaliser(state, index, D, DV, BD)
     s = tl.trans(_state(state, index, tl.arange(0, BV), D, DV, BD))
@@ -340,8 +376,11 @@ def queries_kernel(
         y, _, r, _ = _factors(
             q, None, norm, w, scalars, batch, head, first, local, there, rows, D, BD, UNIT, FEATURE
         )
-        fq = r[:, None] * y * scale[None, :]
-        inverse = 1 / (tl.sum(fq * z[None, :], 1) + eps)
+        if EXACT:
+            n_1 = r * _along(y, scale * z, COPIES, EXACT, PRECISION)
+        else:  # two halves have fewer digits than a sum
+            n_1 = r * tl.sum(y * (scale * z)[None, :], 1)
+        inverse = 1 / (n_1 + eps)
         grad = tl.zeros((TOKENS, BD), tl.float32)
         for column in range(0, DV, BV):
             columns = column + tl.arange(0, BV)
@@ -350,12 +389,12 @@ def queries_kernel(
             g = _tile(go, batch, head, first, local, there, columns, DV, UNIT)
             grad = _dot(g, s, grad, EXACT, PRECISION)
         grad *= inverse[:, None]
-        g_1 = -tl.sum(fq * grad, 1) * inverse
+        g_1 = -r * tl.sum(y * scale[None, :] * grad, 1) * inverse
         grad = (grad + g_1[:, None] * z[None, :]) * _slope(y, scale, FEATURE)
         _store_tile(gq, grad, batch, head, first, local, there, tl.arange(0, BD), D, UNIT)
         at = factors + (index * rows + first + local) * 2
-        tl.store(at, inverse, there)
-        tl.store(at + 1, g_1, there)
+        tl.store(at, r * inverse, there)
+        tl.store(at + 1, r * g_1, there)
 
 
 @triton.jit
@@ -365,7 +404,7 @@ def keys_kernel(
     FEATURE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """gφ(k) = [v, 1] gSᵀ and gv = (φ(k) gS)_v of `span` keys; the state here is gS."""
-    batch, head, index, begin, end = _place(heads, rows, tl.program_id(1), span)
+    batch, head, index, begin, end = _place(heads, rows, span)
     w, local = _weights(norm, head, D, BD), tl.arange(0, TOKENS)
     scale, z = _scale(w, FEATURE), _normaliser(state, index, D, DV, BD)
     gs = _state(state, index, tl.arange(0, BV), D, DV, BD)

@@ -97,7 +97,7 @@ def compile_case(case: AuditCase, architecture: int) -> Report:
     attributes = {(i, 0): aligned for i, v in enumerate(signature.values()) if type(v) is not str}
     source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)
-    options = {"num_warps": case.warps, "num_stages": case.stages}
+    options = {"num_warps": case.warps, "num_stages": case.stages, "maxnreg": case.registers}
     start = time.perf_counter()
     compiled = triton.compile(source, target=target, options=options)
     seconds = time.perf_counter() - start

@@ -72,7 +72,6 @@ jobs=$(($(nproc) > 8 ? $(nproc) - 6 : 1))
     if [[ $DEVICE == cuda ]]; then
         prove=("$PYTHON" -m tbcm_kernels.testing --device cuda --record "$out/proofs.jsonl")
         step proofs-cuda 60 "${prove[@]}" --impl cuda
-        step proofs-cuda-next 60 "${prove[@]}" --impl cuda_next
         step proofs 200 "${prove[@]}" --impl triton --jobs "$jobs"
     else
         step proofs 100 "$PYTHON" -m tbcm_kernels.testing --jobs "$jobs"
@@ -136,10 +135,8 @@ fi
 
 if [[ $DEVICE == cuda ]] && sanitizer=$(command -v compute-sanitizer); then
     for tool in memcheck racecheck; do # without PyTorch's cache, every allocation has an end
-        for impl in cuda cuda_next; do
-            step "$tool-$impl" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" \
-                --error-exitcode 1 "$PYTHON" -m tbcm_kernels.testing --impl "$impl" --few
-        done
+        step "$tool" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" \
+            --error-exitcode 1 "$PYTHON" -m tbcm_kernels.testing --impl cuda --few
     done
 else
     skip sanitizer "no GPU, or no compute-sanitizer"

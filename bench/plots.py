@@ -18,7 +18,7 @@ from tbcm import cost
 
 IMAGES = ROOT / "docs" / "img"
 KINDS = ("ops", "roofline", "length", "step", "growth")
-OURS = ("cpu", "triton", "cuda", "cuda_next", "pair")
+OURS = ("cpu", "triton", "cuda", "pair")
 BLUE, GREY, ORANGE = "#2b6cb0", "#8a8f98", "#dd8b2d"
 COLOURS = {"forward": "#9ecae1", "jvp": "#2b6cb0", "backward": "#b7c9a8", "through": "#5f8f4e",
            "step": "#dd8b2d"}  # fmt: skip

@@ -1,7 +1,8 @@
 """Make tbcm_kernels/proofs.json, the table of CUDA and Triton sources that have passed on a GPU.
 
 It is made from the rows that `python -m tbcm_kernels.testing --record` wrote to
-bench/results/*/proofs.jsonl. A source is in it where every dtype has run and no run found a fault.
+bench/results/*/proofs.jsonl. A source is in it with the dtypes that have run and in which no run
+found a fault.
 """
 
 from __future__ import annotations
@@ -14,20 +15,22 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "tbcm_kernels" / "proofs.json"
-DTYPES = {"float32", "bfloat16", "float16"}
 
 
-def table(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """The proved sources, each with the GPU and the date of its last run."""
+def table(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The proved sources, each with its proved dtypes, the GPU and the date of its last run."""
     runs = defaultdict(list)
     for row in rows:
         if row["source"]:
             runs[row["source"]].append(row)
-    return {
-        source: {key: max(run, key=lambda row: row["date"])[key] for key in ("device", "date")}
-        for source, run in sorted(runs.items())
-        if not any(row["faults"] for row in run) and {row["dtype"] for row in run} == DTYPES
-    }
+    found = {}
+    for source, run in sorted(runs.items()):
+        faulty = {row["dtype"] for row in run if row["faults"]}
+        if dtypes := {row["dtype"] for row in run} - faulty:
+            last = max(run, key=lambda row: row["date"])
+            found[source] = {key: last[key] for key in ("device", "date")}
+            found[source]["dtypes"] = sorted(dtypes)
+    return found
 
 
 def main() -> None:

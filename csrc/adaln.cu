@@ -1,196 +1,301 @@
-// CUDA kernels of adaln: a block keeps a row in registers; in backward it walks a chunk of rows.
+// CUDA kernels of adaln: a warp keeps a row in registers, or a block a wide one; a block walks a chunk of rows.
 //
-// Floor: each operand of x's size crosses the memory bus once, 8 of them forward with all tangents and
-// 6 backward; about 5 FLOPs a byte, far below what a GPU has. Modulations that the tokens of a sample
-// share come out of L1. Rows of registers at 64 a thread leave 1024 threads to a multiprocessor, each
-// with up to 64 bytes in flight, about twice what hides the latency of HBM; without a tangent a thread has
-// half of that in flight, and 40 registers let half as many more of them in. Backward asks for the next row
-// before it works on one.
+// Floor: each operand of x's size crosses the memory bus once, 8 of them forward with all tangents and 6
+// backward. What a row takes beside its elements (operands that may be absent, addresses, sums over threads) is
+// the same for 8 elements a thread as for 40, so a thread has as many as its registers hold: 40 of 16 bits or 20
+// of 32 forward, 20 in backward, beside whose 60 sums for the parameters the row waits in shared memory. There too are
+// the modulations that all rows of a block share: read from memory, each pack of them was one more wait for every row.
 #include "adaln.h"
-#include "cuda.h"
+#include "rows.h"
+#include "sums.h"
 
 namespace tbcm::adaln {
 namespace {
 
-constexpr int THREADS = 512, E = 8;
+constexpr int WARPS = 4;  // of a block whose warps have rows of their own
+// Such blocks of a multiprocessor; fp16, which takes more instructions to widen, spills with four.
+template <class T, bool TANGENT>
+constexpr int BLOCKS = !TANGENT ? 5 : std::is_same_v<T, float16> ? 3 : 4;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int REGISTERS = 136;
+#else
+constexpr int REGISTERS = 128;  // so that eight blocks of two warps fit, and 1024 chunks are one wave of an H200
+#endif
 
-// A thread's E columns of a row, V neighbours an access, those of neighbouring threads side by side.
-template <class T, int V>
-struct Slice {
-  Pack<T, V> packs[E / V];
-
-  TBCM_D static int column(int i) { return (i / V * int(blockDim.x) + int(threadIdx.x)) * V + i % V; }
-  TBCM_D float operator[](int i) const { return widen(packs[i / V].values[i % V]); }
-
-  // Stores what f gives for each element.
-  template <class F>
-  TBCM_D void put(T* row, int width, const F& f) {
-    each<E>([&](int i) { narrow(f(i), &packs[i / V].values[i % V]); });
-    each<E / V>([&](int k) {
-      if (column(k * V) < width) *reinterpret_cast<Pack<T, V>*>(row + column(k * V)) = packs[k];
-    });
+// The rows of a block: a chunk of the tokens of one sample.
+struct Chunk {
+  int b, part;
+  int64_t first;
+  int rows;
+  TBCM_D Chunk(int64_t tokens, int64_t chunk) {
+    const uint32_t chunks = uint32_t((tokens + chunk - 1) / chunk);
+    b = blockIdx.x / chunks;
+    part = blockIdx.x % chunks;
+    first = part * chunk;
+    rows = int(chunk < tokens - first ? chunk : tokens - first);
   }
 };
 
-// Zeros beyond the row, and where there is no row.
-template <int V, class T>
-TBCM_D Slice<T, V> get(const T* row, int width) {
-  Slice<T, V> slice = {};
-  if (row)
-    each<E / V>([&](int k) {
-      const int c = slice.column(k * V);
-      if (c < width) slice.packs[k] = *reinterpret_cast<const Pack<T, V>*>(row + c);
+// A modulation in shared memory as the lanes of a warp read it, 16 bytes side by side, filled up where it ends.
+template <class S>
+struct Kept {
+  static constexpr int SIZE = WARP * S::E;
+  using Quad = Few<float, 4>;
+  float* own;
+
+  TBCM_D Quad& quad(int i) const { return *reinterpret_cast<Quad*>(own + i * (WARP * 4)); }
+  TBCM_D void put(int k, const Few<float, S::V>& few) const {
+    each<S::V / 4>([&](int i) { quad(k * (S::V / 4) + i) = Quad::of([&](int j) { return few[i * 4 + j]; }); });
+  }
+  TBCM_D Few<float, S::V> get(int k, const Few<float, S::V>& = {}) const {
+    Few<float, S::V> few;
+    each<S::V / 4>([&](int i) {
+      const Quad found = quad(k * (S::V / 4) + i);
+      each<4>([&](int j) { few.words[i * 4 + j] = found.words[j]; });
     });
-  return slice;
-}
+    return few;
+  }
+};
 
-// Means over the row of a function of the element that gives two numbers.
-template <class Slice, class F>
-TBCM_D float2 means(int width, float2* partial, const F& f) {
-  float2 sum = {0.f, 0.f};
-  each<E>([&](int i) {
-    if (Slice::column(i) < width) {
-      const float2 v = f(i);
-      sum.x += v.x;
-      sum.y += v.y;
-    }
-  });
-  sum = block_sum(sum, partial);
-  return {sum.x / float(width), sum.y / float(width)};
-}
+// Modulations, of which those that all rows of the chunk share wait in shared memory, one slot each.
+template <class S>
+struct Modulations {
+  float* slots;
+  int width;
 
-template <class T, int V, bool TANGENT>
-__global__ void __launch_bounds__(THREADS, TANGENT || V == 1 ? 2 : 3) forward_kernel(const Forward<T> p) {
-  using Own = Slice<T, V>;
-  __shared__ float2 partial[2][THREADS / WARP];
-  const int width = int(p.width);
-  const int64_t b = blockIdx.x / uint32_t(p.tokens), n = blockIdx.x % uint32_t(p.tokens);
-  // All on their way before the first is used.
-  const Own x = get<V>(p.x.at(b, n), width), h = get<V>(p.h.at(b, n), width);
-  const Own tx = get<V>(TANGENT ? p.tx.at(b, n) : nullptr, width), th = get<V>(TANGENT ? p.th.at(b, n) : nullptr, width);
-  float v[E], tv[E];
-  each<E>([&](int i) { v[i] = x[i], tv[i] = tx[i]; });
-  if (p.h) {
-    const auto gate = get<V>(p.gate.at(b, n), width);
-    each<E>([&](int i) { v[i] += p.gate ? gate[i] * h[i] : h[i]; });
-    if (TANGENT && p.tgate) {
-      const auto tgate = get<V>(p.tgate.at(b, n), width);
-      each<E>([&](int i) { tv[i] += tgate[i] * h[i]; });
-    }
-    if (TANGENT && p.th) each<E>([&](int i) { tv[i] += p.gate ? gate[i] * th[i] : th[i]; });
-    Own stored;
-    stored.put(p.out.at(b, n), width, [&](int i) { return v[i]; });
-    each<E>([&](int i) { v[i] = stored[i]; });
-    if (TANGENT && p.tout) {
-      stored.put(p.tout.at(b, n), width, [&](int i) { return tv[i]; });
-      each<E>([&](int i) { tv[i] = stored[i]; });
+  TBCM_D Modulations(unsigned char* shared, int width) : slots(reinterpret_cast<float*>(shared)), width(width) {}
+  TBCM_HD static int bytes(int count, int64_t width) {
+    return count * (S::ALONE ? Kept<S>::SIZE : int(width)) * int(sizeof(float));
+  }
+  TBCM_HD static bool shared(const Rows<const float>& m) { return m && m.stride_n == 0; }
+  // Where a warp has a row alone all are shared, and one warp keeps one for all.
+  TBCM_D void keep(int slot, const Rows<const float>& m, int64_t b, float otherwise = 0.f) const {
+    const auto from = place_of<S>(m.at(b, 0), width);
+    if constexpr (S::ALONE) {
+      if (slot % WARPS != int(threadIdx.x) / WARP) return;
+      const auto fill = Few<float, S::V>::of([&](int) { return otherwise; });
+      each<S::PACKS>([&](int k) { of(slot, m, 0, 0).put(k, from.get(k, fill)); });
+    } else if (shared(m)) {
+      const auto to = place_of<S>(slots + slot * width, width);
+      each<S::PACKS>([&](int k) { to.put(k, from.get(k)); });
     }
   }
-  const float2 mean = means<Own>(width, partial[0], [&](int i) { return float2{v[i], tv[i]}; });
-  const float2 second = means<Own>(width, partial[1], [&](int i) {
-    const float center = v[i] - mean.x;
-    return float2{center * center, center * (tv[i] - mean.y)};
-  });
-  const float r = 1.f / sqrtf(second.x + p.eps), m = r * second.y;
-  const auto scale = get<V>(p.scale.at(b, n), width), shift = get<V>(p.shift.at(b, n), width);
-  Own value;
-  value.put(p.y.at(b, n), width, [&](int i) { return modulate(normalise(v[i], mean.x, r), scale[i], shift[i]); });
+  TBCM_D auto of(int slot, const Rows<const float>& m, int64_t b, int64_t n) const {
+    if constexpr (S::ALONE) return Kept<S>{slots + slot * Kept<S>::SIZE + threadIdx.x % WARP * 4};
+    else return place_of<S>(shared(m) ? slots + slot * width : m.at(b, n), width);
+  }
+};
+
+template <class T, class N, class S, bool TANGENT>
+__global__ void __launch_bounds__(S::ALONE ? WARPS * WARP : MAX_WARPS * WARP, S::ALONE ? BLOCKS<T, TANGENT> : 1)
+    forward_kernel(const Forward<T, N> p) {
+  __shared__ float2 partial[2][MAX_WARPS];
+  TBCM_DYNAMIC_SHARED(shared);
+  enum { GATE, SCALE, SHIFT, TGATE, TSCALE, TSHIFT };
+  const int width = int(p.width);
+  const Chunk chunk(p.tokens, p.chunk);
+  int b = chunk.b;
+  const Modulations<S> modulations(shared, width);
+  modulations.keep(GATE, p.gate, b, 1.f);
+  modulations.keep(SCALE, p.scale, b);
+  modulations.keep(SHIFT, p.shift, b);
   if (TANGENT) {
-    const auto tscale = get<V>(p.tscale.at(b, n), width), tshift = get<V>(p.tshift.at(b, n), width);
-    value.put(p.ty.at(b, n), width, [&](int i) {
-      const float xhat = normalise(v[i], mean.x, r);
-      return modulate_tangent(xhat, normalise_tangent(xhat, tv[i], mean.y, m, r), scale[i], tscale[i], tshift[i]);
+    modulations.keep(TGATE, p.tgate, b);
+    modulations.keep(TSCALE, p.tscale, b);
+    modulations.keep(TSHIFT, p.tshift, b);
+  }
+  __syncthreads();
+  for (int row = S::ALONE ? threadIdx.x / WARP : 0; row < chunk.rows; row += S::ALONE ? WARPS : 1) {
+    const int64_t n = chunk.first + row;
+    asm volatile("" : "+r"(b));  // compilers would hold each operand's address over all rows: registers spill
+    // All on their way before the first is used. x and tx become the residual sum and its tangent, as they are
+    // stored: fp32 in their place would spill registers.
+    Part<T, S> x(p.x.at(b, n), width), tx(TANGENT ? p.tx.at(b, n) : nullptr, width);
+    const Part<N, S> h(p.h.at(b, n), width), th(TANGENT ? p.th.at(b, n) : nullptr, width);
+    if (p.h) {
+      const auto ones = Few<float, S::V>::of([](int) { return 1.f; });
+      const auto gates = modulations.of(GATE, p.gate, b, n), tgates = modulations.of(TGATE, p.tgate, b, n);
+      const auto out = place_of<S>(p.out.at(b, n), width), tout = place_of<S>(p.tout.at(b, n), width);
+      each<S::PACKS>([&](int k) {
+        const auto gate = gates.get(k, ones);
+        x.packs[k] = Few<T, S::V>::of([&](int j) { return x.packs[k][j] + gate[j] * h.packs[k][j]; });
+        out.put(k, x.packs[k]);
+        if (TANGENT && p.tout) {
+          float tv[S::V];
+          each<S::V>([&](int j) { tv[j] = tx.packs[k][j]; });
+          if (p.th) each<S::V>([&](int j) { tv[j] += gate[j] * th.packs[k][j]; });
+          if (p.tgate) {
+            const auto tgate = tgates.get(k);
+            each<S::V>([&](int j) { tv[j] += tgate[j] * h.packs[k][j]; });
+          }
+          tx.packs[k] = Few<T, S::V>::of([&](int j) { return tv[j]; });
+          tout.put(k, tx.packs[k]);
+        }
+      });
+    }
+    const float2 mean = means<S, true>(width, partial[0], [&](int i) { return float2{x[i], TANGENT ? tx[i] : 0.f}; });
+    const float2 second = means<S, false>(width, partial[1], [&](int i) {
+      const float center = x[i] - mean.x;
+      return float2{center * center, TANGENT ? center * (tx[i] - mean.y) : 0.f};
+    });
+    const float r = rsqrtf(second.x + p.eps), m = r * second.y;
+    const auto scales = modulations.of(SCALE, p.scale, b, n), shifts = modulations.of(SHIFT, p.shift, b, n);
+    const auto tscales = modulations.of(TSCALE, p.tscale, b, n), tshifts = modulations.of(TSHIFT, p.tshift, b, n);
+    const auto y = place_of<S>(p.y.at(b, n), width), ty = place_of<S>(p.ty.at(b, n), width);
+    const bool moves = p.h ? bool(p.tout) : bool(p.tx);
+    each<S::PACKS>([&](int k) {
+      const auto scale = scales.get(k), shift = shifts.get(k);
+      float xhat[S::V];
+      each<S::V>([&](int j) { xhat[j] = normalise(x.packs[k][j], mean.x, r); });
+      y.put(k, Few<N, S::V>::of([&](int j) { return modulate(xhat[j], scale[j], shift[j]); }));
+      if (TANGENT) {
+        const auto tscale = tscales.get(k), tshift = tshifts.get(k);
+        // A tangent that is not there adds nothing, not a product of zero with what may be infinite.
+        ty.put(k, Few<N, S::V>::of([&](int j) {
+          float sum = tshift[j];
+          if (p.tscale) sum += xhat[j] * tscale[j];
+          if (moves) sum += normalise_tangent(xhat[j], tx.packs[k][j], mean.y, m, r) * (1.f + scale[j]);
+          return sum;
+        }));
+      }
     });
   }
 }
 
-template <class T, int V>
-__global__ void __maxnreg__(96) backward_kernel(const Backward<T> p) {
-  using Own = Slice<T, V>;
-  __shared__ float2 partial[2][THREADS / WARP];
+template <class T, class N, class S>
+__global__ void __maxnreg__(S::V == 1 ? 128 : sizeof(T) == 4 ? 168 : REGISTERS)
+    backward_kernel(const Backward<T, N> p) {
+  __shared__ float2 partial[2][MAX_WARPS];
+  TBCM_DYNAMIC_SHARED(shared);
+  enum { X, GY, GOUT, H };
+  enum { SCALE };  // both modulations would leave room for seven blocks, not eight
   const int width = int(p.width);
-  const uint32_t chunks = uint32_t((p.tokens + p.chunk - 1) / p.chunk);
-  const int64_t b = blockIdx.x / chunks, part = blockIdx.x % chunks;
-  const int64_t last = (part + 1) * p.chunk < p.tokens ? (part + 1) * p.chunk : p.tokens;
-  float ggate[E] = {}, gscale[E] = {}, gshift[E] = {};
-  struct Read {
-    Own x, gy, gout, h;
-  } next;
-  const auto fetch = [&](int64_t n) {
-    next = {get<V>(p.gy ? p.x.at(b, n) : nullptr, width), get<V>(p.gy.at(b, n), width),
-            get<V>(p.gout.at(b, n), width), get<V>(p.ggate ? p.h.at(b, n) : nullptr, width)};
+  const Chunk chunk(p.tokens, p.chunk);
+  const int b = chunk.b;
+  const Modulations<S> modulations(shared, width);
+  Queue<S, 4, sizeof(T)> queue(shared + Modulations<S>::bytes(1, width));
+  const auto ask = [&](int row) {
+    const int64_t n = chunk.first + row;
+    queue.ask(X, p.gy ? p.x.at(b, n) : nullptr, width);
+    queue.ask(GY, p.gy.at(b, n), width);
+    queue.ask(GOUT, p.gout.at(b, n), width);
+    queue.ask(H, p.ggate ? p.h.at(b, n) : nullptr, width);
   };
-  constexpr bool AHEAD = V == 8;  // where a row is few registers
-  if (AHEAD) fetch(part * p.chunk);
-  for (int64_t n = part * p.chunk; n < last; ++n) {
-    if (!AHEAD) fetch(n);
-    const auto [x, gy, gout, h] = next;
-    if (AHEAD && n + 1 < last) fetch(n + 1);
-    float g[E] = {};
+  float ggate[S::E] = {}, gscale[S::E] = {}, gshift[S::E] = {};
+  queue.begin(ask);
+  modulations.keep(SCALE, p.scale, b);  // each thread reads what it wrote
+  for (int row = 0; row < chunk.rows; ++row) {
+    const int64_t n = chunk.first + row;
+    queue.step(row, chunk.rows, ask);
+    float g[S::E] = {};
     if (p.gy) {
-      const auto scale = get<V>(p.scale.at(b, n), width);
-      each<E>([&](int i) { g[i] = gy[i] * (1.f + scale[i]); });
-      const float2 mean = means<Own>(width, partial[0], [&](int i) { return float2{x[i], g[i]}; });
-      const float2 second = means<Own>(width, partial[1], [&](int i) {
+      const auto scales = modulations.of(SCALE, p.scale, b, n);
+      const auto x = queue.template get<T>(X, width);
+      each<S::PACKS>([&](int k) {
+        const auto scale = scales.get(k);
+        const auto gy = queue.template get<N>(GY, k, width);
+        each<S::V>([&](int j) { g[k * S::V + j] = gy[j] * (1.f + scale[j]); });
+      });
+      const float2 mean = means<S, true>(width, partial[0], [&](int i) { return float2{x[i], g[i]}; });
+      const float2 second = means<S, false>(width, partial[1], [&](int i) {
         const float center = x[i] - mean.x;
         return float2{center * center, center * (g[i] - mean.y)};
       });
-      const float r = 1.f / sqrtf(second.x + p.eps);
-      each<E>([&](int i) {
-        const float xhat = normalise(x[i], mean.x, r);
-        gscale[i] += gy[i] * xhat;
-        gshift[i] += gy[i];
-        g[i] = normalise_gradient(g[i], xhat, mean.y, r * second.y, r);
+      const float r = rsqrtf(second.x + p.eps), m = r * second.y;
+      each<S::PACKS>([&](int k) {  // read again: registers are needed for sums
+        const auto x = queue.template get<T>(X, k, width);
+        const auto gy = queue.template get<N>(GY, k, width);
+        each<S::V>([&](int j) {
+          const int i = k * S::V + j;
+          const float xhat = normalise(x[j], mean.x, r);
+          gscale[i] += gy[j] * xhat;
+          gshift[i] += gy[j];
+          g[i] = normalise_gradient(g[i], xhat, mean.y, m, r);
+        });
       });
     }
-    if (p.gout) each<E>([&](int i) { g[i] += gout[i]; });
-    Own stored;
-    stored.put(p.gx.at(b, n), width, [&](int i) { return g[i]; });
-    if (p.ggate) each<E>([&](int i) { ggate[i] += g[i] * h[i]; });
-    if (p.gh) {
-      const auto gate = get<V>(p.gate.at(b, n), width);
-      stored.put(p.gh.at(b, n), width, [&](int i) { return gate[i] * g[i]; });
+    if (p.gout) {
+      const auto gout = queue.template get<T>(GOUT, width);
+      each<S::E>([&](int i) { g[i] += gout[i]; });
     }
+    const Place<T, S> gx(p.gx.at(b, n), width);
+    const Place<N, S> gh(p.gh.at(b, n), width);
+    const auto gates = place_of<S>(p.gate.at(b, n), width);
+    each<S::PACKS>([&](int k) { gx.put(k, Few<T, S::V>::of([&](int j) { return g[k * S::V + j]; })); });
+    if (p.ggate) {
+      const auto h = queue.template get<N>(H, width);
+      each<S::E>([&](int i) { ggate[i] += g[i] * h[i]; });
+    }
+    if (p.gh) each<S::PACKS>([&](int k) {
+        const auto gate = gates.get(k);
+        gh.put(k, Few<N, S::V>::of([&](int j) { return gate[j] * g[k * S::V + j]; }));
+      });
   }
-  Slice<float, V> sums;
-  if (p.ggate) sums.put(p.ggate.at(b, part), width, [&](int i) { return ggate[i]; });
-  if (p.gscale) sums.put(p.gscale.at(b, part), width, [&](int i) { return gscale[i]; });
-  if (p.gshift) sums.put(p.gshift.at(b, part), width, [&](int i) { return gshift[i]; });
+  const auto store = [&](const Rows<float>& operand, const float (&sums)[S::E]) {
+    const Place<float, S> to(operand.at(b, chunk.part), width);
+    each<S::PACKS>([&](int k) { to.put(k, Few<float, S::V>::of([&](int j) { return sums[k * S::V + j]; })); });
+  };
+  store(p.ggate, ggate);
+  store(p.gscale, gscale);
+  store(p.gshift, gshift);
 }
 
-template <class P>
-const char* launch_rows(void (*kernel)(P), int64_t blocks, const P& p, void* stream) {
-  if (p.width > THREADS * E) return "the CUDA kernels of adaln take widths up to 4096";
-  const int warps = int((p.width + WARP * E - 1) / (WARP * E));
-  return start(kernel, blocks, warps * WARP, p, stream);
+template <class S, bool TANGENT, class T, class N>
+const char* launch_rows(Forward<T, N> p, void* stream) {
+  const auto kernel = forward_kernel<T, N, S, TANGENT>;
+  const int threads = S::ALONE ? WARPS * WARP : threads_of(p.width, S::E);
+  const int shared = Modulations<S>::bytes(TANGENT ? 6 : 3, p.width);
+  p.chunk = chunk_of_wave(kernel, p.batch, p.tokens, threads, shared, PARTIAL_BYTES);
+  return start(kernel, p.batch * ((p.tokens + p.chunk - 1) / p.chunk), threads, shared, PARTIAL_BYTES, p, stream);
 }
 
-template <class... Operands>
-bool all_aligned(const Operands&... operands) {
-  return (aligned(operands) && ...);
+template <class S, class T, class N>
+const char* launch_rows(const Forward<T, N>& p, void* stream) {
+  return p.ty ? launch_rows<S, true>(p, stream) : launch_rows<S, false>(p, stream);
 }
+
+template <class S, class T, class N>
+const char* launch_rows(const Backward<T, N>& p, void* stream) {
+  const int64_t blocks = p.batch * ((p.tokens + p.chunk - 1) / p.chunk);
+  const int threads = threads_of(p.width, S::E);
+  const int shared = Modulations<S>::bytes(1, p.width) + Queue<S, 4, sizeof(T)>::bytes(threads);
+  return start(backward_kernel<T, N, S>, blocks, threads, shared, PARTIAL_BYTES, p, stream);
+}
+
+constexpr const char* TOO_WIDE = "the CUDA kernels of adaln take widths up to 4096";
 
 }  // namespace
 
-template <class T>
-const char* launch(const Forward<T>& p, void* stream) {
-  constexpr int V = 16 / sizeof(T);
+template <class T, class N>
+const char* launch(const Forward<T, N>& p, void* stream) {
+  constexpr int V = 16 / sizeof(T), E = 5 * V;
+  if (p.width > MAX_WIDTH) return TOO_WIDE;
   const bool vectors = p.width % V == 0 && all_aligned(p.x, p.h, p.tx, p.th, p.gate, p.scale, p.shift, p.tgate,
                                                        p.tscale, p.tshift, p.out, p.y, p.tout, p.ty);
-  const auto value = vectors ? forward_kernel<T, V, false> : forward_kernel<T, 1, false>;
-  const auto both = vectors ? forward_kernel<T, V, true> : forward_kernel<T, 1, true>;
-  return launch_rows(p.ty ? both : value, p.batch * p.tokens, p, stream);
+  if (!vectors) return launch_rows<Spread<1, 8, false>>(p, stream);
+  const Rows<const float> modulations[] = {p.gate, p.scale, p.shift, p.tgate, p.tscale, p.tshift};
+  bool shared = true;
+  for (const auto& m : modulations) shared = shared && m.stride_n == 0;
+  if (!shared || p.width > WARP * E) return launch_rows<Spread<V, E, false>>(p, stream);
+  return launch_rows<Spread<V, E, true>>(p, stream);
 }
 
-template <class T>
-const char* launch(const Backward<T>& p, void* stream) {
-  constexpr int V = 16 / sizeof(T);
-  const bool vectors = p.width % V == 0 && all_aligned(p.gout, p.gy, p.x, p.h, p.gate, p.scale, p.gx, p.gh, p.ggate,
+template <class T, class N>
+const char* launch(const Backward<T, N>& p, void* stream) {
+  if (p.width > MAX_WIDTH) return TOO_WIDE;
+  const bool vectors = p.width % 4 == 0 && all_aligned(p.gout, p.gy, p.x, p.h, p.gate, p.scale, p.gx, p.gh, p.ggate,
                                                        p.gscale, p.gshift);
-  const int64_t blocks = p.batch * ((p.tokens + p.chunk - 1) / p.chunk);
-  return launch_rows(vectors ? backward_kernel<T, V> : backward_kernel<T, 1>, blocks, p, stream);
+  const char* fault = vectors ? launch_rows<Spread<4, 20, false>>(p, stream) : launch_rows<Spread<1, 8, false>>(p, stream);
+  return fault ? fault : start(p.sums, stream);
 }
 
-TBCM_INSTANCES
+#define TBCM_INSTANCES_OF_BOTH(T, N)                        \
+  template const char* launch(const Forward<T, N>&, void*); \
+  template const char* launch(const Backward<T, N>&, void*);
+TBCM_INSTANCES_OF_BOTH(float, float)
+TBCM_INSTANCES_OF_BOTH(float, bfloat16)
+TBCM_INSTANCES_OF_BOTH(float, float16)
+TBCM_INSTANCES_OF_BOTH(bfloat16, bfloat16)
+TBCM_INSTANCES_OF_BOTH(float16, float16)
 
 }  // namespace tbcm::adaln

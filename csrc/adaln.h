@@ -6,30 +6,37 @@
 
 namespace tbcm::adaln {
 
-template <class T>
+// The residual stream is in T; what other layers make and take is in N, T itself or 16 bits beside fp32.
+template <class T, class N = T>
 struct Forward {
-  Rows<const T> x, h, tx, th;
+  Rows<const T> x, tx;
+  Rows<const N> h, th;
   Rows<const float> gate, scale, shift, tgate, tscale, tshift;
-  Rows<T> out, y, tout, ty;
+  Rows<T> out, tout;
+  Rows<N> y, ty;
   int64_t batch, tokens, width;
   float eps;
+  int64_t chunk = 0;  // tokens of a block; on a GPU alone
 };
 
-template <class T>
+template <class T, class N = T>
 struct Backward {
-  Rows<const T> gout, gy, x, h;  // x is the residual sum x' that forward stored
+  Rows<const T> gout, x;  // x is the residual sum x' that forward stored
+  Rows<const N> gy, h;
   Rows<const float> gate, scale;
-  Rows<T> gx, gh;
+  Rows<T> gx;
+  Rows<N> gh;
   Rows<float> ggate, gscale, gshift;  // [B, chunks, C], each chunk the sum over its tokens
   int64_t batch, tokens, width, chunk;
   float eps;
+  Sums sums = {};  // of what the chunks leave; on a GPU alone
 };
 
 // On a GPU, in adaln.cu: queues the kernel on a CUDA stream; null, or what is wrong.
-template <class T>
-const char* launch(const Forward<T>& p, void* stream);
-template <class T>
-const char* launch(const Backward<T>& p, void* stream);
+template <class T, class N>
+const char* launch(const Forward<T, N>& p, void* stream);
+template <class T, class N>
+const char* launch(const Backward<T, N>& p, void* stream);
 
 TBCM_HD float normalise(float x, float mean, float r) { return r * (x - mean); }
 

@@ -94,19 +94,25 @@ TBCM_D void wait_for_copies() {
 #define TBCM_DYNAMIC_SHARED(name) unsigned char* const name = fibers::shared
 #endif
 
-// Queues the kernel with so many bytes of it, beside at most `fixed` of static shared memory; null, or what is wrong.
+// Lets the kernel have so many bytes of it, beside at most `fixed` of static shared memory; null, or what is wrong.
+template <class P>
+const char* allow(void (*kernel)(P), int shared, int fixed) {
+  if (shared + fixed <= 48 << 10) return nullptr;
+  int device = 0, most = 0;  // more has to be asked for: always as much as there is, since others launch it too
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (shared + fixed > most) return "this GPU has too little shared memory for such rows; another impl takes them";
+  cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                       most - fixed);
+  return nullptr;
+}
+
+// Queues the kernel with it; null, or what is wrong.
 template <class P>
 const char* start(void (*kernel)(P), int64_t blocks, int threads, int shared, int fixed, const P& p, void* stream) {
   if (blocks == 0) return nullptr;
   if (blocks > INT32_MAX) return "the tensors are too large for one grid";
-  if (shared + fixed > 48 << 10) {  // more has to be asked for: always as much as there is, since others launch it too
-    int device = 0, most = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (shared + fixed > most) return "this GPU has too little shared memory for such rows; another impl takes them";
-    cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         most - fixed);
-  }
+  if (const char* fault = allow(kernel, shared, fixed)) return fault;
   void* arguments[] = {const_cast<P*>(&p)};
   const cudaError_t error = cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(threads), arguments, size_t(shared),
                                              static_cast<cudaStream_t>(stream));

@@ -22,6 +22,7 @@ struct Backward : Shape {
   const T *a, *gy;
   T* ga;
   float *gweight, *gbias;  // [B, parts, 9, 2 channels] and [B, parts, 2 channels] of each part's sums, or null
+  Sums sums = {};          // of what the parts leave; on a GPU alone
 };
 
 // On a GPU an image is cut into strips of at most TILE rows and columns, and the weight's gradient comes in

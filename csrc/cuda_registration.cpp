@@ -4,7 +4,6 @@
 
 #include "adaln_bindings.h"
 #include "conv_glu_bindings.h"
-#include "next.h"
 #include "rms_norm_bindings.h"
 
 #ifndef TBCM_DEVICE
@@ -38,49 +37,59 @@ void launch_on_both(int64_t stream, const Tensor& x, const Tensor& other, const 
   });
 }
 
-template <bool NEXT>
+// Results that are there, each [batch, width], as sums of `count` parts that lie in the scratch one after another.
+Sums sums_of(const Maybe& scratch, int64_t batch, int64_t count, std::initializer_list<const Maybe*> results) {
+  Sums sums{.batch = batch, .count = count};
+  float* next = pointer<float>(scratch);
+  Sum* sum = sums.of;
+  for (const Maybe* result : results) {
+    if (*result) {
+      *sum = {next, pointer<float>(*result), batch ? (*result)->numel() / batch : 0};
+      next += batch * count * sum->width;
+    }
+    ++sum;
+  }
+  STD_TORCH_CHECK(next - pointer<float>(scratch) == (scratch ? scratch->numel() : 0), "another number of parts");
+  return sums;
+}
+
 void adaln_forward(Tensor x, Maybe h, Maybe gate, Maybe scale, Maybe shift, Maybe tx, Maybe th, Maybe tgate,
                    Maybe tscale, Maybe tshift, Maybe out, Tensor y, Maybe tout, Maybe ty, double eps, int64_t stream) {
   launch_on_both(stream, x, y, [&]<class T, class N>(T, N, void* queue) {
-    const auto p = adaln::operands<T>(x, h, gate, scale, shift, tx, th, tgate, tscale, tshift, out, y, tout, ty, eps);
-    if constexpr (NEXT)
-      return adaln::next::launch(
-          adaln::next::Forward<T, N>{p, rows<const N>(h), rows<const N>(th), rows<N>(y), rows<N>(ty)}, queue);
-    else
-      return adaln::launch(p, queue);
+    const auto p = adaln::operands<T, N>(x, h, gate, scale, shift, tx, th, tgate, tscale, tshift, out, y, tout, ty, eps);
+    return adaln::launch(p, queue);
   });
 }
 
-template <bool NEXT>
 void adaln_backward(Maybe gout, Maybe gy, Tensor x, Maybe h, Maybe gate, Maybe scale, Tensor gx, Maybe gh, Maybe ggate,
-                    Maybe gscale, Maybe gshift, int64_t chunk, double eps, int64_t stream) {
+                    Maybe gscale, Maybe gshift, Maybe scratch, int64_t chunk, double eps, int64_t stream) {
   launch_on_both(stream, x, gy ? *gy : h ? *h : gh ? *gh : x, [&]<class T, class N>(T, N, void* queue) {
-    const auto p = adaln::operands<T>(gout, gy, x, h, gate, scale, gx, gh, ggate, gscale, gshift, chunk, eps);
-    if constexpr (NEXT)
-      return adaln::next::launch(adaln::next::Backward<T, N>{p, rows<const N>(gy), rows<const N>(h), rows<N>(gh)},
-                                 queue);
-    else
-      return adaln::launch(p, queue);
+    auto p = adaln::operands<T, N>(gout, gy, x, h, gate, scale, gx, gh, ggate, gscale, gshift, chunk, eps);
+    if (scratch) {
+      const int64_t count = (p.tokens + chunk - 1) / chunk;
+      p.sums = sums_of(scratch, p.batch, count, {&ggate, &gscale, &gshift});
+      Rows<float>* parts[] = {&p.ggate, &p.gscale, &p.gshift};
+      for (int i = 0; i < 3; ++i) *parts[i] = {p.sums.of[i].parts, count * p.width, p.width};
+    }
+    return adaln::launch(p, queue);
   });
 }
 
-template <bool NEXT>
 void conv_glu_forward(Tensor a, Tensor weight, Maybe bias, Maybe ta, Tensor y, Maybe ty, int64_t height, int64_t width,
                       int64_t stream) {
   launch_on(stream, a, [&]<class T>(T, void* queue) {
-    const auto p = conv_glu::operands<T>(a, weight, bias, ta, y, ty, height, width);
-    return NEXT ? conv_glu::next::launch(p, queue) : conv_glu::launch(p, queue);
+    return conv_glu::launch(conv_glu::operands<T>(a, weight, bias, ta, y, ty, height, width), queue);
   });
 }
 
-template <bool NEXT>
 void conv_glu_backward(Tensor gy, Tensor a, Tensor weight, Maybe bias, Tensor ga, Maybe gweight, Maybe gbias,
-                       int64_t height, int64_t width, int64_t stream) {
-  for (const Maybe& sums : {gweight, gbias})
-    STD_TORCH_CHECK(!sums || sums->size(1) == conv_glu::parts(height, width), "conv_glu: another number of parts");
+                       Maybe scratch, int64_t height, int64_t width, int64_t stream) {
   launch_on(stream, a, [&]<class T>(T, void* queue) {
-    const auto p = conv_glu::operands<T>(gy, a, weight, bias, ga, gweight, gbias, height, width);
-    return NEXT ? conv_glu::next::launch(p, queue) : conv_glu::launch(p, queue);
+    auto p = conv_glu::operands<T>(gy, a, weight, bias, ga, gweight, gbias, height, width);
+    p.sums = sums_of(scratch, 1, p.batch * conv_glu::parts(height, width), {&gweight, &gbias});
+    p.gweight = p.sums.of[0].parts;
+    p.gbias = p.sums.of[1].parts;
+    return conv_glu::launch(p, queue);
   });
 }
 
@@ -90,63 +99,47 @@ void rms_norm_forward(Tensor x, Maybe weight, Maybe tx, Maybe tweight, Tensor y,
   });
 }
 
-void rms_norm_backward(Tensor gy, Tensor x, Maybe weight, Tensor gx, Maybe gweight, int64_t chunk, double eps,
-                       int64_t stream) {
+void rms_norm_backward(Tensor gy, Tensor x, Maybe weight, Tensor gx, Maybe gweight, Maybe scratch, int64_t chunk,
+                       double eps, int64_t stream) {
   launch_on(stream, x, [&]<class T>(T, void* queue) {
-    return rms_norm::launch(rms_norm::operands<T>(gy, x, weight, gx, gweight, chunk, eps), queue);
+    auto p = rms_norm::operands<T>(gy, x, weight, gx, gweight, chunk, eps);
+    p.sums = sums_of(scratch, 1, (p.count + chunk - 1) / chunk, {&gweight});
+    p.gweight = {p.sums.of[0].parts, 0, p.width};
+    return rms_norm::launch(p, queue);
   });
 }
-
-constexpr const char* ADALN_FORWARD =
-    "adaln_forward(Tensor x, Tensor? h, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? tx, Tensor? th, "
-    "Tensor? tgate, Tensor? tscale, Tensor? tshift, Tensor(a!)? out, Tensor(b!) y, Tensor(c!)? tout, "
-    "Tensor(d!)? ty, float eps, int stream) -> ()";
-constexpr const char* ADALN_BACKWARD =
-    "adaln_backward(Tensor? gout, Tensor? gy, Tensor x, Tensor? h, Tensor? gate, Tensor? scale, Tensor(a!) gx, "
-    "Tensor(b!)? gh, Tensor(c!)? ggate, Tensor(d!)? gscale, Tensor(e!)? gshift, int chunk, float eps, "
-    "int stream) -> ()";
-constexpr const char* CONV_GLU_FORWARD =
-    "conv_glu_forward(Tensor a, Tensor weight, Tensor? bias, Tensor? ta, Tensor(a!) y, Tensor(b!)? ty, int height, "
-    "int width, int stream) -> ()";
-constexpr const char* CONV_GLU_BACKWARD =
-    "conv_glu_backward(Tensor gy, Tensor a, Tensor weight, Tensor? bias, Tensor(a!) ga, Tensor(b!)? gweight, "
-    "Tensor(c!)? gbias, int height, int width, int stream) -> ()";
 
 }  // namespace
 }  // namespace tbcm
 
 STABLE_TORCH_LIBRARY(tbcm_cuda, m) {
-  m.def(tbcm::ADALN_FORWARD);
-  m.def(tbcm::ADALN_BACKWARD);
-  m.def(tbcm::CONV_GLU_FORWARD);
-  m.def(tbcm::CONV_GLU_BACKWARD);
+  m.def(
+      "adaln_forward(Tensor x, Tensor? h, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? tx, Tensor? th, "
+      "Tensor? tgate, Tensor? tscale, Tensor? tshift, Tensor(a!)? out, Tensor(b!) y, Tensor(c!)? tout, "
+      "Tensor(d!)? ty, float eps, int stream) -> ()");
+  m.def(
+      "adaln_backward(Tensor? gout, Tensor? gy, Tensor x, Tensor? h, Tensor? gate, Tensor? scale, Tensor(a!) gx, "
+      "Tensor(b!)? gh, Tensor(c!)? ggate, Tensor(d!)? gscale, Tensor(e!)? gshift, Tensor(f!)? scratch, int chunk, "
+      "float eps, int stream) -> ()");
+  m.def(
+      "conv_glu_forward(Tensor a, Tensor weight, Tensor? bias, Tensor? ta, Tensor(a!) y, Tensor(b!)? ty, "
+      "int height, int width, int stream) -> ()");
+  m.def(
+      "conv_glu_backward(Tensor gy, Tensor a, Tensor weight, Tensor? bias, Tensor(a!) ga, Tensor(b!)? gweight, "
+      "Tensor(c!)? gbias, Tensor(d!)? scratch, int height, int width, int stream) -> ()");
   m.def(
       "rms_norm_forward(Tensor x, Tensor? weight, Tensor? tx, Tensor? tweight, Tensor(a!) y, Tensor(b!)? ty, "
       "float eps, int stream) -> ()");
   m.def(
-      "rms_norm_backward(Tensor gy, Tensor x, Tensor? weight, Tensor(a!) gx, Tensor(b!)? gweight, int chunk, "
-      "float eps, int stream) -> ()");
+      "rms_norm_backward(Tensor gy, Tensor x, Tensor? weight, Tensor(a!) gx, Tensor(b!)? gweight, "
+      "Tensor(c!)? scratch, int chunk, float eps, int stream) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tbcm_cuda, TBCM_DEVICE, m) {
-  m.impl("adaln_forward", TORCH_BOX(&tbcm::adaln_forward<false>));
-  m.impl("adaln_backward", TORCH_BOX(&tbcm::adaln_backward<false>));
-  m.impl("conv_glu_forward", TORCH_BOX(&tbcm::conv_glu_forward<false>));
-  m.impl("conv_glu_backward", TORCH_BOX(&tbcm::conv_glu_backward<false>));
+  m.impl("adaln_forward", TORCH_BOX(&tbcm::adaln_forward));
+  m.impl("adaln_backward", TORCH_BOX(&tbcm::adaln_backward));
+  m.impl("conv_glu_forward", TORCH_BOX(&tbcm::conv_glu_forward));
+  m.impl("conv_glu_backward", TORCH_BOX(&tbcm::conv_glu_backward));
   m.impl("rms_norm_forward", TORCH_BOX(&tbcm::rms_norm_forward));
   m.impl("rms_norm_backward", TORCH_BOX(&tbcm::rms_norm_backward));
-}
-
-STABLE_TORCH_LIBRARY(tbcm_cuda_next, m) {
-  m.def(tbcm::ADALN_FORWARD);
-  m.def(tbcm::ADALN_BACKWARD);
-  m.def(tbcm::CONV_GLU_FORWARD);
-  m.def(tbcm::CONV_GLU_BACKWARD);
-}
-
-STABLE_TORCH_LIBRARY_IMPL(tbcm_cuda_next, TBCM_DEVICE, m) {
-  m.impl("adaln_forward", TORCH_BOX(&tbcm::adaln_forward<true>));
-  m.impl("adaln_backward", TORCH_BOX(&tbcm::adaln_backward<true>));
-  m.impl("conv_glu_forward", TORCH_BOX(&tbcm::conv_glu_forward<true>));
-  m.impl("conv_glu_backward", TORCH_BOX(&tbcm::conv_glu_backward<true>));
 }

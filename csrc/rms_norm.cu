@@ -5,6 +5,7 @@
 // about 3 FLOPs a byte.
 #include "rms_norm.h"
 #include "rows.h"
+#include "sums.h"
 
 namespace tbcm::rms_norm {
 namespace {
@@ -51,16 +52,15 @@ __global__ void __maxnreg__(128) backward_kernel(const Backward<T> p) {
   };
   const auto ones = Few<float, S::V>::of([](int) { return 1.f; });
   const Place<const float, S> weights(p.weight, width);
+  Few<float, S::V> weight[S::PACKS];
+  each<S::PACKS>([&](int k) { weight[k] = weights.get(k, ones); });
   float gweight[S::E] = {};
   queue.begin(ask);
   for (int row = 0; row < rows; ++row) {
     queue.step(row, rows, ask);
     const auto x = queue.template get<T>(X, width), gy = queue.template get<T>(GY, width);
     float g[S::E];
-    each<S::PACKS>([&](int k) {
-      const auto weight = weights.get(k, ones);
-      each<S::V>([&](int j) { g[k * S::V + j] = weight[j] * gy.packs[k][j]; });
-    });
+    each<S::E>([&](int i) { g[i] = weight[i / S::V][i % S::V] * gy[i]; });
     const auto squares = [&](int i) { return float2{x[i] * x[i], x[i] * g[i]}; };
     const float2 mean = means<S, true>(width, partial[row % 2], squares);
     const float r = rsqrtf(mean.x + p.eps);
@@ -107,8 +107,8 @@ template <class T>
 const char* launch(const Backward<T>& p, void* stream) {
   if (p.width > MAX_WIDTH) return TOO_WIDE;
   const bool vectors = p.width % 4 == 0 && all_aligned(p.gy, p.x, p.weight, p.gx, p.gweight);
-  if (!vectors) return launch_rows<Spread<1, 8, false>>(p, stream);
-  return launch_rows<Spread<4, 20, false>>(p, stream);
+  const char* fault = vectors ? launch_rows<Spread<4, 20, false>>(p, stream) : launch_rows<Spread<1, 8, false>>(p, stream);
+  return fault ? fault : start(p.sums, stream);
 }
 
 TBCM_INSTANCES

@@ -23,6 +23,7 @@ struct Backward {
   Rows<float> gweight;  // [1, chunks, C], each chunk the sum over its rows
   int64_t count, width, chunk;
   float eps;
+  Sums sums = {};  // of what the chunks leave; on a GPU alone
 };
 
 // On a GPU, in rms_norm.cu: queues the kernel on a CUDA stream; null, or what is wrong.

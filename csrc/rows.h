@@ -3,6 +3,7 @@
 
 #include "async.h"
 
+#include <algorithm>
 #include <type_traits>
 
 namespace tbcm {
@@ -210,6 +211,18 @@ bool all_aligned(const Operands&... operands) {
 
 // Threads of a block for rows of a width in parts of E.
 inline int threads_of(int64_t width, int E) { return int((width + WARP * E - 1) / (WARP * E)) * WARP; }
+
+// Tokens of a block, so that the blocks of all samples are at once on the GPU if they can be.
+template <class P>
+int64_t chunk_of_wave(void (*kernel)(P), int64_t batch, int64_t tokens, int threads, int shared, int fixed) {
+  int device = 0, multiprocessors = 1, blocks = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (allow(kernel, shared, fixed)) return tokens;  // the launch will say it
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared);
+  const int64_t chunks = std::max<int64_t>(int64_t(multiprocessors) * blocks / std::max<int64_t>(batch, 1), 1);
+  return std::max<int64_t>((tokens + chunks - 1) / chunks, 1);
+}
 
 // Queues a kernel that takes each row alone.
 template <class S, class P>

@@ -141,6 +141,22 @@ struct Rows {
   }
 };
 
+// Parts of a gradient, [batch, count, width], and the place of their sums, [batch, width].
+struct Sum {
+  float *parts = nullptr, *sum = nullptr;
+  int64_t width = 0;
+  TBCM_HD int64_t strips(int64_t columns) const { return (width + columns - 1) / columns; }
+};
+
+// Those of one backward pass.
+struct Sums {
+  Sum of[3];
+  int64_t batch = 0, count = 0;
+  TBCM_HD int64_t strips(int64_t columns) const {
+    return of[0].strips(columns) + of[1].strips(columns) + of[2].strips(columns);
+  }
+};
+
 // Scratch of a thread, kept between calls and not initialised.
 struct Scratch {
   std::unique_ptr<float[]> data;

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from tbcm_kernels import _C  # noqa: F401  (loading it registers the kernels)
+
+
+def scratch_for(results: Sequence[Tensor | None], parts: int) -> Tensor | None:
+    """Room for so many parts of each result that is there, which the kernels then add."""
+    there = [r for r in results if r is not None]
+    return there[0].new_empty(parts * sum(r.numel() for r in there)) if there else None
 
 
 @contextlib.contextmanager

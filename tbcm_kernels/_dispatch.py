@@ -2,10 +2,9 @@
 
 `impl="auto"` takes the best one that can run the given tensors; where it must fall back to the
 plain PyTorch reference it says so once. An explicit `impl` runs that implementation or raises.
-"auto" takes a CUDA C++ kernel only where a GPU has passed all proofs with the same source, which
-proofs.json records (`python -m bench.proofs` makes it from the rows of such runs). A Triton kernel
-without such a proof runs, and says so once. "cuda_next" is the next version of a CUDA kernel,
-beside which it stands until a GPU has proved it too.
+"auto" takes a CUDA C++ kernel only where a GPU has passed all proofs in that dtype with the same
+source, which proofs.json records (`python -m bench.proofs` makes it from the rows of such runs). A
+Triton kernel without such a proof runs, and says so once.
 """
 
 from __future__ import annotations
@@ -23,28 +22,26 @@ from torch import Tensor
 
 from tbcm_kernels._dual import constant_under_compile
 
-IMPLEMENTATIONS = ("auto", "triton", "cuda_next", "cuda", "cpu", "reference")
-CUDA = ("cuda_next", "cuda")
+IMPLEMENTATIONS = ("auto", "triton", "cuda", "cpu", "reference")
 _FAST_DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
-    "cuda_next": (torch.float32, torch.bfloat16, torch.float16),
     "cpu": (torch.float32, torch.bfloat16),
     "attention cpu": (torch.float32, torch.bfloat16, torch.float16),
     "linear_attention cpu": (torch.float32, torch.bfloat16, torch.float16),
 }
-_DEVICES = {"triton": "cuda", "cuda": "cuda", "cuda_next": "cuda", "cpu": "cpu"}
+_DEVICES = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu"}
 _WIDEST_ROW = 4096  # MAX_WIDTH in csrc/rows.h
 _ONLY_ASKED_FOR = {
     ("attention", "triton", torch.float32): "exact fp32 products spill registers; ask by impl",
 }
 """What "auto" leaves out, and why."""
 OPS: dict[str, tuple[str, ...]] = {
-    "adaln": ("cuda_next", "cuda", "triton", "cpu"),
+    "adaln": ("cuda", "triton", "cpu"),
     "rms_norm": ("cuda", "triton", "cpu"),
     "attention": ("triton", "cpu"),
     "linear_attention": ("triton", "cpu"),
-    "conv_glu": ("cuda_next", "cuda", "cpu"),
+    "conv_glu": ("cuda", "cpu"),
     "linear": (),
     "tangent_loss": ("triton", "cpu"),
     "trigflow": ("triton", "cpu"),
@@ -55,7 +52,7 @@ OPS: dict[str, tuple[str, ...]] = {
 @functools.cache
 def missing(impl: str) -> str | None:
     """Why `impl` cannot run in this installation, in one clause; None where it can."""
-    if impl in ("cpu", *CUDA):
+    if impl in ("cpu", "cuda"):
         try:
             extension = importlib.import_module("tbcm_kernels._C")
         except ImportError as error:
@@ -63,7 +60,7 @@ def missing(impl: str) -> str | None:
                 f"the compiled extension is not there ({error}); install a C++ compiler and run "
                 f"pip install --no-build-isolation tbcm-kernels"
             )
-        if impl in CUDA and not hasattr(extension, "cuda"):
+        if impl == "cuda" and not hasattr(extension, "cuda"):
             return (
                 "the compiled extension was built without CUDA; with nvcc on PATH run "
                 "TBCM_BUILD_CUDA=1 pip install --no-build-isolation tbcm-kernels"
@@ -86,7 +83,7 @@ def refusal(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None:
     if dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         return f"it takes {names} and these are {str(dtype).removeprefix('torch.')}"
-    if (reason := missing(impl)) is None and impl in CUDA and source(op, impl) is None:
+    if (reason := missing(impl)) is None and impl == "cuda" and source(op, impl) is None:
         return "the compiled extension is of an older version; build it again"
     return reason
 
@@ -97,10 +94,9 @@ def source(op: str, impl: str) -> str | None:
 
     None where the extension has no such kernels.
     """
-    if impl in CUDA:
+    if impl == "cuda":
         sources = importlib.import_module("tbcm_kernels._C").cuda.split()
-        name = op + impl.removeprefix("cuda")
-        return next((s for s in sources if s.startswith(f"{name}:")), None)
+        return next((s for s in sources if s.startswith(f"{op}:")), None)
     package = files("tbcm_kernels")
     kernels = sorted(
         (f for f in package.joinpath(op).iterdir() if f.name.startswith("triton")),
@@ -113,18 +109,20 @@ def source(op: str, impl: str) -> str | None:
 
 
 @functools.cache
-def _proved(op: str, impl: str) -> bool:
-    """Whether a GPU has passed all proofs with these sources."""
-    return source(op, impl) in json.loads(files("tbcm_kernels").joinpath("proofs.json").read_text())
+def _proved(op: str, impl: str, dtype: torch.dtype) -> bool:
+    """Whether a GPU has passed all proofs with these sources in this dtype."""
+    table = json.loads(files("tbcm_kernels").joinpath("proofs.json").read_text())
+    name = str(dtype).removeprefix("torch.")
+    return name in table.get(source(op, impl), {}).get("dtypes", ())
 
 
-def _unproved(op: str, impl: str) -> str | None:
+def _unproved(op: str, impl: str, dtype: torch.dtype) -> str | None:
     """Why "auto" leaves out a CUDA C++ kernel that can run; None where it is proved."""
-    if impl not in CUDA or _proved(op, impl):
+    if impl != "cuda" or _proved(op, impl, dtype):
         return None
     return (
-        "its source has not passed on a GPU yet; `python -m tbcm_kernels.testing` tries it on "
-        f'yours and impl="{impl}" runs it'
+        "its source has not passed on a GPU in this dtype yet; `python -m tbcm_kernels.testing` "
+        f'tries it on yours and impl="{impl}" runs it'
     )
 
 
@@ -166,15 +164,17 @@ def _choice(
     if impl not in IMPLEMENTATIONS:
         return None, f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}"
     if impl != "auto":
-        reason = refusal(op, impl, device, dtype) or (too_wide if impl in CUDA else None)
+        reason = refusal(op, impl, device, dtype) or (too_wide if impl == "cuda" else None)
         return (None, f"impl={impl!r} cannot run: {reason}") if reason else (impl, "asked for")
     why_not = {}
     for candidate in OPS[op]:
         reason = refusal(op, candidate, device, dtype)
         reason = reason or _ONLY_ASKED_FOR.get((op, candidate, dtype))
-        reason = reason or (too_wide if candidate in CUDA else None) or _unproved(op, candidate)
+        reason = (
+            reason or (too_wide if candidate == "cuda" else None) or _unproved(op, candidate, dtype)
+        )
         if device == _DEVICES[candidate] and reason is None:
-            if candidate == "triton" and not _proved(op, candidate):
+            if candidate == "triton" and not _proved(op, candidate, dtype):
                 _notice_unproved()
             return candidate, "available"
         why_not[candidate] = reason
@@ -192,6 +192,12 @@ def fall_back(op: str, device: str, dtype: torch.dtype, reason: str) -> str:
     """The reference's name, after the notice that the op falls back to it for this reason."""
     _notice_fallback(op, device, dtype, reason)
     return "reference"
+
+
+@constant_under_compile
+def shared_memory(device: int) -> int:
+    """Bytes of shared memory that a block can have on a CUDA device."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @functools.cache

@@ -35,7 +35,8 @@ struct dim3 {
 using cudaStream_t = void*;
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
-constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 0, cudaDevAttrMaxSharedMemoryPerBlockOptin = 0;
+constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 0, cudaDevAttrMaxSharedMemoryPerBlockOptin = 0,
+              cudaDevAttrMultiProcessorCount = 1;
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 
 inline dim3 blockIdx, blockDim, threadIdx;
@@ -166,8 +167,13 @@ inline float __shfl_xor_sync(unsigned, float v, int lanes) {
 }
 
 inline cudaError_t cudaGetDevice(int*) { return cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
-  *value = int(sizeof fibers::shared);
+inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : int(sizeof fibers::shared);
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  *blocks = 2;
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void*, int, int) { return cudaSuccess; }

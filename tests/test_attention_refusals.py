@@ -103,7 +103,7 @@ def _refusals() -> Iterator[tuple[str, str, Callable[[Tensor, Tensor], Any]]]:
         "causal_alignment must be upper_left or lower_right, got 'left'",
         call(is_causal=True, causal_alignment="left"),
     )
-    expected = "impl must be one of auto, triton, cuda_next, cuda, cpu, reference, got 'hip'"
+    expected = "impl must be one of auto, triton, cuda, cpu, reference, got 'hip'"
     yield "impl", expected, call(impl="hip")
     yield (
         "tangent",

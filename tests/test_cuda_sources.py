@@ -17,15 +17,13 @@ from tbcm_kernels.testing import audit_cuda
 from tbcm_kernels.testing import proofs as proofs_of
 
 ROOT = Path(__file__).parents[1]
-KERNELS = ["adaln", "adaln_next", "conv_glu", "conv_glu_next", "rms_norm"]
+KERNELS = ["adaln", "conv_glu", "rms_norm"]
 DTYPES = ["float32", "bfloat16", "float16"]
 # So that two blocks or more fit a multiprocessor; conv_glu's backward and fp32 have it to one.
 REGISTERS = {
-    "adaln forward": 64, "adaln backward": 96, "adaln next forward": 128,
-    "adaln next backward bf16": 136, "adaln next backward fp32": 168,
-    "conv_glu forward bf16": 128, "conv_glu forward tangent bf16": 128, "conv_glu forward": 168,
-    "conv_glu backward": 255, "conv_glu next forward bf16": 128, "conv_glu next backward": 255,
-    "conv_glu next forward tangent bf16": 128, "rms_norm forward": 102, "rms_norm backward": 128,
+    "adaln forward": 168, "adaln forward bf16": 128, "adaln backward bf16": 136,
+    "adaln backward fp32": 168, "conv_glu forward bf16": 128, "conv_glu backward": 255,
+    "conv_glu forward tangent bf16": 128, "rms_norm forward": 102, "rms_norm backward": 128,
 }  # fmt: skip
 
 
@@ -33,7 +31,7 @@ REGISTERS = {
 def test_no_spills_and_few_registers() -> None:
     rows = list(audit_cuda.compile_sources())
     assert {row["architecture"] for row in rows} == {80, 90}
-    assert len(rows) == 2 * (18 + 40 + 11 + 18 + 30)
+    assert len(rows) == 2 * (42 + 20 + 32)
     assert [row for row in rows if row["spilled"]] == []
     for kernel, limit in REGISTERS.items():
         found = [row["registers"] for row in rows if row["name"].startswith(f"cuda {kernel}")]
@@ -88,13 +86,12 @@ def test_missing_barriers_are_found(library: Path) -> None:
 
 
 def test_missing_waits_are_found(library: Path) -> None:
-    """Kernels that copy ahead into shared memory, unlike those before them, use what has come."""
+    """Kernels that copy ahead into shared memory use what has come."""
     lines = proved(library, "bfloat16", WITHOUT_WAITS="1")
-    passed = [line.split()[:2] for line in lines if line.endswith("passed")]
-    assert passed == [["adaln", "cuda"], ["conv_glu", "cuda"]]
+    assert len(lines) > len(KERNELS) and not any(line.endswith("passed") for line in lines)
 
 
-def test_proofs_need_every_dtype_and_no_fault() -> None:
+def test_proofs_are_of_dtypes_without_a_fault() -> None:
     about = {"impl": "cuda", "device": "a GPU", "date": "2026-01-01"}
 
     def rows(source: str | None, dtypes: list[str], **change: object) -> list[dict]:
@@ -105,7 +102,12 @@ def test_proofs_need_every_dtype_and_no_fault() -> None:
         *rows("adaln:3", DTYPES[:1], faults=["y: too far off"]),
         *rows(None, DTYPES, impl="cpu"),
     ])  # fmt: skip
-    assert table == {"adaln:1": {"device": "a GPU", "date": "2026-01-01"}}
+    about = {"device": "a GPU", "date": "2026-01-01"}
+    assert table == {
+        "adaln:1": about | {"dtypes": sorted(DTYPES)},
+        "adaln:2": about | {"dtypes": sorted(DTYPES[:2])},
+        "adaln:3": about | {"dtypes": sorted(DTYPES[1:])},
+    }
 
 
 def test_only_proved_kernels_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,25 +118,27 @@ def test_only_proved_kernels_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.warns(UserWarning, match=r"reference.*cuda: its source.*tbcm_kernels\.testing"):
         _dispatch._notice_fallback.cache_clear()
         assert _dispatch._choice("conv_glu", "auto", "cuda", torch.bfloat16)[0] == "reference"
-    for impl in ("cuda", "cuda_next"):  # from the last to the first choice
-        assert _dispatch._choice("conv_glu", impl, "cuda", torch.bfloat16)[0] == impl
-        monkeypatch.setattr(_dispatch.json, "loads", lambda text, i=impl: {f"conv_glu {i}": {}})
-        _dispatch._proved.cache_clear()
-        assert _dispatch._choice("conv_glu", "auto", "cuda", torch.bfloat16)[0] == impl
+    assert _dispatch._choice("conv_glu", "cuda", "cuda", torch.bfloat16)[0] == "cuda"
+    monkeypatch.setattr(
+        _dispatch.json, "loads", lambda text: {"conv_glu cuda": {"dtypes": ["bfloat16"]}}
+    )
+    _dispatch._proved.cache_clear()
+    assert _dispatch._choice("conv_glu", "auto", "cuda", torch.bfloat16)[0] == "cuda"
+    assert _dispatch._choice("conv_glu", "auto", "cuda", torch.float16)[0] == "reference"
     _dispatch._proved.cache_clear()
 
 
 def test_wide_rows_go_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA's kernels have registers for 4096 columns; where Triton is not, the reference runs."""
     monkeypatch.setattr(_dispatch, "_known_choice", _dispatch._choice)
-    monkeypatch.setattr(_dispatch, "_proved", lambda op, impl: True)
+    monkeypatch.setattr(_dispatch, "_proved", lambda *_: True)
     monkeypatch.setattr(_dispatch, "_DEVICES", dict.fromkeys(_dispatch._DEVICES, "meta"))
     here = {impl: None for impl in _dispatch.IMPLEMENTATIONS}
     monkeypatch.setattr(_dispatch, "missing", here.get)
     monkeypatch.setattr(_dispatch, "source", lambda op, impl: f"{op} {impl}")
     narrow, wide = (torch.empty(1, 1, n, device="meta") for n in (4096, 4097))
-    for op, first in (("adaln", "cuda_next"), ("rms_norm", "cuda")):
-        assert _dispatch.choose_for_rows(op, "auto", narrow) == first
+    for op in ("adaln", "rms_norm"):
+        assert _dispatch.choose_for_rows(op, "auto", narrow) == "cuda"
         assert _dispatch.choose_for_rows(op, "auto", wide) == "triton"
         with pytest.raises(ValueError, match="at most 4096 numbers"):
             _dispatch.choose_for_rows(op, "cuda", wide)
@@ -147,7 +151,7 @@ def test_wide_rows_go_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_older_extension_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "missing", lambda impl: None)
     monkeypatch.setattr(_dispatch, "source", lambda op, impl: None)
-    chosen, reason = _dispatch._choice("adaln", "cuda_next", "cuda", torch.float32)
+    chosen, reason = _dispatch._choice("adaln", "cuda", "cuda", torch.float32)
     assert chosen is None and "older version; build it again" in reason
 
 

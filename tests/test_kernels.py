@@ -36,7 +36,7 @@ COMBINATIONS = [
     ),
     *(("cpu", "cpu", d) for d in (torch.float32, torch.bfloat16)),
     *(("triton", DEVICE, d) for d in TRITON_DTYPES),
-    *((impl, DEVICE, d) for impl in _dispatch.CUDA for d in TRITON_DTYPES if GPU),
+    *(("cuda", DEVICE, d) for d in TRITON_DTYPES if GPU),
 ]
 
 

@@ -236,7 +236,7 @@ def test_vmap_over_tangents() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PyTorch's slow fallback would warn
         got = torch.func.vmap(along)(lanes)
-    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)  # a GPU's products differ in order
 
 
 def test_checkpoint_of_explicit_pairs() -> None:

@@ -86,7 +86,9 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = [
         n and s is not None for n, s in zip(ctx.needs_input_grad[2:5], ctx.shapes, strict=True)
     ]
-    chunk = 1 if any(s is not None and s[0][-2:-1] == out.shape[1:2] for s in ctx.shapes) else CHUNK
+    chunk = 0 if ctx.impl == "cuda" else CHUNK  # 0: it adds the chunks' sums itself
+    if any(s is not None and s[0][-2:-1] == out.shape[1:2] for s in ctx.shapes):
+        chunk = 1
     gx, gh, *sums = adaln_backward(
         gout, gy, out, h, gate, scale, *needs, chunk, ctx.eps, ctx.h_dtype, ctx.impl
     )
@@ -122,7 +124,7 @@ def _backward_fake(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     batch, tokens, width = out.shape
     accumulate = torch.promote_types(out.dtype, torch.float32)
-    sums = out.new_empty((batch, -(-tokens // chunk), width), dtype=accumulate)
+    sums = out.new_empty((batch, -(-tokens // chunk) if chunk else 1, width), dtype=accumulate)
     norm = gy is not None
     return (
         out.new_empty(out.shape),

@@ -38,10 +38,11 @@ def backward_buffers(
 ) -> tuple[Tensors, Tensors]:  # fmt: skip
     """Operands of backward, and the gradients of x, h, gate, scale, shift that it fills.
 
-    h's is in `dtype`, x's by default.
+    h's is in `dtype`, x's by default. Those of gate, scale and shift are sums over `chunk` tokens,
+    where 0 is all of them.
     """
     batch, tokens, width = out.shape
-    shape = (batch, -(-tokens // chunk), width)
+    shape = (batch, -(-tokens // chunk) if chunk else 1, width)
     there = (needs_gate, needs_scale and gy is not None, needs_shift and gy is not None)
     sums = (
         torch.empty(shape, dtype=torch.float32, device=out.device) if t else None for t in there

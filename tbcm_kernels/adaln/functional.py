@@ -38,7 +38,7 @@ def adaln(
         eps: added to the variance.
         dtype: of y, x's by default; bf16 or fp16 beside an x in fp32, as the layer after it
             takes it under autocast.
-        impl: "auto", "cpu", "cuda", "cuda_next", "triton" or "reference" (plain PyTorch,
+        impl: "auto", "cpu", "cuda", "triton" or "reference" (plain PyTorch,
             differentiable to any order).
 
     Returns:

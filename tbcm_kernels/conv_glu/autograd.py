@@ -49,8 +49,8 @@ def _backward(ctx: Any, gy: Tensor | None, gty: Tensor | None) -> tuple[Tensor |
     a, weight, bias = ctx.saved_tensors
     needs = (ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[2])
     ga, gw, gb = conv_glu_backward(gy, a, weight, bias, *needs, *ctx.grid, ctx.impl)
-    gw = gw.sum(0).t().reshape(weight.shape).to(weight.dtype) if needs[0] else None
-    return ga, gw, gb.sum(0).to(bias.dtype) if needs[1] else None, *[None] * 7
+    gw = gw.t().reshape(weight.shape).to(weight.dtype) if needs[0] else None
+    return ga, gw, gb.to(bias.dtype) if needs[1] else None, *[None] * 7
 
 
 def _backward_kernel(
@@ -67,9 +67,8 @@ def _backward_fake(
     needs_bias: bool, height: int, width: int, impl: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     accumulate = torch.promote_types(a.dtype, torch.float32)
-    batch, _, channels = a.shape
-    gw = a.new_empty((batch, 9, channels), dtype=accumulate) if needs_weight else absent(a)
-    gb = a.new_empty((batch, channels), dtype=accumulate) if needs_bias else absent(a)
+    gw = a.new_empty((9, a.shape[2]), dtype=accumulate) if needs_weight else absent(a)
+    gb = a.new_empty(a.shape[2], dtype=accumulate) if needs_bias else absent(a)
     return a.new_empty(a.shape), gw, gb
 
 

@@ -35,4 +35,4 @@ def backward(
     torch.ops.tbcm_cpu.conv_glu_backward(
         gy.contiguous(), a.contiguous(), *parameters(weight, bias), ga, gw, gb, height, width
     )
-    return ga, gw, gb
+    return ga, None if gw is None else gw.sum(0), None if gb is None else gb.sum(0)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from tbcm_kernels._cuda import stream_of
+from tbcm_kernels._cuda import scratch_for, stream_of
 from tbcm_kernels._library import fresh
 from tbcm_kernels.conv_glu.buffers import outputs, parameters
 
@@ -17,13 +15,13 @@ TILE = 32
 
 def forward(
     a: Tensor, weight: Tensor, bias: Tensor | None, ta: Tensor | None, tweight: Tensor | None,
-    tbias: Tensor | None, height: int, width: int, ops: Any = torch.ops.tbcm_cuda,
+    tbias: Tensor | None, height: int, width: int,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """See reference.forward; tangents of weight and bias never come here."""
     y, ty = outputs(a, ta)
     ta = None if ta is None else ta.contiguous()
     with stream_of(a) as stream:
-        ops.conv_glu_forward(
+        torch.ops.tbcm_cuda.conv_glu_forward(
             a.contiguous(), *parameters(weight, bias), ta, y, ty, height, width, stream
         )
     return y, ty
@@ -31,21 +29,17 @@ def forward(
 
 def backward(
     gy: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs_weight: bool,
-    needs_bias: bool, height: int, width: int, ops: Any = torch.ops.tbcm_cuda,
+    needs_bias: bool, height: int, width: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See reference.backward."""
     batch, _, channels = a.shape
     parts = -(-height // TILE) * (-(-width // (TILE - 4)) if width > TILE else 1)
     ga = fresh(a)
-    gw, gb = (
-        torch.empty(batch, parts, *taps, channels, dtype=torch.float32, device=a.device)
-        if needed
-        else None
-        for taps, needed in (((9,), needs_weight), ((), needs_bias))
-    )
+    gw = a.new_empty((9, channels), dtype=torch.float32) if needs_weight else None
+    gb = a.new_empty(channels, dtype=torch.float32) if needs_bias else None
     with stream_of(a) as stream:
-        ops.conv_glu_backward(
-            gy.contiguous(), a.contiguous(), *parameters(weight, bias), ga, gw, gb, height, width,
-            stream,
+        torch.ops.tbcm_cuda.conv_glu_backward(
+            gy.contiguous(), a.contiguous(), *parameters(weight, bias), ga, gw, gb,
+            scratch_for([gw, gb], batch * parts), height, width, stream,
         )  # fmt: skip
-    return ga, None if gw is None else gw.sum(1), None if gb is None else gb.sum(1)
+    return ga, gw, gb

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from tbcm_kernels import _dispatch, _dual
 from tbcm_kernels._library import or_none
 from tbcm_kernels.conv_glu import reference
 from tbcm_kernels.conv_glu.autograd import conv_glu_op
+
+_SHARED = 126 << 10
+"""Bytes of shared memory that a block of the CUDA kernel's backward takes in fp32."""
 
 
 def conv_glu(
@@ -31,7 +35,7 @@ def conv_glu(
             any floating dtype.
         bias: [2K] or None.
         height, width: the grid of the tokens; beyond its border are zeros.
-        impl: "auto", "cpu", "cuda", "cuda_next" or "reference" (plain PyTorch, differentiable to
+        impl: "auto", "cpu", "cuda" or "reference" (plain PyTorch, differentiable to
             any order).
 
     Returns:
@@ -97,13 +101,22 @@ def _pair(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     if stopped := _dual.tangent_gradient_stopped():
         tangents = _dual.detached(*tangents)
-    chosen = _dispatch.choose("conv_glu", impl, primals[0])
+    chosen = _choose(impl, primals[0])
     if _dual.present(tangents[1:]):
         chosen = "reference"  # the kernels take tangents of a alone
     y, ty = conv_glu_op(*primals, *tangents, height, width, not stopped, chosen)
     if stopped:
         ty = ty.detach()
     return y, or_none(ty, _dual.present(tangents))
+
+
+def _choose(impl: str, a: Tensor) -> str:
+    chosen = _dispatch.choose("conv_glu", impl, a)
+    wide = chosen == "cuda" and a.is_cuda and a.dtype == torch.float32
+    if wide and impl == "auto" and _dispatch.shared_memory(a.device.index) < _SHARED:
+        reason = f"in fp32 its backward takes {_SHARED >> 10} KiB of shared memory a block"
+        return _dispatch.fall_back("conv_glu", "cuda", a.dtype, reason)
+    return chosen
 
 
 def _check(a: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -> None:

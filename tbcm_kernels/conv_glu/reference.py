@@ -44,7 +44,7 @@ def backward(
     gy: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs_weight: bool,
     needs_bias: bool, height: int, width: int, store: Store | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of a, of weight [B, 9, 2K] and of bias [B, 2K], the last two for each image.
+    """Gradients of a, of weight as [9, 2K] and of bias [2K].
 
     gc = [gy silu(c₂); gy c₁ silu′(c₂)],  ga = silu′(a) convᵀ(gc),
     gw[tap] = Σ gc[pixel] u[pixel + tap],  gb = Σ gc.
@@ -62,12 +62,12 @@ def backward(
         padded = F.pad(u.unflatten(1, grid), (0, 0, 1, 1, 1, 1))
         pixels = gc.unflatten(1, grid)
         taps = [
-            (padded[:, i : i + height, j : j + width] * pixels).sum((1, 2))
+            (padded[:, i : i + height, j : j + width] * pixels).sum((0, 1, 2))
             for i in range(3)
             for j in range(3)
         ]
-        gw = torch.stack(taps, 1)
-    return store(ga), gw, gc.sum(1) if needs_bias else None
+        gw = torch.stack(taps)
+    return store(ga), gw, gc.sum((0, 1)) if needs_bias else None
 
 
 def _like(parameter: Tensor | None, a: Tensor) -> Tensor | None:

@@ -48,8 +48,18 @@ def _backward(ctx: Any, gy: Tensor | None, gty: Tensor | None) -> tuple[Tensor |
         return (None,) * 7
     x, weight = ctx.saved_tensors
     needs = weight is not None and ctx.needs_input_grad[1]
-    gx, gw = rms_norm_backward(gy, x, weight, needs, CHUNK, ctx.eps, ctx.impl)
-    return gx, gw.sum(0).to(weight.dtype) if needs else None, *[None] * 5
+    return *_gradients(gy, x, weight, needs, ctx.eps, ctx.impl), *[None] * 5
+
+
+def _gradients(
+    gy: Tensor, x: Tensor, weight: Tensor | None, needs_weight: bool, eps: float, impl: str
+) -> tuple[Tensor, Tensor | None]:
+    """Of x and the weight; the CUDA kernels add the chunks' sums themselves."""
+    chunk = 0 if impl == "cuda" else CHUNK
+    gx, gw = rms_norm_backward(gy, x, weight, needs_weight, chunk, eps, impl)
+    if not needs_weight:
+        return gx, None
+    return gx, (gw.sum(0) if chunk else gw[0]).to(weight.dtype)
 
 
 def _backward_kernel(
@@ -65,7 +75,7 @@ def _backward_fake(
     impl: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     accumulate = torch.promote_types(x.dtype, torch.float32)
-    chunks = (x.numel() // x.shape[-1] + chunk - 1) // chunk
+    chunks = (x.numel() // x.shape[-1] + chunk - 1) // chunk if chunk else 1
     gw = x.new_empty((chunks, x.shape[-1]), dtype=accumulate) if needs_weight else absent(x)
     return x.new_empty(x.shape), gw
 
@@ -102,5 +112,5 @@ def through_norm(
     rows = [heads.merge(t, count) for t in (gy, x)]
     if impl == "triton" and _dispatch.choose_for_rows("rms_norm", "auto", rows[1]) == "cuda":
         impl = "cuda"
-    gx, gw = rms_norm_backward(*rows, weight, True, CHUNK, eps, impl)
-    return heads.split(gx, count), gw.sum(0).to(weight.dtype), None
+    gx, gw = _gradients(*rows, weight, True, eps, impl)
+    return heads.split(gx, count), gw, None

@@ -14,7 +14,10 @@ def rows(x: Tensor | None) -> Tensor | None:
 
 
 def gradients(x: Tensor, needs_weight: bool, chunk: int) -> tuple[Tensor, Tensor | None]:
-    """The gradient of x, and [1, chunks, C] for sums of the weight's over so many rows each."""
-    chunks = -(-(x.numel() // x.shape[-1]) // chunk)
+    """The gradient of x, and [1, chunks, C] for sums of the weight's over so many rows each.
+
+    A chunk of 0 is all rows.
+    """
+    chunks = -(-(x.numel() // x.shape[-1]) // chunk) if chunk else 1
     gw = x.new_empty((1, chunks, x.shape[-1]), dtype=torch.float32) if needs_weight else None
     return fresh(x), gw

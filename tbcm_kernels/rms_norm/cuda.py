@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tbcm_kernels._cuda import stream_of
-from tbcm_kernels._library import floats, fresh
+from tbcm_kernels._cuda import scratch_for, stream_of
+from tbcm_kernels._library import CHUNK, floats, fresh
 from tbcm_kernels.rms_norm.buffers import gradients, rows
 
 
@@ -26,10 +26,11 @@ def forward(
 def backward(
     gy: Tensor, x: Tensor, weight: Tensor | None, needs_weight: bool, chunk: int, eps: float
 ) -> tuple[Tensor, Tensor | None]:
-    """See reference.backward."""
+    """See reference.backward; `chunk` is 0 here, all rows."""
     gx, gw = gradients(x, needs_weight, chunk)
+    scratch = scratch_for([gw], -(-(x.numel() // x.shape[-1]) // CHUNK))
     with stream_of(x) as stream:
         torch.ops.tbcm_cuda.rms_norm_backward(
-            rows(gy), rows(x), floats(weight), rows(gx), gw, chunk, eps, stream
+            rows(gy), rows(x), floats(weight), rows(gx), gw, scratch, CHUNK, eps, stream
         )
     return gx, None if gw is None else gw[0]

@@ -95,9 +95,9 @@ def _rows(log: str) -> Iterator[dict[str, str | int]]:
 
 def _brief(name: str) -> str:
     """Such as "cuda adaln forward tangent bf16 8,true" of a demangled kernel."""
-    op, rest, kernel = re.search(r"tbcm::(\w+)::(.*?)(\w+)_kernel<", name).groups()
+    op, kernel = re.search(r"tbcm::(?:(\w+)::.*?)?(\w+)_kernel<", name).groups()
     arguments = re.sub(r"tbcm::| ", "", name.split("_kernel<", 1)[1])
     dtype, *others = arguments[: arguments.index(">(")].split(",")
     tangent = " tangent" if "true" in others else ""
-    version = " next" if "next::" in rest else ""
-    return f"cuda {op}{version} {kernel}{tangent} {_TYPES[dtype]} {','.join(others)}".rstrip()
+    words = "cuda", op, kernel + tangent, _TYPES.get(dtype, dtype), ",".join(others)
+    return " ".join(word for word in words if word)

@@ -154,7 +154,7 @@ def _linear_attention_subsets(
 ROWS = [
     (2, 3, 4), (2, 5, 48), (2, 15, 127), (1, 16, 128), (2, 17, 129), (1, 33, 320), (1, 2, 1152),
     (1, 2, 2240), (2, 150, 320), (3, 7, 31), (1, 1, 8), (2, 17, 1152), (1, 3, 1284), (1, 3, 4096),
-    (1, 2, 4095), (1, 17, 1), (2, 0, 16), (0, 4, 16),
+    (1, 2, 4095), (1, 4130, 8), (1, 4113, 5), (1, 17, 1), (2, 0, 16), (0, 4, 16),
 ]  # fmt: skip
 """One tile, one less, one more, SANA's widths, enough for several threads, primes, the widest that
 CUDA's kernels hold, one number, nothing."""

@@ -143,8 +143,7 @@ def _backward(
     if case.op == "conv_glu":
         needs = (True, primals[2] is not None)
         ga, gw, gb = reference.backward(cotangents[0], *primals, *needs, **case.options)
-        gw = gw.sum(0).t().reshape(primals[1].shape)
-        return [ga, gw, None if gb is None else gb.sum(0)]
+        return [ga, gw.t().reshape(primals[1].shape), gb]
     if case.op == "linear_attention":
         return linear_attention.backward(case, primals, cotangents[0])
     _, h, gate, scale, shift = primals

@@ -19,7 +19,7 @@ from tbcm_kernels.testing.check import check, run
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """In the order of their use on GPUs; Triton's exact fp32 takes longest to compile."""
-GPU_KERNELS = ("triton", *_dispatch.CUDA)
+GPU_KERNELS = ("triton", "cuda")
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def prove(
 
     Args:
         op: name of an op that has a kernel, such as "adaln".
-        impl: "cpu", "cuda", "cuda_next", "triton" or "reference".
+        impl: "cpu", "cuda", "triton" or "reference".
         device: "cpu" or "cuda".
         dtype: of the op's main inputs.
         few: on few shapes.

@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import proofs
 from tbcm_kernels import _dispatch
+from tbcm_kernels.conv_glu import functional as conv_glu
 from tbcm_kernels.testing import audit_cuda
 from tbcm_kernels.testing import proofs as proofs_of
 
@@ -31,7 +33,7 @@ REGISTERS = {
 def test_no_spills_and_few_registers() -> None:
     rows = list(audit_cuda.compile_sources())
     assert {row["architecture"] for row in rows} == {80, 90}
-    assert len(rows) == 2 * (42 + 20 + 32)
+    assert len(rows) == 2 * (44 + 22 + 34)
     assert [row for row in rows if row["spilled"]] == []
     for kernel, limit in REGISTERS.items():
         found = [row["registers"] for row in rows if row["name"].startswith(f"cuda {kernel}")]
@@ -146,6 +148,21 @@ def test_wide_rows_go_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     _dispatch._notice_fallback.cache_clear()
     with pytest.warns(UserWarning, match="reference.*at most 4096 numbers.*no Triton"):
         assert _dispatch.choose_for_rows("adaln", "auto", wide) == "reference"
+
+
+def test_fp32_falls_back_where_shared_memory_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """conv_glu's backward in fp32 does not fit the blocks of consumer GPUs; 16 bits do."""
+    monkeypatch.setattr(_dispatch, "choose", lambda *_: "cuda")
+    monkeypatch.setattr(_dispatch, "_notice_fallback", lambda *_: None)
+
+    def chosen(impl: str, dtype: torch.dtype) -> str:
+        device = SimpleNamespace(index=0)
+        return conv_glu._choose(impl, SimpleNamespace(is_cuda=True, device=device, dtype=dtype))
+
+    for size, found in ((99, "reference"), (163, "cuda")):
+        monkeypatch.setattr(_dispatch, "shared_memory", lambda device, size=size: size << 10)
+        assert chosen("auto", torch.float32) == found
+        assert chosen("cuda", torch.float32) == chosen("auto", torch.half) == "cuda"
 
 
 def test_an_older_extension_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

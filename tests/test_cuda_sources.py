@@ -23,9 +23,10 @@ KERNELS = ["adaln", "conv_glu", "rms_norm"]
 DTYPES = ["float32", "bfloat16", "float16"]
 # So that two blocks or more fit a multiprocessor; conv_glu's backward and fp32 have it to one.
 REGISTERS = {
-    "adaln forward": 168, "adaln forward bf16": 128, "adaln backward bf16": 136,
-    "adaln backward fp32": 168, "conv_glu forward bf16": 128, "conv_glu backward": 255,
-    "conv_glu forward tangent bf16": 128, "rms_norm forward": 102, "rms_norm backward": 128,
+    "adaln forward bf16": 128, "adaln forward tangent bf16": 128, "adaln forward tangent fp32": 128,
+    "adaln forward tangent fp16": 168, "adaln backward bf16": 136, "adaln backward fp32": 168,
+    "conv_glu forward bf16": 128, "conv_glu forward tangent bf16": 128, "conv_glu forward": 168,
+    "conv_glu backward": 128, "rms_norm forward": 102, "rms_norm backward": 128,
 }  # fmt: skip
 
 

@@ -236,7 +236,10 @@ def test_vmap_over_tangents() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PyTorch's slow fallback would warn
         got = torch.func.vmap(along)(lanes)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)  # a GPU's products differ in order
+    order = (
+        {"rtol": 1e-4, "atol": 1e-4} if lanes.is_cuda else {}
+    )  # products of other sizes on a GPU
+    torch.testing.assert_close(got, want, **order)
 
 
 def test_checkpoint_of_explicit_pairs() -> None:

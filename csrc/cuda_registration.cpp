@@ -4,6 +4,7 @@
 
 #include "adaln_bindings.h"
 #include "conv_glu_bindings.h"
+#include "linear_attention_bindings.h"
 #include "rms_norm_bindings.h"
 
 #ifndef TBCM_DEVICE
@@ -93,6 +94,45 @@ void conv_glu_backward(Tensor gy, Tensor a, Tensor weight, Maybe bias, Tensor ga
   });
 }
 
+// Of 16 bits alone. How many parts a state has depends on the GPU: the room for them is allocated here.
+void linear_attention_forward(Tensor q, Tensor k, Tensor v, Maybe q_weight, Maybe k_weight, Maybe tq, Maybe tk,
+                              Maybe tv, Tensor o, Maybe to, Tensor state, Maybe tstate, double eps, double q_eps,
+                              double k_eps, int64_t stream) {
+  launch_on(stream, q, [&]<class T>(T, void* queue) -> const char* {
+    if constexpr (sizeof(T) == 2) {
+      auto p = linear_attention::operands<T>(q, k, v, q_weight, k_weight, tq, tk, tv, o, to, state, tstate, eps, q_eps,
+                                             k_eps);
+      if (const char* fault = linear_attention::divide(&p)) return fault;
+      const Tensor scratch = torch::stable::new_empty(state, {p.keys.room()});
+      p.keys.scratch = pointer<float>(scratch);
+      return linear_attention::launch(p, queue);
+    }
+    return "those of linear_attention take 16 bits";
+  });
+}
+
+void linear_attention_backward(Tensor go, Tensor q, Tensor k, Tensor v, Maybe q_weight, Maybe k_weight, Tensor state,
+                               Tensor gq, Tensor gk, Tensor gv, Maybe gq_weight, Maybe gk_weight, double eps,
+                               double q_eps, double k_eps, int64_t stream) {
+  launch_on(stream, q, [&]<class T>(T, void* queue) -> const char* {
+    if constexpr (sizeof(T) == 2) {
+      const Tensor gstate = torch::stable::empty_like(state);
+      auto p = linear_attention::operands<T>(go, q, k, v, q_weight, k_weight, state, gstate, gq, gk, gv, eps, q_eps,
+                                             k_eps);
+      if (const char* fault = linear_attention::divide(&p)) return fault;
+      const int64_t all = q.size(1) * linear_attention::WIDTH;  // columns of a token
+      const int64_t rooms[] = {p.queries.room(), gq_weight ? p.q_weight.count * all : 0,
+                               gk_weight ? p.k_weight.count * all : 0};
+      const Tensor scratch = torch::stable::new_empty(state, {rooms[0] + rooms[1] + rooms[2]});
+      p.queries.scratch = pointer<float>(scratch);
+      if (gq_weight) p.q_weight.of[0] = {p.queries.scratch + rooms[0], pointer<float>(gq_weight)};
+      if (gk_weight) p.k_weight.of[0] = {p.queries.scratch + rooms[0] + rooms[1], pointer<float>(gk_weight)};
+      return linear_attention::launch(p, queue);
+    }
+    return "those of linear_attention take 16 bits";
+  });
+}
+
 void rms_norm_forward(Tensor x, Maybe weight, Maybe tx, Maybe tweight, Tensor y, Maybe ty, double eps, int64_t stream) {
   launch_on(stream, x, [&]<class T>(T, void* queue) {
     return rms_norm::launch(rms_norm::operands<T>(x, weight, tx, tweight, y, ty, eps), queue);
@@ -128,6 +168,14 @@ STABLE_TORCH_LIBRARY(tbcm_cuda, m) {
       "conv_glu_backward(Tensor gy, Tensor a, Tensor weight, Tensor? bias, Tensor(a!) ga, Tensor(b!)? gweight, "
       "Tensor(c!)? gbias, Tensor(d!)? scratch, int height, int width, int stream) -> ()");
   m.def(
+      "linear_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? tq, "
+      "Tensor? tk, Tensor? tv, Tensor(a!) o, Tensor(b!)? to, Tensor(c!) state, Tensor(d!)? tstate, "
+      "float eps, float q_eps, float k_eps, int stream) -> ()");
+  m.def(
+      "linear_attention_backward(Tensor go, Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, "
+      "Tensor state, Tensor(a!) gq, Tensor(b!) gk, Tensor(c!) gv, Tensor(d!)? gq_weight, Tensor(e!)? gk_weight, "
+      "float eps, float q_eps, float k_eps, int stream) -> ()");
+  m.def(
       "rms_norm_forward(Tensor x, Tensor? weight, Tensor? tx, Tensor? tweight, Tensor(a!) y, Tensor(b!)? ty, "
       "float eps, int stream) -> ()");
   m.def(
@@ -140,6 +188,8 @@ STABLE_TORCH_LIBRARY_IMPL(tbcm_cuda, TBCM_DEVICE, m) {
   m.impl("adaln_backward", TORCH_BOX(&tbcm::adaln_backward));
   m.impl("conv_glu_forward", TORCH_BOX(&tbcm::conv_glu_forward));
   m.impl("conv_glu_backward", TORCH_BOX(&tbcm::conv_glu_backward));
+  m.impl("linear_attention_forward", TORCH_BOX(&tbcm::linear_attention_forward));
+  m.impl("linear_attention_backward", TORCH_BOX(&tbcm::linear_attention_backward));
   m.impl("rms_norm_forward", TORCH_BOX(&tbcm::rms_norm_forward));
   m.impl("rms_norm_backward", TORCH_BOX(&tbcm::rms_norm_backward));
 }

@@ -29,9 +29,11 @@ _FAST_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "attention cpu": (torch.float32, torch.bfloat16, torch.float16),
     "linear_attention cpu": (torch.float32, torch.bfloat16, torch.float16),
+    "linear_attention cuda": (torch.bfloat16, torch.float16),
 }
 _DEVICES = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu"}
 _WIDEST_ROW = 4096  # MAX_WIDTH in csrc/rows.h
+_TOO_WIDE = f"its rows have at most {_WIDEST_ROW} numbers"
 _ONLY_ASKED_FOR = {
     ("attention", "triton", torch.float32): "exact fp32 products spill registers; ask by impl",
 }
@@ -40,7 +42,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "adaln": ("cuda", "triton", "cpu"),
     "rms_norm": ("cuda", "triton", "cpu"),
     "attention": ("triton", "cpu"),
-    "linear_attention": ("triton", "cpu"),
+    "linear_attention": ("cuda", "triton", "cpu"),
     "conv_glu": ("cuda", "cpu"),
     "linear": (),
     "tangent_loss": ("triton", "cpu"),
@@ -126,16 +128,16 @@ def _unproved(op: str, impl: str, dtype: torch.dtype) -> str | None:
     )
 
 
-def choose(op: str, impl: str, x: Tensor, *, wide: bool = False) -> str:
+def choose(op: str, impl: str, x: Tensor, *, unfit: str | None = None) -> str:
     """The name of the implementation that runs `op` on tensors like x.
 
     Args:
-        wide: whether rows are too long for CUDA's kernels.
+        unfit: why CUDA's kernels cannot take these shapes or options, in one clause.
 
     Raises:
         ValueError: an unknown `impl`, or an explicit one that cannot run here, with the reason.
     """
-    chosen, reason = _known_choice(op, impl, x.device.type, x.dtype, wide)
+    chosen, reason = _known_choice(op, impl, x.device.type, x.dtype, unfit)
     if chosen is None:
         raise ValueError(f"{op}: {reason}.")
     return chosen
@@ -143,35 +145,34 @@ def choose(op: str, impl: str, x: Tensor, *, wide: bool = False) -> str:
 
 def choose_for_rows(op: str, impl: str, x: Tensor) -> str:
     """`choose` for an op whose CUDA kernels keep a row of x in registers."""
-    return choose(op, impl, x, wide=x.shape[-1] > _WIDEST_ROW)
+    return choose(op, impl, x, unfit=_TOO_WIDE if x.shape[-1] > _WIDEST_ROW else None)
 
 
 @constant_under_compile
 def _known_choice(
-    op: str, impl: str, device: str, dtype: torch.dtype, wide: bool
+    op: str, impl: str, device: str, dtype: torch.dtype, unfit: str | None
 ) -> tuple[str | None, str]:
     """`_choice`, looked up after its first time and where torch.compile traces."""
-    return _remembered(op, impl, device, dtype, wide)
+    return _remembered(op, impl, device, dtype, unfit)
 
 
 def _choice(
-    op: str, impl: str, device: str, dtype: torch.dtype, wide: bool = False
+    op: str, impl: str, device: str, dtype: torch.dtype, unfit: str | None = None
 ) -> tuple[str | None, str]:
     """The chosen implementation, or None and why."""
-    too_wide = f"its rows have at most {_WIDEST_ROW} numbers" if wide else None
     if impl == "reference":
         return impl, "asked for"
     if impl not in IMPLEMENTATIONS:
         return None, f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}"
     if impl != "auto":
-        reason = refusal(op, impl, device, dtype) or (too_wide if impl == "cuda" else None)
+        reason = refusal(op, impl, device, dtype) or (unfit if impl == "cuda" else None)
         return (None, f"impl={impl!r} cannot run: {reason}") if reason else (impl, "asked for")
     why_not = {}
     for candidate in OPS[op]:
         reason = refusal(op, candidate, device, dtype)
         reason = reason or _ONLY_ASKED_FOR.get((op, candidate, dtype))
         reason = (
-            reason or (too_wide if candidate == "cuda" else None) or _unproved(op, candidate, dtype)
+            reason or (unfit if candidate == "cuda" else None) or _unproved(op, candidate, dtype)
         )
         if device == _DEVICES[candidate] and reason is None:
             if candidate == "triton" and not _proved(op, candidate, dtype):

@@ -3,6 +3,8 @@
 //
 // Asynchronous copies arrive no sooner than they are waited for, and a block's shared memory begins as NaNs.
 //
+// Blocks of a cluster take turns as their threads do; what other launches share between blocks they have each alone.
+//
 // Launches differ in the order of threads, so that a missing barrier shows: as they are or in reverse, each in turn
 // or one warp as far as it comes. A case launches three kernels, so its second run meets other orders and gives
 // other bits.
@@ -12,11 +14,14 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
+#include <climits>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <vector>
 
 #define __global__
@@ -35,6 +40,22 @@ struct dim3 {
 using cudaStream_t = void*;
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+constexpr int cudaLaunchAttributeClusterDimension = 0;
 constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 0, cudaDevAttrMaxSharedMemoryPerBlockOptin = 0,
               cudaDevAttrMultiProcessorCount = 1;
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
@@ -50,15 +71,19 @@ struct Fiber {
   jmp_buf at;
   std::vector<char> stack = std::vector<char>(STACK);
   bool started, done;
-  int waits;  // for how many threads: those of its warp, or of its block
-  int times[2];  // it has waited for its warp, and for its block
+  int waits;  // for its warp, its block or its cluster: 0, 1, 2; or -1
+  int times[3];  // it has waited for its warp, its block and its cluster
+  std::function<bool()> until;  // what else it waits for
 };
 
 inline std::vector<Fiber> all;
 inline std::vector<float> exchanged;
+inline std::vector<std::array<uint32_t, 6>> factors;  // of a product, each lane's
 inline std::function<void()> body;
 inline jmp_buf scheduler;
 inline int current;
+inline unsigned first;  // block of the cluster
+inline int blocks;  // of a cluster
 
 struct Copy {
   void* to;
@@ -66,15 +91,30 @@ struct Copy {
   size_t bytes;
 };
 inline std::vector<std::vector<std::vector<Copy>>> copies;  // of each thread, in groups; the last is open
-alignas(16) inline unsigned char shared[228 << 10];
+// Of the blocks of a cluster, the running one's.
+constexpr int CLUSTER = 8, SHARED = 228 << 10;
+alignas(16) inline unsigned char memory[CLUSTER][SHARED];
+inline struct {
+  operator unsigned char*() const { return memory[current / int(blockDim.x)]; }
+  unsigned char* other(void* place, int rank) const {
+    return memory[rank] + (static_cast<unsigned char*>(place) - memory[current / int(blockDim.x)]);
+  }
+} shared;
 
 inline void copy(void* to, const void* from, size_t bytes) { copies[current].back().push_back({to, from, bytes}); }
 inline void commit() { copies[current].emplace_back(); }
-// WITHOUT_WAITS is a planted fault, as WITHOUT_BARRIERS below.
-inline void wait_for_copies(int left) {
+// The planted faults that the proofs must find.
+inline bool without_waits() {
   static const bool without = std::getenv("WITHOUT_WAITS") != nullptr;
+  return without;
+}
+inline bool without_barriers() {
+  static const bool without = std::getenv("WITHOUT_BARRIERS") != nullptr;
+  return without;
+}
+inline void wait_for_copies(int left) {
   auto& groups = copies[current];
-  while (!without && int(groups.size()) - 1 > left) {
+  while (!without_waits() && int(groups.size()) - 1 > left) {
     for (const Copy& c : groups.front())
       if (c.from) std::memcpy(c.to, c.from, c.bytes);
       else std::memset(c.to, 0, c.bytes);
@@ -83,9 +123,62 @@ inline void wait_for_copies(int left) {
 }
 
 inline void wait(int threads) {
-  all[current].waits = threads;
-  ++all[current].times[threads > WARP];
+  const int kind = threads <= WARP ? 0 : threads <= int(blockDim.x) ? 1 : 2;
+  all[current].waits = kind;
+  ++all[current].times[kind];
   if (!_setjmp(all[current].at)) _longjmp(scheduler, 1);
+}
+
+// Until something holds that another thread brings about.
+inline void wait_until(const std::function<bool()>& holds) {
+  all[current].until = holds;
+  if (!_setjmp(all[current].at)) _longjmp(scheduler, 1);
+}
+
+// Barriers of a block by number, at which some threads only arrive.
+inline int arrivals[CLUSTER][16];
+inline void arrive(int id, int) { ++arrivals[current / int(blockDim.x)][id]; }
+inline void sync(int id, int threads) {
+  int& arrived = arrivals[current / int(blockDim.x)][id];
+  const int round = arrived++ / threads;
+  if (!without_barriers()) wait_until([&arrived, round, threads] { return arrived >= (round + 1) * threads; });
+}
+
+// Of a block's shared memory: what comes is there when its phase ends, and until then there are NaNs.
+struct Mail {
+  void* to;
+  float x;
+};
+struct Box {
+  std::vector<Mail> mail;
+  int bytes = 0, phase = 0;
+  bool expected = false;
+};
+inline std::map<void*, Box> mailboxes;
+inline void deliver(Box& box) {
+  if (!box.expected || int(box.mail.size()) * 4 < box.bytes) return;
+  if (int(box.mail.size()) * 4 > box.bytes) __builtin_trap();
+  for (const Mail& m : box.mail) std::memcpy(m.to, &m.x, sizeof m.x);
+  box.mail.clear();
+  box.expected = false;
+  ++box.phase;
+}
+inline void expect(void* place, int bytes) {
+  Box& box = mailboxes.at(place);
+  if (box.expected) __builtin_trap();
+  box.bytes = bytes, box.expected = true;
+  deliver(box);
+}
+inline void send(void* place, int rank, float* to, float x) {
+  Box& box = mailboxes.at(shared.other(place, rank));
+  box.mail.push_back({shared.other(to, rank), x});
+  std::memset(box.mail.back().to, 0xff, sizeof x);
+  deliver(box);
+}
+inline void wait_for_mail(void* place, int phase) {
+  Box& box = mailboxes.at(place);
+  if (box.phase > phase + 1) __builtin_trap();  // the next one has ended too: on a GPU this one would not be told apart
+  wait_until([&box, phase] { return box.phase > phase; });
 }
 
 inline void enter() {
@@ -97,8 +190,10 @@ inline void enter() {
 inline void resume(int thread) {
   Fiber& f = all[thread];
   current = thread;
-  threadIdx.x = unsigned(thread);
-  f.waits = 0;
+  threadIdx.x = unsigned(thread) % blockDim.x;
+  blockIdx.x = first + unsigned(thread) / blockDim.x;
+  f.waits = -1;
+  f.until = nullptr;
   if (_setjmp(scheduler)) return;
   if (f.started) _longjmp(f.at, 1);
   f.started = true;
@@ -109,26 +204,45 @@ inline void resume(int thread) {
   setcontext(&f.start);
 }
 
-// Whether all threads that this one waits for have come as far; those that have ended count.
-inline bool ready(int thread, int threads) {
-  const int group = all[thread].waits, kind = group > WARP;
-  if (group == 0) return true;
-  for (int i = thread / group * group; i < thread / group * group + group && i < threads; ++i)
-    if (!all[i].done && all[i].times[kind] < all[thread].times[kind]) return false;
-  return true;
+// Threads of a group: a warp, a block or the cluster.
+inline int group(int kind, int threads) { return kind == 0 ? WARP : kind == 1 ? int(blockDim.x) : threads; }
+
+// How often the threads of each group have waited at least; those that have ended count as if they always had.
+inline std::array<std::vector<int>, 3> fewest(int threads) {
+  std::array<std::vector<int>, 3> times;
+  for (int kind = 0; kind < 3; ++kind) {
+    const int size = group(kind, threads);
+    times[kind].assign((threads + size - 1) / size, INT_MAX);
+    for (int i = 0; i < threads; ++i)
+      if (!all[i].done) times[kind][i / size] = std::min(times[kind][i / size], all[i].times[kind]);
+  }
+  return times;
 }
 
-inline void run_block(int threads, int launch) {
-  std::memset(shared, 0xff, sizeof shared);
+// Whether what a thread waits for has come: all threads of a group as far as it, or something else.
+inline bool ready(int thread, int threads, const std::array<std::vector<int>, 3>& fewest) {
+  const Fiber& f = all[thread];
+  if (f.until) return f.until();
+  return f.waits < 0 || fewest[f.waits][thread / group(f.waits, threads)] >= f.times[f.waits];
+}
+
+// Those of a cluster of blocks; one alone is one.
+inline void run_cluster(int threads, int launch) {
+  std::memset(memory, 0xff, size_t(threads) / blockDim.x * SHARED);
   copies.assign(threads, {{}});
+  std::memset(arrivals, 0, sizeof arrivals);
+  mailboxes.clear();
   for (int i = 0; i < threads; ++i) {
     all[i].started = all[i].done = false;
-    all[i].waits = all[i].times[0] = all[i].times[1] = 0;
+    all[i].waits = -1;
+    all[i].times[0] = all[i].times[1] = all[i].times[2] = 0;
+    all[i].until = nullptr;
   }
   for (int left = threads; left > 0;) {
     std::vector<int> able;  // decided before anyone moves on
+    const auto times = fewest(threads);
     for (int i = 0; i < threads; ++i)
-      if (!all[i].done && ready(i, threads)) able.push_back(i);
+      if (!all[i].done && ready(i, threads, times)) able.push_back(i);
     if (able.empty()) __builtin_trap();  // threads that wait for one another for ever
     if (launch % 2) std::reverse(able.begin(), able.end());
     if (launch / 2 % 2) {
@@ -142,33 +256,51 @@ inline void run_block(int threads, int launch) {
   }
 }
 
+// c += a b, as csrc/tensor_cores.h has them in lanes.
+inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  factors[current] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  wait(WARP);
+  const int warp = current / WARP * WARP, g = current % WARP / 4, t = current % 4;
+  const auto number = [&](int lane, int word, int half) {
+    const uint32_t bits = half ? factors[warp + lane][word] & 0xffff0000u : factors[warp + lane][word] << 16;
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  };
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 16; ++k)
+      c[i] += number(4 * g + k % 8 / 2, i / 2 + k / 8 * 2, k % 2) *
+              number(4 * (2 * t + i % 2) + k % 8 / 2, 4 + k / 8, k % 2);
+  wait(WARP);
+}
+
 }  // namespace fibers
 
-// WITHOUT_BARRIERS is the planted fault that the proofs must find.
 inline void __syncthreads() {
-  static const bool without = std::getenv("WITHOUT_BARRIERS") != nullptr;
-  if (!without) fibers::wait(int(blockDim.x));
+  if (!fibers::without_barriers()) fibers::wait(int(blockDim.x));
 }
 
 inline void __syncwarp() {
-  static const bool without = std::getenv("WITHOUT_BARRIERS") != nullptr;
-  if (!without) fibers::wait(fibers::WARP);
+  if (!fibers::without_barriers()) fibers::wait(fibers::WARP);
 }
 
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 
-inline float __shfl_xor_sync(unsigned, float v, int lanes) {
+inline float __shfl_sync(unsigned, float v, int lane) {
   const int me = fibers::current;
   fibers::exchanged[me] = v;
   fibers::wait(fibers::WARP);
-  const float got = fibers::exchanged[me ^ lanes];
+  const float got = fibers::exchanged[me / fibers::WARP * fibers::WARP + lane];
   fibers::wait(fibers::WARP);
   return got;
+}
+inline float __shfl_xor_sync(unsigned mask, float v, int lanes) {
+  return __shfl_sync(mask, v, fibers::current % fibers::WARP ^ lanes);
 }
 
 inline cudaError_t cudaGetDevice(int*) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : int(sizeof fibers::shared);
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : fibers::SHARED;
   return cudaSuccess;
 }
 template <class Kernel>
@@ -178,15 +310,35 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
 }
 inline cudaError_t cudaFuncSetAttribute(const void*, int, int) { return cudaSuccess; }
 
+inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t*) {
+  *clusters = 2;
+  return cudaSuccess;
+}
+
 inline int launches = 0;
 
 template <class P>
-cudaError_t cudaLaunchKernel(void (*kernel)(P), dim3 blocks, dim3 threads, void** arguments, size_t, cudaStream_t) {
+void launch(void (*kernel)(P), unsigned blocks, unsigned cluster, dim3 threads, void* argument) {
   ++launches;
   blockDim = threads;
-  if (fibers::all.size() < threads.x) fibers::all.resize(threads.x);
-  fibers::exchanged.resize(threads.x);
-  fibers::body = [=] { kernel(*static_cast<P*>(arguments[0])); };
-  for (blockIdx.x = 0; blockIdx.x < blocks.x; ++blockIdx.x) fibers::run_block(int(threads.x), launches);
+  fibers::blocks = int(cluster);
+  const size_t all = size_t(threads.x) * cluster;
+  if (fibers::all.size() < all) fibers::all.resize(all);
+  fibers::exchanged.resize(all);
+  fibers::factors.resize(all);
+  fibers::body = [=] { kernel(*static_cast<P*>(argument)); };
+  for (fibers::first = 0; fibers::first < blocks; fibers::first += cluster) fibers::run_cluster(int(all), launches);
+}
+
+template <class P>
+cudaError_t cudaLaunchKernel(void (*kernel)(P), dim3 blocks, dim3 threads, void** arguments, size_t, cudaStream_t) {
+  launch(kernel, blocks.x, 1, threads, arguments[0]);
+  return cudaSuccess;
+}
+
+template <class P>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P), const P& p) {
+  P copy = p;
+  launch(kernel, config->gridDim.x, config->attrs[0].val.clusterDim.x, config->blockDim, &copy);
   return cudaSuccess;
 }

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 
 sys.modules["tbcm_kernels._C"] = extension = ModuleType("tbcm_kernels._C")
-extension.cuda = "adaln:0 conv_glu:0 rms_norm:0"
+extension.cuda = "adaln:0 conv_glu:0 linear_attention:0 rms_norm:0"
 
 from tbcm_kernels import _dispatch  # noqa: E402
 from tbcm_kernels.testing.cases import cases  # noqa: E402
@@ -27,15 +27,16 @@ _dispatch._DEVICES["cuda"] = "cpu"
 SPREADING = [
     ("rms_norm", "x weight", "weight"), ("adaln", "x scale shift", "shift"),
     ("adaln", "x scale shift", "scale"), ("adaln", "x h gate", "x"), ("conv_glu", "a bias", "a"),
+    ("linear_attention", "q k v", "v"), ("linear_attention", "q k v", "q"),
 ]  # fmt: skip
 """Arguments of ops, and those that move, where infinity could meet a zero in place of nothing."""
+SMALL = {"conv_glu": "shape (1, 2, 7, 17)", "linear_attention": "shape (2, 3, 21, 35, 32, 32)"}
 
 
 def spread(op: str, present: str, moving: str, dtype: torch.dtype) -> list[str]:
     """Where infinities and NaNs in an argument reach results that the reference keeps finite."""
     faults, impl = [], "cuda"
-    small = "shape (1, 2, 7, 17)" if op == "conv_glu" else "shape (2, 5, 48)"
-    case = next(c for c in cases(op, dtype) if c.name == small)
+    case = next(c for c in cases(op, dtype) if c.name == SMALL.get(op, "shape (2, 5, 48)"))
     there = [*present.split(), *(["weight"] if op == "conv_glu" else [])]
     pairs = [
         [v if a in names else None for a, v in zip(case.arguments, values, strict=True)]
@@ -43,7 +44,8 @@ def spread(op: str, present: str, moving: str, dtype: torch.dtype) -> list[str]:
     ]
     for name, value in itertools.product(present.split(), (math.inf, math.nan)):
         primals = [None if p is None else p.clone() for p in pairs[0]]
-        primals[case.arguments.index(name)].view(-1)[3] = value
+        tensor = primals[case.arguments.index(name)]
+        tensor[torch.unravel_index(torch.tensor(3), tensor.shape)] = value
         spoilt = replace(case, primals=primals, tangents=pairs[1])
         for k, (got, want) in enumerate(
             zip(run(spoilt, impl), run(spoilt, "reference"), strict=True)
@@ -53,12 +55,17 @@ def spread(op: str, present: str, moving: str, dtype: torch.dtype) -> list[str]:
     return faults
 
 
-for op, kernels in _dispatch.OPS.items():
-    for dtype in sys.argv[2:] if "cuda" in kernels else ():
-        proof = prove(op, "cuda", "cpu", getattr(torch, dtype))
-        print(proof, *proof.faults, sep="\n")
+def takes(op: str, dtype: torch.dtype) -> bool:
+    """Whether an op has a CUDA kernel of this dtype."""
+    return _dispatch.refusal(op, "cuda", "cpu", dtype) is None
 
-for dtype in sys.argv[2:]:
+
+for dtype in (getattr(torch, name) for name in sys.argv[2:]):
+    for op in _dispatch.OPS:
+        if takes(op, dtype):
+            proof = prove(op, "cuda", "cpu", dtype)
+            print(proof, *proof.faults, sep="\n")
     for what in SPREADING:
-        for fault in spread(*what, getattr(torch, dtype)):
-            print(fault)
+        if takes(what[0], dtype):
+            for fault in spread(*what, dtype):
+                print(fault)

@@ -15,18 +15,20 @@ import torch
 from bench import proofs
 from tbcm_kernels import _dispatch
 from tbcm_kernels.conv_glu import functional as conv_glu
+from tbcm_kernels.linear_attention import functional as linear_attention
 from tbcm_kernels.testing import audit_cuda
 from tbcm_kernels.testing import proofs as proofs_of
 
 ROOT = Path(__file__).parents[1]
-KERNELS = ["adaln", "conv_glu", "rms_norm"]
+KERNELS = ["adaln", "conv_glu", "linear_attention", "rms_norm"]
 DTYPES = ["float32", "bfloat16", "float16"]
 # So that two blocks or more fit a multiprocessor; conv_glu's backward and fp32 have it to one.
 REGISTERS = {
     "adaln forward bf16": 128, "adaln forward tangent bf16": 128, "adaln forward tangent fp32": 128,
     "adaln forward tangent fp16": 168, "adaln backward bf16": 136, "adaln backward fp32": 168,
     "conv_glu forward bf16": 128, "conv_glu forward tangent bf16": 128, "conv_glu forward": 168,
-    "conv_glu backward": 128, "rms_norm forward": 102, "rms_norm backward": 128,
+    "conv_glu backward": 128, "linear_attention": 168, "rms_norm forward": 102,
+    "rms_norm backward": 128,
 }  # fmt: skip
 
 
@@ -34,7 +36,7 @@ REGISTERS = {
 def test_no_spills_and_few_registers() -> None:
     rows = list(audit_cuda.compile_sources())
     assert {row["architecture"] for row in rows} == {80, 90}
-    assert len(rows) == 2 * (44 + 22 + 34)
+    assert len(rows) == 2 * (44 + 22 + 17 + 34)
     assert [row for row in rows if row["spilled"]] == []
     for kernel, limit in REGISTERS.items():
         found = [row["registers"] for row in rows if row["name"].startswith(f"cuda {kernel}")]
@@ -68,7 +70,7 @@ def proved(library: Path, *dtypes: str, **environment: str) -> list[str]:
     """What the proofs print, a line for each op and dtype and one for each fault."""
     run = subprocess.run(
         [sys.executable, ROOT / "tests" / "prove_on_host.py", library, *dtypes],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
     )
@@ -79,7 +81,7 @@ def proved(library: Path, *dtypes: str, **environment: str) -> list[str]:
 def test_kernels_are_right_on_the_host(library: Path) -> None:
     """Every case in fp32, bf16 and fp16, outputs and gradients, twice with the same bits."""
     lines = proved(library, *DTYPES)
-    assert len(lines) == 3 * len(KERNELS)
+    assert len(lines) == 3 * len(KERNELS) - 1  # linear_attention has none in fp32
     assert all(line.endswith("passed") for line in lines), "\n".join(lines)
 
 
@@ -164,6 +166,29 @@ def test_fp32_falls_back_where_shared_memory_is_small(monkeypatch: pytest.Monkey
         monkeypatch.setattr(_dispatch, "shared_memory", lambda device, size=size: size << 10)
         assert chosen("auto", torch.float32) == found
         assert chosen("cuda", torch.float32) == chosen("auto", torch.half) == "cuda"
+
+
+def test_linear_attention_goes_to_triton_where_cuda_has_no_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_dispatch, "_known_choice", _dispatch._choice)
+    monkeypatch.setattr(_dispatch, "_proved", lambda *_: True)
+    monkeypatch.setattr(_dispatch, "_DEVICES", dict.fromkeys(_dispatch._DEVICES, "meta"))
+    monkeypatch.setattr(_dispatch, "missing", lambda impl: None)
+    monkeypatch.setattr(_dispatch, "source", lambda op, impl: f"{op} {impl}")
+
+    def chosen(impl: str, heads: int = 36, width: int = 32, feature_map: str = "relu") -> str:
+        q = torch.empty(1, heads, 4, width, device="meta", dtype=torch.bfloat16)
+        return linear_attention._choose(impl, q, q, feature_map)
+
+    assert chosen("auto") == chosen("auto", heads=96) == chosen("cuda") == "cuda"
+    for other in ({"heads": 97}, {"width": 64}, {"feature_map": "identity"}):
+        assert chosen("auto", **other) == "triton"
+        with pytest.raises(ValueError, match='takes feature_map="relu" and up to 96 heads of 32'):
+            chosen("cuda", **other)
+    monkeypatch.setattr(_dispatch, "shared_memory", lambda device: 163 << 10)
+    q = SimpleNamespace(is_cuda=True, shape=(1, 36, 4, 32), device=SimpleNamespace(index=0))
+    assert "such as Hopper" in linear_attention.why_not_cuda(q, q, "relu")
 
 
 def test_an_older_extension_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

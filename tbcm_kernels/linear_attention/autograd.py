@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tbcm_kernels import _dispatch
@@ -59,11 +60,9 @@ def _backward(
         return (None,) * 14
     q, k, v, q_weight, k_weight, state = ctx.saved_tensors
     inputs = (q, k, v, q_weight, k_weight)
-    gq, gk, gv = linear_attention_backward(go, *inputs, state, *ctx.setting, ctx.impl)
-    *_, q_eps, k_eps = ctx.setting
-    gq, gqw, _ = through_norm(gq, None, q, q_weight, None, q_eps, ctx.impl)
-    gk, gkw, _ = through_norm(gk, None, k, k_weight, None, k_eps, ctx.impl)
-    return gq, gk, gv, gqw, gkw, *[None] * 9
+    *grads, gqw, gkw = linear_attention_backward(go, *inputs, state, *ctx.setting, ctx.impl)
+    weights = (None if w is None else g for w, g in ((q_weight, gqw), (k_weight, gkw)))
+    return *grads, *weights, *[None] * 9
 
 
 def _backward_kernel(
@@ -73,13 +72,22 @@ def _backward_kernel(
     *setting, impl = rest
     kernel = _dispatch.implementation("linear_attention", impl).backward
     found = kernel(go, q, k, v, q_weight, k_weight, state, Setting(*setting))
-    if impl == "reference":
-        found = tuple(in_order(x, g) for x, g in zip((q, k, v), found, strict=True))
-    return found
+    if len(found) == 3:  # those of q and k are before their norms
+        gq, gk, gv = found
+        *_, q_eps, k_eps = setting
+        gq, gqw, _ = through_norm(gq, None, q, q_weight, None, q_eps, impl)
+        gk, gkw, _ = through_norm(gk, None, k, k_weight, None, k_eps, impl)
+        ordered = (in_order(x, g) for x, g in zip((q, k, v), (gq, gk, gv), strict=True))
+        found = (*ordered, gqw, gkw)
+    return present_or_absent(q, found)
 
 
-def _backward_fake(go: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return buffers.gradients(q, k, v)
+def _backward_fake(
+    go: Tensor, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    weights = (None if w is None else torch.empty_like(w) for w in (q_weight, k_weight))
+    return present_or_absent(q, (*buffers.gradients(q, k, v), *weights))
 
 
 linear_attention_op = register(
@@ -90,6 +98,7 @@ linear_attention_op = register(
 )  # fmt: skip
 linear_attention_backward = register(
     "linear_attention_backward",
-    f"(Tensor go, {_INPUTS}, Tensor state, {_SETTING}, str impl) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor go, {_INPUTS}, Tensor state, {_SETTING}, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_kernel, _backward_fake,
 )  # fmt: skip

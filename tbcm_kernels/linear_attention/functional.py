@@ -14,6 +14,10 @@ from tbcm_kernels.linear_attention.reference import FEATURE_MAPS, Setting
 from tbcm_kernels.rms_norm.heads import Norm, norm_argument, norm_weights
 
 MAX_HEAD_DIM = 256
+CUDA_HEADS = 96
+"""A warp each, twelve a block, eight blocks a cluster."""
+CUDA_SHARED = 219 << 10
+"""Bytes of shared memory of their blocks at most; every GPU that has them has clusters."""
 TRITON_WIDEST = {2: 128, 4: 32}
 """Head dims that "auto" gives to Triton, by bytes of an element."""
 
@@ -43,8 +47,8 @@ def linear_attention(
         q_norm, k_norm: (weight, eps) of an RMSNorm that is applied before φ, in the op, from row
             statistics: weight [D] for each head alone, or [H·D] over all heads.
         is_causal: must be False: there is no causal form yet.
-        impl: "auto", "cpu", "triton" or "reference" (plain PyTorch, any head dim, any order of
-            backward).
+        impl: "auto", "cpu", "triton", "cuda" (relu, up to 96 heads of 32, bf16 and fp16, Hopper) or
+            "reference" (plain PyTorch, any head dim, any order of backward).
 
     Returns:
         o [B, H, N, Dv] in q's dtype and memory order.
@@ -56,8 +60,8 @@ def linear_attention(
             norm weight.
 
     Precision: arithmetic and state in fp32 (fp64 for fp64), also under autocast; rounded once at
-    the end, and where a norm is fused, its output's gradient on the way. Triton's products are of
-    sums of two halves: 16 digits for bf16 and fp16 inputs, 22 for fp32.
+    the end, and but for CUDA, where a norm is fused, its output's gradient on the way. Products
+    have the digits of fp32; Triton's have 16 for fp16 and with "elu+1" for bf16, 22 for fp32.
     Cost: 4·B·H·N·D·Dv FLOPs; reads q, k, v, writes o. Saves q, k, v and S, fp32 [B, H, D, Dv + 1].
     Source: arXiv 2006.16236; with ReLU, arXiv 2205.14756 and SANA, arXiv 2410.10629.
     """
@@ -131,21 +135,31 @@ def _run(
         o, to, _ = reference.forward(*inputs, Setting(*setting))
         return o, to.detach() if stopped and to is not None else to
     _dual.guard_levels("linear_attention")
-    chosen = _choose(impl, q, v)
+    chosen = _choose(impl, q, v, feature_map)
     o, to, _ = linear_attention_op(*inputs, *setting, not stopped, chosen)
     if not _dual.present(tangents):
         return o, None
     return o, to.detach() if stopped else to
 
 
-def _choose(impl: str, q: Tensor, v: Tensor) -> str:
+def _choose(impl: str, q: Tensor, v: Tensor, feature_map: str) -> str:
     """The implementation; Triton's spill at large head dims."""
-    chosen = _dispatch.choose("linear_attention", impl, q)
+    unfit = why_not_cuda(q, v, feature_map)
+    chosen = _dispatch.choose("linear_attention", impl, q, unfit=unfit)
     widest = TRITON_WIDEST[q.dtype.itemsize] if chosen == "triton" else MAX_HEAD_DIM
     if impl != "auto" or max(q.shape[3], v.shape[3]) <= widest:
         return chosen
     reason = f"triton: head dims above {widest} spill registers; ask by impl"
     return _dispatch.fall_back("linear_attention", q.device.type, q.dtype, reason)
+
+
+def why_not_cuda(q: Tensor, v: Tensor, feature_map: str) -> str | None:
+    """Why the CUDA kernels do not take such tensors, in one clause; None where they do."""
+    if feature_map != "relu" or (q.shape[3], v.shape[3]) != (32, 32) or q.shape[1] > CUDA_HEADS:
+        return f'it takes feature_map="relu" and up to {CUDA_HEADS} heads of 32'
+    if q.is_cuda and _dispatch.shared_memory(q.device.index) < CUDA_SHARED:
+        return "it needs a GPU with clusters of blocks and 227 KiB of shared memory, such as Hopper"
+    return None
 
 
 def _check(

@@ -42,11 +42,24 @@ def cases(op: str, dtype: torch.dtype, device: str = "cpu", few: bool = False) -
 
 
 def _plans(op: str, dtype: torch.dtype, few: bool) -> Iterator[tuple[str, Layout, dict, dict]]:
-    shapes, layout_of, subsets = OPS[op]
+    shapes, layout_of, _ = OPS[op]
     for shape in shapes[2:5] + shapes[-1:] if few else shapes:
         layout, options = layout_of(shape, dtype)
         yield f"shape {shape}", layout, options, {}
-    shape = shapes[1]
+    yield from _variants(op, shapes[1], dtype)
+    if op == "linear_attention" and not few:
+        for shape in HEADS_OF_32:
+            yield f"shape {shape}", *layout_of(shape, dtype), {}
+        for name, *plan in _variants(op, HEADS_OF_32[0], dtype):
+            yield f"{name}, heads of 32", *plan
+        layout, options = layout_of(HEADS_OF_32[0], dtype)
+        yield "eps 0", layout, options | {"eps": 0.0}, {}
+
+
+def _variants(
+    op: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Iterator[tuple[str, Layout, dict, dict]]:
+    _, layout_of, subsets = OPS[op]
     layout, options = layout_of(shape, dtype)
     for factor in (1e-2, 1e2):
         yield f"tangents at {factor}", layout, options, {"tangent_scale": factor}
@@ -184,6 +197,11 @@ LINEAR_HEADS = [
     (2, 4, 257, 257, 32, 32), (0, 2, 4, 5, 8, 8), (2, 2, 0, 5, 8, 8), (2, 2, 5, 1, 8, 1),
 ]  # fmt: skip
 """(B, H, N, S, D, Dv): around a tile of tokens, widths that no vector divides, nothing."""
+HEADS_OF_32 = [
+    (2, 3, 21, 35, 32, 32), (1, 13, 165, 190, 32, 32), (2, 25, 17, 35, 32, 32),
+    (1, 36, 33, 18, 32, 32), (2, 2, 0, 5, 32, 32), (2, 2, 5, 0, 32, 32), (0, 2, 4, 5, 32, 32),
+]  # fmt: skip
+"""Heads as SANA's, which CUDA's kernels take: in one block, in two, in three, nothing."""
 SUBSETS = ["", "q", "k v", "k", "v", "q k", "q v"]
 VARIANTS: dict[str, dict[str, Any]] = {
     "tangents at 0.01": {"tangent_scale": 1e-2},
@@ -345,8 +363,8 @@ def _draw(
     if positive:  # features that need no map
         primals = [None if p is None else p.abs() for p in primals]
     if zeros:  # of q's weights and of k's not the same ones, which would hide each other
-        for i, name in enumerate(layout):
-            if name.endswith("weight"):
+        for i, argument in enumerate(layout):
+            if argument.endswith("weight"):
                 primals[i][i % 3 :: 3] = 0
     tangents = tensors(moving, lambda _: tangent_scale)
     return Case(op, name, list(layout), primals, tangents, options)

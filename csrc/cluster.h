@@ -1,0 +1,150 @@
+// Clusters of blocks (sm_90 and later), which wait for one another and write into each other's shared memory.
+#pragma once
+
+#include <atomic>
+
+#include "async.h"
+
+namespace tbcm {
+
+constexpr int MAX_CLUSTER = 8;  // that every GPU with clusters can place
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define TBCM_NO_CLUSTERS  // kernels that need them are not launched there
+#endif
+
+// The block's index in its cluster.
+TBCM_D int cluster_rank() {
+#if defined(__CUDA_ARCH__)
+  uint32_t rank = 0;
+#if !defined(TBCM_NO_CLUSTERS)
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return int(rank);
+#elif !defined(__CUDACC__)
+  return fibers::current / int(blockDim.x);
+#endif
+}
+
+// All threads of the cluster have come this far, and see what any of them wrote before.
+TBCM_D void cluster_sync() {
+#if defined(__CUDA_ARCH__) && !defined(TBCM_NO_CLUSTERS)
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#elif !defined(__CUDACC__)
+  fibers::wait(int(blockDim.x) * fibers::blocks);
+#endif
+}
+
+// Barrier `id` (1 to 15) of a block's `threads`, some of which only arrive, and others wait for all.
+TBCM_D void arrive(int id, int threads) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#elif !defined(__CUDACC__)
+  fibers::arrive(id, threads);
+#endif
+}
+TBCM_D void sync(int id, int threads) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#elif !defined(__CUDACC__)
+  fibers::sync(id, threads);
+#endif
+}
+
+// Counts bytes that come to this block's shared memory from the cluster, in one phase after another.
+struct Mailbox {
+  uint64_t state;
+
+  TBCM_D void init() {
+#if defined(__CUDA_ARCH__)
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address()) : "memory");
+#elif !defined(__CUDACC__)
+    fibers::mailboxes[this] = {};
+#endif
+  }
+  // One thread says how many bytes the next phase has.
+  TBCM_D void expect(int bytes) {
+#if defined(__CUDA_ARCH__) && !defined(TBCM_NO_CLUSTERS)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
+#elif !defined(__CUDACC__)
+    fibers::expect(this, bytes);
+#endif
+  }
+  // Until the phase has ended, the first of which is 0.
+  TBCM_D void wait(int phase) {
+#if defined(__CUDA_ARCH__) && !defined(TBCM_NO_CLUSTERS)
+    asm volatile(
+        "{\n.reg .pred there;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 there, [%0], %1;\n"
+        "@!there bra again;\n}" ::"r"(address()), "r"(phase % 2) : "memory");
+#elif !defined(__CUDACC__)
+    fibers::wait_for_mail(this, phase);
+#endif
+  }
+  // Sends x to `to` of another block, whose mailbox at this place counts it; both are this block's addresses.
+  TBCM_D void send(int rank, float* to, float x) {
+#if defined(__CUDA_ARCH__) && !defined(TBCM_NO_CLUSTERS)
+    uint32_t there, box;
+    const uint32_t here = uint32_t(__cvta_generic_to_shared(to));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(box) : "r"(address()), "r"(rank));
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(there), "f"(x),
+                 "r"(box)
+                 : "memory");
+#elif !defined(__CUDACC__)
+    fibers::send(this, rank, to, x);
+#endif
+  }
+
+ private:
+#if defined(__CUDACC__)
+  TBCM_D uint32_t address() { return uint32_t(__cvta_generic_to_shared(this)); }
+#endif
+};
+
+// A launch in clusters of `size` blocks.
+struct ClusterLaunch {
+  cudaLaunchAttribute attribute{};
+  cudaLaunchConfig_t config{};
+  ClusterLaunch(int64_t blocks, int size, int threads, int shared, void* stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {unsigned(size), 1, 1};
+    config.gridDim = dim3(unsigned(blocks));
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = size_t(shared);
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+};
+
+// How many clusters the GPU holds at once; null, or what is wrong. It is asked once for each size.
+template <auto KERNEL>
+const char* hold(int size, int warps, int shared, int* clusters) {
+  constexpr int DEVICES = 16, MAX_WARPS = 32;
+  static std::atomic<int> known[DEVICES][MAX_CLUSTER + 1][MAX_WARPS + 1];
+  int device = 0;
+  cudaGetDevice(&device);
+  std::atomic<int>* place = device < DEVICES ? &known[device][size][warps] : nullptr;
+  if (place && (*clusters = *place) > 0) return nullptr;
+  if (const char* fault = allow(KERNEL, shared, 0)) return fault;
+  const ClusterLaunch launch(size, size, warps * WARP, shared, nullptr);
+  const auto error = cudaOccupancyMaxActiveClusters(clusters, reinterpret_cast<const void*>(KERNEL), &launch.config);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (*clusters <= 0) return "this GPU has no place for such a cluster of blocks";
+  if (place) *place = *clusters;
+  return nullptr;
+}
+
+// Queues the kernel; null, or what is wrong.
+template <class P>
+const char* start_clusters(void (*kernel)(P), int64_t clusters, int size, int threads, int shared, const P& p,
+                           void* stream) {
+  if (clusters == 0) return nullptr;
+  if (clusters * size > INT32_MAX) return "the tensors are too large for one grid";
+  if (const char* fault = allow(kernel, shared, 0)) return fault;
+  const ClusterLaunch launch(clusters * size, size, threads, shared, stream);
+  const cudaError_t error = cudaLaunchKernelEx(&launch.config, kernel, p);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace tbcm

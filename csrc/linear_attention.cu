@@ -1,0 +1,1008 @@
+// CUDA kernels of linear_attention, relu with heads of 32. A cluster of blocks walks the tokens of its samples, 16 at
+// a time, with all heads, one a warp: so the scalars of a row's norm, r and m = mean(x tx) over all heads, are summed on
+// the way and every tensor is read once. Two tiles before one is used, each warp leaves its sums to its block; one
+// tile before, a warp sends those of the block to the cluster; no warp waits for another but for what it needs.
+//
+// Factors of products are exact or sums of three numbers of bf16: relu(w r x) is r relu(+-x) |w| with r > 0, so
+// relu(+-x) is exact, r goes with v and |w| with the state. Its tangent is r (phi' (+-tx) - d relu(+-x)) |w|, d = r^2 m.
+//
+// Floor: q, k, v and o move once, 4 B H N 32 numbers, with the tangent twice that. Three products of bf16 each:
+// 3 * 4 B H N 32^2 FLOPs, with the tangent three times that.
+#include "linear_attention.h"
+
+#include <algorithm>
+
+#include "cluster.h"
+#include "sums.h"
+#include "tensor_cores.h"
+
+namespace tbcm::linear_attention {
+
+constexpr int WARPS = 12, THREADS = WARPS * WARP;  // of a block at most: three a scheduler, 168 registers each
+constexpr int AHEAD = 2;  // tiles between the sums of a row and their use
+
+// Blocks of a cluster.
+TBCM_HD int blocks_for(int64_t heads) { return int((heads + WARPS - 1) / WARPS); }
+
+template <class T>
+using Four = Pack<T, 4>;
+template <class T>
+using Eight = Pack<T, 8>;
+
+// Writes it to shared memory.
+TBCM_D void store(Shared to, const Pack<uint32_t, 2>& pack) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to.address), "r"(pack.values[0]), "r"(pack.values[1]) : "memory");
+#else
+  std::memcpy(to.address, &pack, sizeof pack);
+#endif
+}
+
+TBCM_D int lane() { return threadIdx.x % WARP; }
+TBCM_D int warp() { return threadIdx.x / WARP; }
+TBCM_D int warps() { return blockDim.x / WARP; }
+
+// A thread's columns are 8t, ..., 8t + 7 of the rows g and g + 8 where rows are rows of a product, and 4g, ..., 4g + 3
+// of the rows t, t + 4, t + 8, t + 12 where they are summed over.
+TBCM_D int group() { return lane() / 4; }
+TBCM_D int member() { return lane() % 4; }
+
+// A tile's place: its sample and first token.
+struct Place {
+  int batch, token;
+};
+
+// The cluster's tiles, of all samples one after another, and the warp's head.
+struct Work {
+  int begin, tiles, tokens, head;
+  Place first;
+  bool there;  // whether there is such a head; otherwise it is another's, and no row of it is there
+
+  TBCM_D Work(int64_t batch, int64_t heads, int64_t tokens_, int64_t span) {
+    const int all = int(batch) * tiles_of(tokens_);
+    begin = int(blockIdx.x) / blocks_for(heads) * int(span);
+    first = {begin / tiles_of(tokens_), begin % tiles_of(tokens_) * TOKENS};
+    tiles = all - begin < int(span) ? all - begin : int(span);
+    tokens = int(tokens_);
+    head = cluster_rank() * warps() + warp();
+    there = head < heads;
+    if (!there) head = 0;
+  }
+  TBCM_D int rows(const Place& place) const {
+    const int left = tokens - place.token;
+    return !there ? 0 : left < TOKENS ? left : TOKENS;
+  }
+  TBCM_D bool last(const Place& place) const { return place.token + TOKENS >= tokens; }  // of its sample
+  TBCM_D void next(Place& place) const {
+    place = last(place) ? Place{place.batch + 1, 0} : Place{place.batch, place.token + TOKENS};
+  }
+};
+
+// The thread's columns of row g of one tile after another.
+template <class T>
+struct Cursor {
+  T* at = nullptr;
+  TBCM_D Cursor(const Heads<T>& x, const Work& work, const Place& place) { go(x, work, place); }
+  TBCM_D void go(const Heads<T>& x, const Work& work, const Place& place) {
+    if (x) at = x.at(place.batch, work.head, place.token + group()) + 8 * member();
+  }
+  // From a tile to the next one, which is at `place`.
+  TBCM_D void next(const Heads<T>& x, const Work& work, const Place& place) {
+    if (place.token == 0) go(x, work, place);
+    else at += TOKENS * x.token;
+  }
+};
+
+// Tiles of a warp's head, in shared memory.
+template <class T, int TENSORS>
+struct Ring {
+  static constexpr int STAGES = TENSORS > 2 ? 4 : 5;  // tiles that have room
+  static constexpr int ROW = WIDTH * int(sizeof(T)), TILE = TOKENS * ROW, BYTES = WARPS * STAGES * TENSORS * TILE;
+  Shared own;
+
+  TBCM_D explicit Ring(unsigned char* shared) : own(shared + warp() * (STAGES * TENSORS * TILE)) {}
+  TBCM_D Shared at(int tile, int tensor) const { return own + (tile % STAGES * TENSORS + tensor) * TILE; }
+  // Starts to copy a tile of x, of which so many rows are there; the others are zeros.
+  TBCM_D void ask(int tile, int tensor, const Heads<const T>& x, const Cursor<const T>& cursor, int rows) const {
+    const Shared to = at(tile, tensor) + group() * ROW + 8 * member() * int(sizeof(T));
+    copy_async(to, reinterpret_cast<const Eight<T>*>(cursor.at), group() < rows);
+    copy_async(to + 8 * ROW, reinterpret_cast<const Eight<T>*>(cursor.at + 8 * x.token), group() + 8 < rows);
+  }
+  // V columns of a row.
+  template <int V>
+  TBCM_D Pack<T, V> columns(int tile, int tensor, int row, int first) const {
+    return load<Pack<T, V>>(at(tile, tensor) + (row * WIDTH + first) * int(sizeof(T)));
+  }
+  // Columns 8t, ...
+  TBCM_D Eight<T> eight(int tile, int tensor, int row) const { return columns<8>(tile, tensor, row, 8 * member()); }
+  // Columns 4g, ...
+  TBCM_D Four<T> four(int tile, int tensor, int row) const { return columns<4>(tile, tensor, row, 4 * group()); }
+};
+
+// Sums over all heads for the rows of a tile, 32 of them, one a lane; those of one head where its norm is over that.
+//
+// A warp that has the totals of a tile knows that all warps have left theirs of it, and before that have read the totals
+// of the tile two before: so no place is wanted by two tiles, of two for what warps leave and three for totals.
+class Exchange {
+ public:
+  static constexpr int LEFT = 2, BOXES = 4;
+  static constexpr int BYTES = (LEFT * WARPS + BOXES * MAX_CLUSTER) * WARP * int(sizeof(float)) + BOXES * 8;
+
+  // The n-th one of a block; cluster_sync() before its use.
+  TBCM_D Exchange(unsigned char* shared, int n, const Norm& norm, int64_t heads)
+      : boxes(reinterpret_cast<Mailbox*>(shared + n * BYTES)), left(reinterpret_cast<float*>(boxes + BOXES)),
+        totals(left + LEFT * WARPS * WARP), norm(norm), blocks(blocks_for(heads)), id(1 + 2 * n),
+        share(1.f / float(norm.scope == Scope::all ? heads * WIDTH : WIDTH)) {
+    if (norm.scope == Scope::all && threadIdx.x == 0)
+      each<BOXES>([&](int i) {
+        boxes[i].init();
+        boxes[i].expect(blocks * PART);
+      });
+  }
+  // A sum of this warp.
+  TBCM_D void leave(int tile, int sum, float x) const {
+    if (norm.scope == Scope::none) return;
+    left[(tile % LEFT * WARPS + warp()) * WARP + sum] = x;
+    __syncwarp();
+    if (norm.scope == Scope::all && warp() != sender(tile)) arrive(id + tile % 2, blockDim.x);
+  }
+  // Later: the block's sums to every block of the cluster, by one of its warps.
+  TBCM_D void send(int tile) const {
+    if (norm.scope != Scope::all || warp() != sender(tile)) return;
+    sync(id + tile % 2, blockDim.x);
+    const float* from = left + tile % LEFT * WARPS * WARP + lane();
+    float sum = 0.f;
+    for (int i = 0; i < warps(); ++i) sum += from[i * WARP];
+    for (int i = 0; i < blocks; ++i)
+      boxes[tile % BOXES].send(i, totals + (tile % BOXES * MAX_CLUSTER + cluster_rank()) * WARP + lane(), sum);
+  }
+  // Later still: the lane's mean over the columns of the norm, 0 without one.
+  TBCM_D float mean(int tile) const {
+    if (norm.scope == Scope::none) return 0.f;
+    if (norm.scope == Scope::head) return share * left[(tile % LEFT * WARPS + warp()) * WARP + lane()];
+    boxes[tile % BOXES].wait(tile / BOXES);
+    const float* from = totals + tile % BOXES * MAX_CLUSTER * WARP + lane();
+    float sum = 0.f;
+    for (int i = 0; i < blocks; ++i) sum += from[i * WARP];
+    if (threadIdx.x == 0) boxes[tile % BOXES].expect(blocks * PART);  // of the tile that has the box next
+    return share * sum;
+  }
+  // The scalars of rows from those means: lane 2i has x^2 of row i and gets its r, lane 2i + 1 has x tx and gets its
+  // d = r^2 m; 0 for rows that are not there.
+  TBCM_D float scalar(float mean, int rows) const {
+    const bool upper = lane() % 2;
+    const float other = __shfl_xor_sync(~0u, mean, 1);
+    const float r = norm.scope == Scope::none ? 1.f : rsqrtf((upper ? other : mean) + norm.eps);
+    return lane() / 2 >= rows ? 0.f : upper ? r * r * mean : r;
+  }
+
+ private:
+  static constexpr int PART = WARP * int(sizeof(float));
+  TBCM_D int sender(int tile) const { return tile % 4 < warps() ? tile % 4 : 0; }
+
+  Mailbox* boxes;
+  float *left, *totals;  // [LEFT, WARPS, 32] and [BOXES, MAX_CLUSTER, 32]
+  Norm norm;
+  int blocks, id;
+  float share;  // one over these columns
+};
+
+// Sums over lanes that differ in some bits, each lane with one of the results: number i goes to the lane whose bits,
+// the upper first, say i.
+template <int N>
+TBCM_D float scatter_sums(float (&x)[N], int distance) {
+#pragma unroll
+  for (int n = N / 2; n > 0; n /= 2, distance /= 2) {
+    const bool upper = lane() & distance;
+    each<N / 2>([&](int i) {
+      if (i >= n) return;
+      const float given = upper ? x[i] : x[i + n];
+      const float kept = upper ? x[i + n] : x[i];
+      x[i] = kept + __shfl_xor_sync(~0u, given, distance);
+    });
+  }
+  return x[0];
+}
+
+// The sum over the lanes of a group.
+TBCM_D float over_four(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+template <class T, int V>
+TBCM_D float dot(const Pack<T, V>& x, const Pack<T, V>& y) {
+  float sum = 0.f;
+  each<V>([&](int j) { sum += widen(x.values[j]) * widen(y.values[j]); });
+  return sum;
+}
+
+// relu, which keeps a NaN.
+TBCM_D float relu(float x) { return x < 0.f ? 0.f : x; }
+
+// The weight of a column of a head, 1 without a norm.
+TBCM_D float weight(const Norm& norm, const Work& work, int column) {
+  if (norm.scope == Scope::none) return 1.f;
+  return norm.weight[(norm.scope == Scope::all ? work.head * WIDTH : 0) + column];
+}
+
+// The signs of the weights of N columns.
+template <int N>
+struct Signs {
+  uint32_t bits[N];
+  TBCM_D Signs(const Norm& norm, const Work& work, int first) {
+    each<N>([&](int i) { bits[i] = weight(norm, work, first + i) < 0.f ? 0x80000000u : 0u; });
+  }
+  TBCM_D float turn(int i, float x) const { return float_of(bits_of(x) ^ bits[i]); }
+};
+
+// Leaves the sums of x^2, and of x tx if there is one, of the rows g and g + 8 of a tile.
+template <class T, int TENSORS>
+TBCM_D void leave_squares(const Ring<T, TENSORS>& ring, int tile, int x, const Exchange& sums, int tx = -1) {
+  float sum[4];
+  each<2>([&](int i) {
+    const auto row = ring.eight(tile, x, group() + 8 * i);
+    sum[2 * i] = dot(row, row);
+    sum[2 * i + 1] = tx < 0 ? 0.f : dot(row, ring.eight(tile, tx, group() + 8 * i));
+  });
+  sums.leave(tile, 2 * (group() + 8 * (member() / 2)) + member() % 2, scatter_sums(sum, 2));
+}
+
+// Leaves one sum of each of these rows, which all lanes of a group have.
+TBCM_D void leave_rows(const Exchange& sums, int tile, const float (&x)[2]) {
+  const int t = member();
+  sums.leave(tile, 2 * (group() + 8 * (t / 2)) + t % 2, t < 2 ? x[0] : x[1]);
+}
+
+// Numbers of a thread that wait in shared memory: two rows of eight in each of some places.
+struct Kept {
+  static constexpr int PLACES = 3, ROW = 8 * int(sizeof(float)), BYTES = PLACES * 2 * THREADS * ROW;
+  Shared own;
+  TBCM_D explicit Kept(unsigned char* shared) : own(shared + warp() * (PLACES * 2 * WARP * ROW) + lane() * 8) {}
+  TBCM_D void put(int place, int row, const float (&x)[8]) const {
+    each<4>([&](int i) { store(at(place, row, i), {bits_of(x[2 * i]), bits_of(x[2 * i + 1])}); });
+  }
+  TBCM_D void get(int place, int row, float (&x)[8]) const {
+    each<4>([&](int i) {
+      const auto two = load<Pack<uint32_t, 2>>(at(place, row, i));
+      x[2 * i] = float_of(two.values[0]);
+      x[2 * i + 1] = float_of(two.values[1]);
+    });
+  }
+
+ private:
+  TBCM_D Shared at(int place, int row, int pair) const { return own + ((place * 2 + row) * 4 + pair) * (WARP * 8); }
+};
+
+// Calls for each tile in turn `ask` and `sum`, which are ahead, `use` with its scalars, and `finish`, if there is one,
+// LATER tiles later, with the same and the means of what `use` has left.
+template <int STAGES, int LATER, class Ask, class Sum, class Use, class Finish>
+TBCM_D void walk(const Work& work, const Exchange& sums, const Exchange& later, const Ask& ask, const Sum& sum,
+                 const Use& use, const Finish& finish) {
+  constexpr int KEPT = LATER ? LATER : 1;  // tiles whose room is not free yet
+  for (int tile = 0; tile < STAGES - AHEAD - KEPT; ++tile) {
+    if (tile < work.tiles) ask(tile);
+    commit_copies();
+  }
+  Place place = work.first, done = work.first;
+  float scalars[KEPT] = {};  // of the tiles before
+  for (int tile = -AHEAD; tile < work.tiles + LATER; ++tile) {
+    if (LATER && tile >= LATER) {
+      finish(tile - LATER, done, scalars[LATER - 1], later.mean(tile - LATER));
+      work.next(done);
+    }
+    __syncwarp();  // all lanes have used the tile whose room the next one takes
+    if (tile - KEPT + STAGES < work.tiles) ask(tile - KEPT + STAGES);
+    commit_copies();
+    wait_for_copies<STAGES - AHEAD - KEPT>();
+    const bool there = tile >= 0 && tile < work.tiles;
+    const float mean = there ? sums.mean(tile) : 0.f;
+    __syncwarp();
+    if (tile + AHEAD < work.tiles) sum(tile + AHEAD);
+    if (tile + 1 >= 0 && tile + 1 < work.tiles) sums.send(tile + 1);
+    if (LATER && tile >= 1 && tile <= work.tiles) later.send(tile - 1);
+    each<KEPT - 1>([&](int i) { scalars[KEPT - 1 - i] = scalars[KEPT - 2 - i]; });
+    if (!there) continue;
+    scalars[0] = sums.scalar(mean, work.rows(place));
+    use(tile, place, scalars[0]);
+    work.next(place);
+  }
+}
+template <int STAGES, class Ask, class Sum, class Use>
+TBCM_D void walk(const Work& work, const Exchange& sums, const Ask& ask, const Sum& sum, const Use& use) {
+  walk<STAGES, 0>(work, sums, sums, ask, sum, use, [](int, const Place&, float, float) {});
+}
+
+// A state, of which a thread has the rows 4g, ..., 4g + 3 at columns 8t, ..., 8t + 7, and its last column in parts.
+struct Total {
+  float s[2][4][4] = {}, z[4] = {};
+
+  // Writes it, its rows times |w|, to a part of the sum, and begins again.
+  TBCM_D void flush(const Parts& parts, int which, const Norm& norm, const Work& work, int batch) {
+    const int first = 4 * group(), t = member();
+    const int64_t part = parts.part_of(batch, work.begin) * (parts.tstate ? 2 : 1) + which;
+    float* to = parts.scratch + part * parts.numbers() + (batch * parts.heads + work.head) * STATE + first * COLUMNS;
+    each<4>([&](int row) {
+      const float one = over_four(z[row]), size = fabsf(weight(norm, work, first + row));
+      each<8>([&](int c) {
+        float& sum = s[row / 2][c % 4][row % 2 * 2 + c / 4];
+        if (work.there) to[row * COLUMNS + 8 * t + c] = size * sum;
+        sum = 0.f;
+      });
+      if (work.there && t == 0) to[row * COLUMNS + WIDTH] = size * one;
+      z[row] = 0.f;
+    });
+  }
+};
+
+// Adds a tile to a state: relu(+-k)^T [f v, one], with f and `one` of the rows t, t + 4, t + 8, t + 12.
+//
+// With the tangent also phi'(+-tk)^T [f v, one] + relu(+-k)^T [f tv - d f v, -d one] to that of the state.
+template <bool TANGENT, class T, int TENSORS>
+TBCM_D void gather(const Ring<T, TENSORS>& ring, int tile, const Signs<4>& signs, const float (&f)[4],
+                   const float (&one)[4], const float (&d)[4], bool moving_k, bool moving_v, Total& total,
+                   Total& tangent) {
+  enum { K, V, TK, TV };
+  const int t = member();
+  Left<PARTS<T>> y[2], ty[2];
+  each<2>([&](int i) {  // rows t + 8i and t + 8i + 4, a pair in the sums
+    const int low = 2 * i, high = 2 * i + 1;
+    const auto k0 = ring.four(tile, K, t + 8 * i), k1 = ring.four(tile, K, t + 8 * i + 4);
+    Four<T> tk0, tk1;
+    if (moving_k) tk0 = ring.four(tile, TK, t + 8 * i), tk1 = ring.four(tile, TK, t + 8 * i + 4);
+    each<4>([&](int j) {
+      const float y0 = relu(signs.turn(j, widen(k0.values[j]))), y1 = relu(signs.turn(j, widen(k1.values[j])));
+      y[j / 2].put(2 * i + j % 2, y0, y1);
+      total.z[j] += y0 * one[low] + y1 * one[high];
+      if (moving_k) {
+        const float ty0 = y0 > 0.f ? signs.turn(j, widen(tk0.values[j])) : 0.f;
+        const float ty1 = y1 > 0.f ? signs.turn(j, widen(tk1.values[j])) : 0.f;
+        ty[j / 2].put(2 * i + j % 2, ty0, ty1);
+        tangent.z[j] += (ty0 - d[low] * y0) * one[low] + (ty1 - d[high] * y1) * one[high];
+      }
+    });
+  });
+  each<2>([&](int half) {
+    Pack<T, 2> v[4], tv[4];
+    each<4>([&](int i) {
+      v[i] = ring.template columns<2>(tile, V, t + 4 * i, 4 * group() + 2 * half);
+      if (moving_v) tv[i] = ring.template columns<2>(tile, TV, t + 4 * i, 4 * group() + 2 * half);
+    });
+    each<2>([&](int k) {
+      const int j = 2 * half + k;
+      Right fv, moved;
+      each<2>([&](int i) {
+        const int low = 2 * i, high = 2 * i + 1;
+        const float v0 = f[low] * widen(v[low], k), v1 = f[high] * widen(v[high], k);
+        fv.put(i, v0, v1);
+        if (TANGENT) {
+          const float tv0 = moving_v ? f[low] * widen(tv[low], k) : 0.f;
+          const float tv1 = moving_v ? f[high] * widen(tv[high], k) : 0.f;
+          moved.put(i, moving_k ? tv0 - d[low] * v0 : tv0, moving_k ? tv1 - d[high] * v1 : tv1);
+        }
+      });
+      each<2>([&](int m) {
+        multiply(total.s[m][j], y[m], fv);
+        if (moving_k) multiply(tangent.s[m][j], ty[m], fv);
+        if (TANGENT) multiply(tangent.s[m][j], y[m], moved);
+      });
+    });
+  });
+}
+
+template <class T, bool TANGENT>
+__global__ void __launch_bounds__(THREADS, 1) state_kernel(const Forward<T> p) {
+#if !defined(TBCM_NO_CLUSTERS)
+  TBCM_DYNAMIC_SHARED(shared);
+  enum { K, V, TK, TV };
+  using Tiles = Ring<T, TANGENT ? 4 : 2>;
+  const Tiles ring(shared);
+  const Exchange sums(shared + Tiles::BYTES, 0, p.k_norm, p.keys.heads);
+  cluster_sync();
+  const Work work(p.keys.batch, p.keys.heads, p.keys.tokens, p.keys.span);
+  const int g = group(), t = member();
+  const Signs<4> signs(p.k_norm, work, 4 * g);
+  const bool moving_k = TANGENT && p.tk, moving_v = TANGENT && p.tv;
+  Total total, tangent;
+
+  Place asked = work.first;
+  Cursor<const T> k(p.k, work, asked), v(p.v, work, asked), tk(p.tk, work, asked), tv(p.tv, work, asked);
+  const auto ask = [&](int tile) {
+    const int rows = work.rows(asked);
+    ring.ask(tile, K, p.k, k, rows);
+    ring.ask(tile, V, p.v, v, rows);
+    if (moving_k) ring.ask(tile, TK, p.tk, tk, rows);
+    if (moving_v) ring.ask(tile, TV, p.tv, tv, rows);
+    work.next(asked);
+    k.next(p.k, work, asked);
+    v.next(p.v, work, asked);
+    if (moving_k) tk.next(p.tk, work, asked);
+    if (moving_v) tv.next(p.tv, work, asked);
+  };
+  const auto sum = [&](int tile) {
+    float x[8];
+    each<4>([&](int i) {
+      const auto row = ring.four(tile, K, t + 4 * i);
+      x[2 * i] = dot(row, row);
+      x[2 * i + 1] = moving_k ? dot(row, ring.four(tile, TK, t + 4 * i)) : 0.f;
+    });
+    sums.leave(tile, 2 * (t + 4 * (g / 2)) + g % 2, scatter_sums(x, 16));
+  };
+  const auto use = [&](int tile, const Place& place, float scalar) {
+    float r[4], d[4];
+    each<4>([&](int i) {
+      r[i] = __shfl_sync(~0u, scalar, 2 * (t + 4 * i));
+      d[i] = moving_k ? __shfl_sync(~0u, scalar, 2 * (t + 4 * i) + 1) : 0.f;
+    });
+    gather<TANGENT>(ring, tile, signs, r, r, d, moving_k, moving_v, total, tangent);
+    if (tile + 1 < work.tiles && !work.last(place)) return;
+    total.flush(p.keys, 0, p.k_norm, work, place.batch);
+    if (TANGENT) tangent.flush(p.keys, 1, p.k_norm, work, place.batch);
+  };
+  walk<Tiles::STAGES>(work, sums, ask, sum, use);
+#endif
+}
+
+// The sums of the parts of states, and of their tangents.
+template <class P>
+__global__ void __launch_bounds__(8 * WARP) add_kernel(const P p) {
+  const int64_t size = p.numbers(), both = p.tstate ? 2 * size : size;
+  const int64_t i = int64_t(blockIdx.x) * (8 * WARP) + threadIdx.x;
+  if (i >= both) return;
+  const int64_t parts = p.of_sample(i % size / (p.heads * STATE));
+  float sum = 0.f;
+#pragma unroll 8
+  for (int64_t part = 0; part < parts; ++part) sum += p.scratch[part * both + i];
+  (i < size ? p.state + i : p.tstate + (i - size))[0] = sum;
+}
+
+// A state as a factor on the right, and its last column at rows 8t, ..., 8t + 7.
+struct Factor {
+  Right s[2][4];
+  float z[8];
+  // Its rows, times |w|, are summed over.
+  TBCM_D void rows(const float* state, const Norm& norm, const Work& work) {
+    const int first = 8 * member();
+    float sizes[8];
+    each<8>([&](int i) { sizes[i] = fabsf(weight(norm, work, first + i)); });
+    read([&](int i, int j) { return sizes[i] * state[(first + i) * COLUMNS + column(j)]; });
+    each<8>([&](int i) { z[i] = sizes[i] * state[(first + i) * COLUMNS + WIDTH]; });
+  }
+  // Its columns are.
+  TBCM_D void columns(const float* state) {
+    const int first = 8 * member();
+    read([&](int i, int j) { return state[column(j) * COLUMNS + first + i]; });
+    each<8>([&](int i) { z[i] = state[(first + i) * COLUMNS + WIDTH]; });
+  }
+
+ private:
+  TBCM_D static int column(int j) { return group() / 2 * 8 + 2 * j + group() % 2; }
+  template <class F>
+  TBCM_D void read(const F& at) {
+    each<2>([&](int k) {
+      each<4>([&](int j) {
+        each<2>([&](int i) { s[k][j].put(i, at(4 * k + 2 * i, j), at(4 * k + 2 * i + 1, j)); });
+      });
+    });
+  }
+};
+
+// One that waits in shared memory.
+struct Stored {
+  static constexpr int WORDS = 2 * 4 * 6 + 8, BYTES = WARPS * WARP * WORDS * int(sizeof(uint32_t));
+  Shared own;
+  TBCM_D explicit Stored(unsigned char* shared) : own(shared + warp() * (WARP * WORDS * 4) + lane() * 8) {}
+  // Two words of each lane, side by side.
+  using Two = Pack<uint32_t, 2>;
+  TBCM_D void put(int i, const void* from) const {
+    Two two;
+    std::memcpy(&two, from, sizeof two);
+    store(own + i * (WARP * 8), two);
+  }
+  TBCM_D Two get(int i) const { return load<Two>(own + i * (WARP * 8)); }
+
+  TBCM_D void put(const Factor& factor) const {
+    each<24>([&](int i) { put(i, factor.s[i / 12][i / 3 % 4].parts[i % 3]); });
+    each<4>([&](int i) { put(24 + i, factor.z + 2 * i); });
+  }
+  TBCM_D Right s(int k, int j) const {
+    Right right;
+    each<3>([&](int i) {
+      const Two two = get(12 * k + 3 * j + i);
+      std::memcpy(right.parts[i], &two, sizeof two);
+    });
+    return right;
+  }
+  TBCM_D float2 z(int pair) const {
+    const Two two = get(24 + pair);
+    return {float_of(two.values[0]), float_of(two.values[1])};
+  }
+};
+
+template <class T, bool TANGENT>
+__global__ void __launch_bounds__(THREADS, 1) output_kernel(const Forward<T> p) {
+#if !defined(TBCM_NO_CLUSTERS)
+  TBCM_DYNAMIC_SHARED(shared);
+  enum { Q, TQ };
+  using Tiles = Ring<T, TANGENT ? 2 : 1>;
+  const Tiles ring(shared);
+  const Exchange exchange(shared + Tiles::BYTES, 0, p.q_norm, p.keys.heads);
+  cluster_sync();
+  const Stored tangent(shared + Tiles::BYTES + Exchange::BYTES);
+  const Work work(p.keys.batch, p.keys.heads, p.queries, p.query_span);
+  const int g = group(), t = member();
+  const Signs<8> signs(p.q_norm, work, 8 * t);
+  const bool moving_q = TANGENT && p.tq, moving_s = TANGENT && p.keys.tstate;
+  Factor state;
+  int batch = -1;
+
+  Place asked = work.first;
+  Cursor<const T> q(p.q, work, asked), tq(p.tq, work, asked);
+  Cursor<T> o(p.o, work, asked), to(p.to, work, asked);
+  const auto ask = [&](int tile) {
+    const int rows = work.rows(asked);
+    ring.ask(tile, Q, p.q, q, rows);
+    if (moving_q) ring.ask(tile, TQ, p.tq, tq, rows);
+    work.next(asked);
+    q.next(p.q, work, asked);
+    if (moving_q) tq.next(p.tq, work, asked);
+  };
+  const auto sum = [&](int tile) { leave_squares(ring, tile, Q, exchange, moving_q ? int(TQ) : -1); };
+  const auto use = [&](int tile, const Place& place, float scalar) {
+    float r[2], d[2];
+    each<2>([&](int i) {
+      r[i] = __shfl_sync(~0u, scalar, 2 * (g + 8 * i));
+      d[i] = moving_q ? __shfl_sync(~0u, scalar, 2 * (g + 8 * i) + 1) : 0.f;
+    });
+    if (place.batch != batch) {
+      batch = place.batch;
+      const int64_t index = (batch * p.keys.heads + work.head) * STATE;
+      if (moving_s) {
+        state.rows(p.keys.tstate + index, p.q_norm, work);
+        tangent.put(state);
+      }
+      state.rows(p.keys.state + index, p.q_norm, work);
+    }
+    Left<PARTS<T>> y[2], ty[2];
+    float inverse[2], drift[2];
+    each<2>([&](int i) {
+      const auto qs = ring.eight(tile, Q, g + 8 * i);
+      Eight<T> tqs;
+      if (moving_q) tqs = ring.eight(tile, TQ, g + 8 * i);
+      float n = 0.f, tn = 0.f;
+      each<4>([&](int pair) {
+        float both[2], tboth[2] = {};
+        float2 tz = {};
+        if (moving_s) tz = tangent.z(pair);
+        each<2>([&](int half) {
+          const int j = 2 * pair + half;
+          both[half] = relu(signs.turn(j, widen(qs.values[j])));
+          n += both[half] * state.z[j];
+          if (moving_q) {
+            tboth[half] = both[half] > 0.f ? signs.turn(j, widen(tqs.values[j])) : 0.f;
+            tn += tboth[half] * state.z[j];
+          }
+          if (moving_s) tn += both[half] * (half ? tz.y : tz.x);
+        });
+        y[pair / 2].put(pair % 2 * 2 + i, both[0], both[1]);
+        if (moving_q) ty[pair / 2].put(pair % 2 * 2 + i, tboth[0], tboth[1]);
+      });
+      inverse[i] = quick_reciprocal(r[i] * over_four(n) + p.eps);
+      if (TANGENT) drift[i] = r[i] * over_four(tn) + (moving_q ? d[i] * p.eps : 0.f);
+    });
+    Eight<T> value[2], moved[2];
+    each<4>([&](int j) {
+      float n[4] = {}, tn[4] = {};
+      each<2>([&](int k) {
+        multiply(n, y[k], state.s[k][j]);
+        if (moving_q) multiply(tn, ty[k], state.s[k][j]);
+        if (moving_s) multiply(tn, y[k], tangent.s(k, j));
+      });
+      each<4>([&](int c) {
+        const int i = c / 2;
+        const float x = n[c] * (r[i] * inverse[i]);
+        narrow(x, &value[i].values[2 * j + c % 2]);
+        if (TANGENT) narrow((r[i] * tn[c] - x * drift[i]) * inverse[i], &moved[i].values[2 * j + c % 2]);
+      });
+    });
+    each<2>([&](int i) {
+      if (g + 8 * i >= work.rows(place)) return;
+      *reinterpret_cast<Eight<T>*>(o.at + 8 * i * p.o.token) = value[i];
+      if (TANGENT) *reinterpret_cast<Eight<T>*>(to.at + 8 * i * p.to.token) = moved[i];
+    });
+    Place following = place;
+    work.next(following);
+    o.next(p.o, work, following);
+    if (TANGENT) to.next(p.to, work, following);
+  };
+  walk<Tiles::STAGES>(work, exchange, ask, sum, use);
+#endif
+}
+
+// Weights of the columns 8t, ..., 8t + 7 and the sums of their gradients over the rows g, g + 8.
+struct Weights {
+  float w[8], grad[8] = {};
+  TBCM_D explicit Weights(const Kept& kept) {
+    kept.get(2, 0, w);
+    kept.get(2, 1, grad);
+  }
+  TBCM_D void keep(const Kept& kept) const {
+    kept.put(2, 0, w);
+    kept.put(2, 1, grad);
+  }
+  TBCM_D Weights(const Norm& norm, const Work& work) {
+    each<8>([&](int i) { w[i] = weight(norm, work, 8 * member() + i); });
+  }
+  // relu(+- x) of column i, and whether phi' is 1 there.
+  TBCM_D float y(int i, float x) const { return relu(float_of(bits_of(x) ^ (bits_of(w[i]) & 0x80000000u))); }
+  TBCM_D bool rises(int i, float y) const { return y > 0.f && w[i] != 0.f; }
+  // Writes the sums to the cluster's place, [clusters, H, 32].
+  TBCM_D void flush(float* parts, const Work& work, int64_t heads) {
+    if (!parts) return;
+    each<8>([&](int i) {
+      each<3>([&](int k) { grad[i] += __shfl_xor_sync(~0u, grad[i], 4 << k); });
+    });
+    float* to = parts + (blockIdx.x / blocks_for(heads) * heads + work.head) * WIDTH + 8 * member();
+    if (work.there && group() == 0) each<8>([&](int i) { to[i] = grad[i]; });
+  }
+};
+
+// The gradient of a row of x through its norm, from that of w x r without r, h: r (h - x r^2 mean(x h)).
+template <class T>
+TBCM_D void store_gradient(T* to, const Eight<T>& x, const float (&h)[8], float r, float mean) {
+  Eight<T> gradient;
+  each<8>([&](int i) { narrow(r * (h[i] - widen(x.values[i]) * (r * r * mean)), &gradient.values[i]); });
+  *reinterpret_cast<Eight<T>*>(to) = gradient;
+}
+
+// Two rows, g and g + 8, as a factor on the left, whose columns are summed over.
+template <class T>
+TBCM_D void put_row(Left<PARTS<T>> (&left)[2], int i, const float (&row)[8]) {
+  each<4>([&](int pair) { left[pair / 2].put(pair % 2 * 2 + i, row[2 * pair], row[2 * pair + 1]); });
+}
+
+// With n the normaliser and P = g S_v^T: the gradient of phi(q) is (P - (g.o) z) / n, that of S is
+// phi(q)^T [g, -g.o] / n, and n_v.g = phi(q).P gives g.o.
+template <class T>
+__global__ void __launch_bounds__(THREADS, 1) queries_kernel(const Backward<T> p) {
+#if !defined(TBCM_NO_CLUSTERS)
+  TBCM_DYNAMIC_SHARED(shared);
+  enum { Q, G };
+  constexpr int LATER = 2;
+  using Tiles = Ring<T, 2>;
+  const int64_t heads = p.queries.heads;
+  const Tiles ring(shared);
+  const Exchange sums(shared + Tiles::BYTES, 0, p.q_norm, heads);
+  const Exchange later(shared + Tiles::BYTES, 1, p.q_norm, heads);
+  const Kept kept(shared + Tiles::BYTES + 2 * Exchange::BYTES);
+  cluster_sync();
+  const Work work(p.queries.batch, heads, p.queries.tokens, p.queries.span);
+  const int g = group(), t = member();
+  Weights(p.q_norm, work).keep(kept);
+  Total total, none;
+  Factor state;
+  int batch = -1;
+
+  Place asked = work.first;
+  Cursor<const T> q(p.q, work, asked), go(p.go, work, asked);
+  Cursor<T> gq(p.gq, work, asked);
+  const auto ask = [&](int tile) {
+    const int rows = work.rows(asked);
+    ring.ask(tile, Q, p.q, q, rows);
+    ring.ask(tile, G, p.go, go, rows);
+    work.next(asked);
+    q.next(p.q, work, asked);
+    go.next(p.go, work, asked);
+  };
+  const auto sum = [&](int tile) { leave_squares(ring, tile, Q, sums); };
+  const auto use = [&](int tile, const Place& place, float scalar) {
+    if (place.batch != batch) {
+      batch = place.batch;
+      state.columns(p.state + (batch * heads + work.head) * STATE);
+    }
+    Left<PARTS<T>> gs[2];
+    each<2>([&](int i) {
+      const auto row = ring.eight(tile, G, g + 8 * i);
+      float x[8];
+      each<8>([&](int j) { x[j] = widen(row.values[j]); });
+      put_row<T>(gs, i, x);
+    });
+    float h[2][8];
+    each<4>([&](int j) {
+      float c[4] = {};
+      each<2>([&](int k) { multiply(c, gs[k], state.s[k][j]); });
+      each<4>([&](int e) { h[e / 2][2 * j + e % 2] = c[e]; });
+    });
+    float f[2], one[2], mixed[2];
+    Weights weights(kept);
+    each<2>([&](int i) {
+      const auto row = ring.eight(tile, Q, g + 8 * i);
+      const float r = __shfl_sync(~0u, scalar, 2 * (g + 8 * i));
+      float n = 0.f, product = 0.f;
+      each<8>([&](int j) {
+        const float y = fabsf(weights.w[j]) * weights.y(j, widen(row.values[j]));
+        n += y * state.z[j];
+        product += y * h[i][j];
+      });
+      const float inverse = quick_reciprocal(r * over_four(n) + p.eps);
+      f[i] = g + 8 * i < work.rows(place) ? r * inverse : 0.f;
+      const float go_o = f[i] * over_four(product);
+      one[i] = -go_o * f[i];
+      mixed[i] = 0.f;
+      each<8>([&](int j) {
+        const float x = widen(row.values[j]);
+        const float u = weights.rises(j, weights.y(j, x)) ? (h[i][j] - go_o * state.z[j]) * inverse : 0.f;
+        weights.grad[j] += u * x * r;
+        h[i][j] = weights.w[j] * u;
+        mixed[i] += x * h[i][j];
+      });
+      mixed[i] = over_four(mixed[i]);
+      kept.put(tile % LATER, i, h[i]);
+    });
+    weights.keep(kept);
+    leave_rows(later, tile, mixed);
+    float fs[4], ones[4];
+    each<4>([&](int i) {  // of row t + 4i, which lanes of its group have
+      const int from = (t + 4 * i) % 8 * 4;
+      fs[i] = __shfl_sync(~0u, f[i / 2], from);
+      ones[i] = __shfl_sync(~0u, one[i / 2], from);
+    });
+    const float zeros[4] = {};
+    const Signs<4> signs(p.q_norm, work, 4 * g);  // again for each tile: there is no register for them
+    gather<false>(ring, tile, signs, fs, ones, zeros, false, false, total, none);
+    if (tile + 1 == work.tiles || work.last(place)) total.flush(p.queries, 0, p.q_norm, work, batch);
+  };
+  const auto finish = [&](int tile, const Place& place, float scalar, float mean) {
+    each<2>([&](int i) {
+      const float r = __shfl_sync(~0u, scalar, 2 * (g + 8 * i));
+      const float m = __shfl_sync(~0u, mean, 2 * (g + 8 * i));
+      float h[8];
+      kept.get(tile % LATER, i, h);
+      if (g + 8 * i >= work.rows(place)) return;
+      store_gradient(gq.at + 8 * i * p.gq.token, ring.eight(tile, Q, g + 8 * i), h, r, m);
+    });
+    Place following = place;
+    work.next(following);
+    gq.next(p.gq, work, following);
+  };
+  walk<Tiles::STAGES, LATER>(work, sums, later, ask, sum, use, finish);
+  Weights(kept).flush(p.q_weight.of[0].parts, work, heads);
+#endif
+}
+
+// gv = phi(k) gS_v; the gradient of phi(k) is G = v gS_v^T + gz, and as phi(k).G = v.gv + phi(k).gz, the sum of x h over
+// a row is known before G is.
+template <class T>
+__global__ void __launch_bounds__(THREADS, 1) keys_kernel(const Backward<T> p) {
+#if !defined(TBCM_NO_CLUSTERS)
+  TBCM_DYNAMIC_SHARED(shared);
+  enum { K, V };
+  constexpr int LATER = 2;
+  using Tiles = Ring<T, 2>;
+  const int64_t heads = p.queries.heads;
+  const Tiles ring(shared);
+  const Exchange sums(shared + Tiles::BYTES, 0, p.k_norm, heads);
+  const Exchange later(shared + Tiles::BYTES, 1, p.k_norm, heads);
+  const Stored rows(shared + Tiles::BYTES + 2 * Exchange::BYTES);
+  cluster_sync();
+  const Work work(p.queries.batch, heads, p.keys, p.key_span);
+  const int g = group();
+  Weights weights(p.k_norm, work);
+  Factor columns;
+  int batch = -1, done = -1;
+
+  Place asked = work.first;
+  Cursor<const T> k(p.k, work, asked), v(p.v, work, asked);
+  Cursor<T> gk(p.gk, work, asked), gv(p.gv, work, asked);
+  const auto ask = [&](int tile) {
+    const int count = work.rows(asked);
+    ring.ask(tile, K, p.k, k, count);
+    ring.ask(tile, V, p.v, v, count);
+    work.next(asked);
+    k.next(p.k, work, asked);
+    v.next(p.v, work, asked);
+  };
+  const auto sum = [&](int tile) { leave_squares(ring, tile, K, sums); };
+  const auto use = [&](int tile, const Place& place, float scalar) {
+    if (place.batch != batch) {
+      batch = place.batch;
+      Factor factor;
+      factor.rows(p.queries.state + (batch * heads + work.head) * STATE, p.k_norm, work);
+      rows.put(factor);
+    }
+    Left<PARTS<T>> ys[2];
+    float mixed[2] = {};
+    each<2>([&](int i) {
+      const auto row = ring.eight(tile, K, g + 8 * i);
+      float y[8];
+      each<8>([&](int j) { y[j] = weights.y(j, widen(row.values[j])); });
+      each<4>([&](int pair) {
+        const float2 z = rows.z(pair);
+        mixed[i] += y[2 * pair] * z.x + y[2 * pair + 1] * z.y;
+      });
+      put_row<T>(ys, i, y);
+    });
+    const Eight<T> vs[2] = {ring.eight(tile, V, g), ring.eight(tile, V, g + 8)};
+    float r[2];
+    each<2>([&](int i) { r[i] = __shfl_sync(~0u, scalar, 2 * (g + 8 * i)); });
+    Eight<T> gradient[2];
+    each<4>([&](int j) {
+      float c[4] = {};
+      each<2>([&](int k) { multiply(c, ys[k], rows.s(k, j)); });
+      each<4>([&](int e) {
+        mixed[e / 2] += widen(vs[e / 2].values[2 * j + e % 2]) * c[e];
+        narrow(r[e / 2] * c[e], &gradient[e / 2].values[2 * j + e % 2]);
+      });
+    });
+    each<2>([&](int i) {
+      mixed[i] = over_four(mixed[i]);
+      if (g + 8 * i < work.rows(place)) *reinterpret_cast<Eight<T>*>(gv.at + 8 * i * p.gv.token) = gradient[i];
+    });
+    leave_rows(later, tile, mixed);
+    Place following = place;
+    work.next(following);
+    gv.next(p.gv, work, following);
+  };
+  const auto finish = [&](int tile, const Place& place, float scalar, float mean) {
+    if (place.batch != done) {
+      done = place.batch;
+      columns.columns(p.queries.state + (done * heads + work.head) * STATE);
+    }
+    Left<PARTS<T>> vs[2];
+    each<2>([&](int i) {
+      const auto row = ring.eight(tile, V, g + 8 * i);
+      float x[8];
+      each<8>([&](int j) { x[j] = widen(row.values[j]); });
+      put_row<T>(vs, i, x);
+    });
+    float h[2][8];
+    each<4>([&](int j) {
+      float c[4] = {};
+      each<2>([&](int k) { multiply(c, vs[k], columns.s[k][j]); });
+      each<4>([&](int e) { h[e / 2][2 * j + e % 2] = c[e] + columns.z[2 * j + e % 2]; });
+    });
+    each<2>([&](int i) {
+      const float r = __shfl_sync(~0u, scalar, 2 * (g + 8 * i));
+      const float m = __shfl_sync(~0u, mean, 2 * (g + 8 * i));
+      if (g + 8 * i >= work.rows(place)) return;
+      const auto row = ring.eight(tile, K, g + 8 * i);
+      each<8>([&](int j) {
+        const float x = widen(row.values[j]);
+        const float u = weights.rises(j, weights.y(j, x)) ? h[i][j] : 0.f;
+        weights.grad[j] += u * x * r;
+        h[i][j] = weights.w[j] * u;
+      });
+      store_gradient(gk.at + 8 * i * p.gk.token, row, h[i], r, m);
+    });
+    Place following = place;
+    work.next(following);
+    gk.next(p.gk, work, following);
+  };
+  walk<Tiles::STAGES, LATER>(work, sums, later, ask, sum, use, finish);
+  weights.flush(p.k_weight.of[0].parts, work, heads);
+#endif
+}
+
+template <class T>
+constexpr int state_shared(bool tangent) {
+  return (tangent ? Ring<T, 4>::BYTES : Ring<T, 2>::BYTES) + Exchange::BYTES;
+}
+template <class T>
+constexpr int output_shared(bool tangent) {
+  return (tangent ? Ring<T, 2>::BYTES + Stored::BYTES : Ring<T, 1>::BYTES) + Exchange::BYTES;
+}
+
+template <class T>
+constexpr int queries_shared() {
+  return Ring<T, 2>::BYTES + 2 * Exchange::BYTES + Kept::BYTES;
+}
+template <class T>
+constexpr int keys_shared() {
+  return Ring<T, 2>::BYTES + 2 * Exchange::BYTES + Stored::BYTES;
+}
+
+constexpr int MOST_SHARED = 219 << 10;  // CUDA_SHARED in functional.py
+template <class T>
+constexpr bool FITS = state_shared<T>(true) <= MOST_SHARED && output_shared<T>(true) <= MOST_SHARED &&
+                      queries_shared<T>() <= MOST_SHARED && keys_shared<T>() <= MOST_SHARED;
+static_assert(FITS<bfloat16> && FITS<float16>);
+
+inline int warps_for(int64_t heads) { return int((heads + blocks_for(heads) - 1) / blocks_for(heads)); }
+
+// The tiles of a cluster, so that all clusters are at work at once.
+template <auto KERNEL>
+const char* divide(int64_t batch, int64_t heads, int64_t tokens, int shared, int64_t* span) {
+  const int blocks = blocks_for(heads);
+  if (batch * heads == 0) return nullptr;
+  if (blocks > MAX_CLUSTER) return "linear_attention has a warp for each of up to 96 heads";
+  if (batch * tiles_of(tokens) > INT32_MAX) return "the tensors are too large for one grid";
+  int clusters = 0;
+  if (const char* fault = hold<KERNEL>(blocks, warps_for(heads), shared, &clusters)) return fault;
+  *span = (batch * tiles_of(tokens) + clusters - 1) / clusters;
+  return nullptr;
+}
+
+inline int64_t clusters_for(int64_t batch, int64_t tokens, int64_t span) {
+  return span ? (batch * tiles_of(tokens) + span - 1) / span : 0;
+}
+
+template <class P>
+const char* start_tiles(void (*kernel)(P), const P& p, int64_t clusters, int64_t heads, int shared, void* stream) {
+  return start_clusters(kernel, clusters, blocks_for(heads), warps_for(heads) * WARP, shared, p, stream);
+}
+
+inline const char* start_adding(const Parts& parts, void* stream) {
+  const int64_t sums = parts.numbers() * (parts.tstate ? 2 : 1);
+  return start(add_kernel<Parts>, (sums + 8 * WARP - 1) / (8 * WARP), 8 * WARP, parts, stream);
+}
+
+template <class T, bool TANGENT>
+const char* divide_keys(Parts& keys) {
+  return divide<state_kernel<T, TANGENT>>(keys.batch, keys.heads, keys.tokens, state_shared<T>(TANGENT), &keys.span);
+}
+template <class T, bool TANGENT>
+const char* divide_queries(Forward<T>* p) {
+  return divide<output_kernel<T, TANGENT>>(p->keys.batch, p->keys.heads, p->queries, output_shared<T>(TANGENT),
+                                           &p->query_span);
+}
+
+template <class T>
+const char* divide(Forward<T>* p) {
+  const char* fault = p->keys.tstate ? divide_keys<T, true>(p->keys) : divide_keys<T, false>(p->keys);
+  return fault ? fault : p->to ? divide_queries<T, true>(p) : divide_queries<T, false>(p);
+}
+
+template <class T>
+const char* launch(const Forward<T>& p, void* stream) {
+  const bool tangent = p.keys.tstate, moving = bool(p.to);
+  const int64_t heads = p.keys.heads;
+  const char* fault = start_tiles(tangent ? state_kernel<T, true> : state_kernel<T, false>, p,
+                                  clusters_for(p.keys.batch, p.keys.tokens, p.keys.span), heads,
+                                  state_shared<T>(tangent), stream);
+  if (!fault) fault = start_adding(p.keys, stream);
+  return fault ? fault : start_tiles(moving ? output_kernel<T, true> : output_kernel<T, false>, p,
+                                     clusters_for(p.keys.batch, p.queries, p.query_span), heads,
+                                     output_shared<T>(moving), stream);
+}
+
+template <class T>
+const char* divide(Backward<T>* p) {
+  Parts& queries = p->queries;
+  const char* fault =
+      divide<queries_kernel<T>>(queries.batch, queries.heads, queries.tokens, queries_shared<T>(), &queries.span);
+  if (fault) return fault;
+  fault = divide<keys_kernel<T>>(queries.batch, queries.heads, p->keys, keys_shared<T>(), &p->key_span);
+  p->q_weight.count = clusters_for(queries.batch, queries.tokens, queries.span);
+  p->k_weight.count = clusters_for(queries.batch, p->keys, p->key_span);
+  return fault;
+}
+
+// The parts of a norm over each head alone are [clusters * H, 32], and of one over all heads [clusters, H * 32].
+inline const char* start_adding(Sums sums, const Norm& norm, int64_t heads, void* stream) {
+  if (!sums.of[0].sum) return nullptr;
+  const bool all = norm.scope == Scope::all;
+  sums.batch = 1;
+  sums.count *= all ? 1 : heads;
+  sums.of[0].width = all ? heads * WIDTH : WIDTH;
+  return start(sums, stream);
+}
+
+template <class T>
+const char* launch(const Backward<T>& p, void* stream) {
+  const int64_t heads = p.queries.heads;
+  const char* fault = start_tiles(queries_kernel<T>, p, p.q_weight.count, heads, queries_shared<T>(), stream);
+  if (!fault) fault = start_adding(p.queries, stream);
+  if (!fault) fault = start_tiles(keys_kernel<T>, p, p.k_weight.count, heads, keys_shared<T>(), stream);
+  if (!fault) fault = start_adding(p.q_weight, p.q_norm, heads, stream);
+  return fault ? fault : start_adding(p.k_weight, p.k_norm, heads, stream);
+}
+
+#define TBCM_INSTANCES_OF_HEADS(T)                      \
+  template const char* divide(Forward<T>*);             \
+  template const char* divide(Backward<T>*);            \
+  template const char* launch(const Forward<T>&, void*); \
+  template const char* launch(const Backward<T>&, void*);
+TBCM_INSTANCES_OF_HEADS(bfloat16)
+TBCM_INSTANCES_OF_HEADS(float16)
+
+}  // namespace tbcm::linear_attention

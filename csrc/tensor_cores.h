@@ -1,0 +1,90 @@
+// Products of 16x16 and 16x8 tiles in bf16 with sums in fp32, and fp32 numbers as sums of such factors.
+//
+// A lane has group g = lane / 4 and t = lane % 4. It holds of a factor on the left [16, 16] the rows g, g + 8 at
+// columns 2t, 2t + 1, 2t + 8, 2t + 9; of one on the right [16, 8] these rows at column g; of the sum [16, 8] the
+// rows g, g + 8 at columns 2t, 2t + 1. Which dimension of a tensor a row or column stands for is the caller's.
+#pragma once
+
+#include "cuda.h"
+
+namespace tbcm {
+
+// c += a b. The words of a: (row g, columns 2t, 2t + 1), (row g + 8, the same), then both at 2t + 8, 2t + 9.
+TBCM_D void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(__CUDA_ARCH__)
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#elif !defined(__CUDACC__)
+  fibers::multiply(c, a, b);
+#endif
+}
+
+TBCM_D uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+TBCM_D float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Two numbers, `low` in the lower half of each word, as sums of N in bf16: all but the last cut off, not rounded.
+template <int N>
+struct Split {
+  uint32_t words[N];
+  TBCM_D static Split of(float low, float high) {
+    Split split;
+    each<N - 1>([&](int i) {
+      split.words[i] = bits_of(low) >> 16 | (bits_of(high) & 0xffff0000u);
+      low -= float_of(bits_of(low) & 0xffff0000u);
+      high -= float_of(bits_of(high) & 0xffff0000u);
+    });
+#if defined(__CUDA_ARCH__)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(split.words[N - 1]) : "f"(high), "f"(low));
+#else
+    bfloat16 parts[2];
+    narrow(low, parts);
+    narrow(high, parts + 1);
+    std::memcpy(&split.words[N - 1], parts, sizeof parts);
+#endif
+    return split;
+  }
+};
+
+// Numbers of bf16 that make one of T.
+template <class T>
+constexpr int PARTS = sizeof(T) == 4 ? 3 : 2;
+template <>
+inline constexpr int PARTS<bfloat16> = 1;
+
+// Factors of which each word is a sum of N.
+template <int N>
+struct Left {
+  uint32_t parts[N][4];
+  TBCM_D void put(int word, float low, float high) {
+    const auto split = Split<N>::of(low, high);
+    each<N>([&](int i) { parts[i][word] = split.words[i]; });
+  }
+};
+struct Right {
+  uint32_t parts[3][2];
+  TBCM_D void put(int word, float low, float high) {
+    const auto split = Split<3>::of(low, high);
+    each<3>([&](int i) { parts[i][word] = split.words[i]; });
+  }
+};
+
+// c += a b to the digits of fp32: what is less than 2^-24 of the product is left out.
+template <int N>
+TBCM_D void multiply(float (&c)[4], const Left<N>& a, const Right& b) {
+#pragma unroll
+  for (int i = N - 1; i >= 0; --i)
+#pragma unroll
+    for (int j = 2 - i; j >= 0; --j) multiply(c, a.parts[i], b.parts[j]);
+}
+
+}  // namespace tbcm

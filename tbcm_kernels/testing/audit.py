@@ -40,9 +40,9 @@ class Report:
     spilled: int
     """Bytes of stack plus local-memory loads and stores."""
     shared: int
-    hgmma: int
-    """Instructions of Hopper's asynchronous tensor cores."""
-    hmma: int = 0
+    hgmma: int | None
+    """Instructions of Hopper's asynchronous tensor cores; None where they were not counted."""
+    hmma: int | None = 0
     """Instructions of the other tensor cores: those a warp waits for, and Blackwell's UTCHMMA."""
     warps: int | None = None
     """Warps of a program, at most for a kernel in CUDA C++; None where nothing says."""
@@ -83,8 +83,12 @@ def cases() -> Iterator[AuditCase]:
         yield from module.audit_cases()
 
 
-def compile_case(case: AuditCase, architecture: int) -> Report:
-    """Compile for one GPU generation and count registers, spills and shared memory."""
+def compile_case(case: AuditCase, architecture: int, whole: bool = True) -> Report:
+    """Compile for one GPU generation and count registers, spills and shared memory.
+
+    Not `whole`: instructions are counted only where `failure` could depend on them, for without a
+    stack there is no local memory to load from. Small kernels take longer to read than to compile.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -102,11 +106,13 @@ def compile_case(case: AuditCase, architecture: int) -> Report:
     compiled = triton.compile(source, target=target, options=options)
     seconds = time.perf_counter() - start
     usage = _cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
-    sass = _cuobjdump(compiled.asm["cubin"], "--dump-sass")
     numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
-    local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    spilled = int(numbers["STACK"]) + int(numbers.get("LOCAL", 0)) + local
-    hgmma, hmma = (len(re.findall(rf"\b{name}\b", sass)) for name in ("HGMMA", "(?:UTC)?HMMA"))
+    spilled = int(numbers["STACK"]) + int(numbers.get("LOCAL", 0))
+    hgmma = hmma = None
+    if whole or spilled or (case.hgmma and architecture == 90):
+        sass = _cuobjdump(compiled.asm["cubin"], "--dump-sass")
+        spilled += len(re.findall(r"\b(?:LDL|STL)\b", sass))
+        hgmma, hmma = (len(re.findall(rf"\b{n}\b", sass)) for n in ("HGMMA", "(?:UTC)?HMMA"))
     return Report(
         case.name, architecture, int(numbers["REG"]), spilled, compiled.metadata.shared, hgmma,
         hmma, case.warps, seconds,
@@ -120,17 +126,18 @@ def _cuobjdump(cubin: bytes, what: str) -> str:
         return audit_cuda.cuobjdump(file.name, what)
 
 
-def reports(pattern: str = "") -> Iterator[tuple[Report, str | None]]:
+def reports(pattern: str = "", whole: bool = True) -> Iterator[tuple[Report, str | None]]:
     """What the compilers make of the configs whose name matches, and what is wrong with it.
 
-    Raises SystemExit under Triton's interpreter.
+    Not `whole`: without counts that say nothing about that. Raises SystemExit under Triton's
+    interpreter.
     """
     import triton
 
     if triton.knobs.runtime.interpret:
         raise SystemExit("The interpreter compiles nothing: set TRITON_INTERPRET=0.")
     work = [
-        (case.name, architecture)
+        (case.name, architecture, whole)
         for case in cases()
         if re.search(pattern, case.name)
         for architecture in case.architectures or ARCHITECTURES
@@ -144,7 +151,7 @@ def reports(pattern: str = "") -> Iterator[tuple[Report, str | None]]:
 def main(pattern: str = "") -> int:
     """Audit the configs whose name matches a pattern; 1 where one fails or none matches."""
     failed, none = False, True
-    for report, failure in reports(pattern):
+    for report, failure in reports(pattern, whole=False):
         none = False
         print(json.dumps(asdict(report)), flush=True)
         if failure:
@@ -164,13 +171,13 @@ def _cuda_reports(pattern: str) -> list[Report]:
     return [report for report in reports if re.search(pattern, report.name)]
 
 
-def _audit(work: tuple[str, int]) -> tuple[Report, str | None]:
+def _audit(work: tuple[str, int, bool]) -> tuple[Report, str | None]:
     """A kernel does not travel between processes; its name does."""
-    name, architecture = work
+    name, architecture, whole = work
     case = next(
         c for c in cases() if c.name == name and architecture in (c.architectures or ARCHITECTURES)
     )
-    report = compile_case(case, architecture)
+    report = compile_case(case, architecture, whole)
     return report, report.failure(case)
 
 

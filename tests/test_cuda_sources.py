@@ -67,15 +67,24 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def proved(library: Path, *dtypes: str, **environment: str) -> list[str]:
-    """What the proofs print, a line for each op and dtype and one for each fault."""
-    run = subprocess.run(
-        [sys.executable, ROOT / "tests" / "prove_on_host.py", library, *dtypes],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout.splitlines()
+    """What the proofs print, a line for each op and dtype and one for each fault.
+
+    Each dtype has a process of its own, with one thread: the kernels know no more.
+    """
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    running = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "prove_on_host.py", library, dtype],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for dtype in dtypes
+    ]  # fmt: skip
+    lines = []
+    for process in running:
+        printed, error = process.communicate()
+        assert process.returncode == 0, error
+        lines += printed.splitlines()
+    return lines
 
 
 def test_kernels_are_right_on_the_host(library: Path) -> None:

@@ -292,7 +292,7 @@ def _gated_sum(x: Pair, gate: Pair, o: Pair, layer: nn.Linear) -> Pair:
     if lean.worth_it(x[0], x[1], gate[1], o[1]):
         return lean.gated_sum(x, gate, o, layer)
     h = _linear(layer, o)
-    out = torch.addcmul(x[0], gate[0].to(x[0].dtype), h[0].to(x[0].dtype))
+    out = lean.add_product(x[0], gate[0], h[0])
     with _dual.tangent_scope():
         return out, lean.tangent_of_gated_sum(x[1], gate, h, out.dtype)
 

@@ -69,9 +69,15 @@ def tangent_of_gated_sum(tx: Tensor | None, gate: Pair, h: Pair, dtype: torch.dt
     """ẋ + γ̇ h + γ ḣ."""
     for one, other in ((gate[1], h[0]), (gate[0], h[1])):
         if one is not None and other is not None:
-            one, other = one.to(dtype), other.to(dtype)
-            tx = one * other if tx is None else torch.addcmul(tx, one, other)
-    return tx
+            tx = one.to(dtype) * other if tx is None else add_product(tx, one, other)
+    return None if tx is None else tx.to(dtype)
+
+
+def add_product(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
+    """x + γ h in x's dtype. PyTorch reads a narrower h as it is: no copy of it in fp32."""
+    if torch.promote_types(x.dtype, h.dtype) != x.dtype:
+        h = h.to(x.dtype)
+    return torch.addcmul(x, gate.to(x.dtype), h)
 
 
 def _parameters(layers: Sequence[nn.Linear], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -206,7 +212,7 @@ def _gated_forward(
     x: Tensor, gate: Tensor, o: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     h = F.linear(o, weight, bias)
-    return torch.addcmul(x, gate.to(x.dtype), h.to(x.dtype)), h
+    return add_product(x, gate, h), h
 
 
 def _gated_fake(

@@ -152,7 +152,8 @@ class Exchange {
     sync(id + tile % 2, blockDim.x);
     const float* from = left + tile % LEFT * WARPS * WARP + lane();
     float sum = 0.f;
-    for (int i = 0; i < warps(); ++i) sum += from[i * WARP];
+    each<WARPS>([&](int i) { sum += i < warps() ? from[i * WARP] : 0.f; });
+#pragma unroll 1
     for (int i = 0; i < blocks; ++i)
       boxes[tile % BOXES].send(i, totals + (tile % BOXES * MAX_CLUSTER + cluster_rank()) * WARP + lane(), sum);
   }
@@ -163,7 +164,7 @@ class Exchange {
     boxes[tile % BOXES].wait(tile / BOXES);
     const float* from = totals + tile % BOXES * MAX_CLUSTER * WARP + lane();
     float sum = 0.f;
-    for (int i = 0; i < blocks; ++i) sum += from[i * WARP];
+    each<MAX_CLUSTER>([&](int i) { sum += i < blocks ? from[i * WARP] : 0.f; });
     if (threadIdx.x == 0) boxes[tile % BOXES].expect(blocks * PART);  // of the tile that has the box next
     return share * sum;
   }
@@ -218,7 +219,14 @@ TBCM_D float dot(const Pack<T, V>& x, const Pack<T, V>& y) {
 }
 
 // relu, which keeps a NaN.
-TBCM_D float relu(float x) { return x < 0.f ? 0.f : x; }
+TBCM_D float relu(float x) {
+#if defined(__CUDA_ARCH__)
+  asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(x));
+  return x;
+#else
+  return x < 0.f ? 0.f : x;
+#endif
+}
 
 // The weight of a column of a head, 1 without a norm.
 TBCM_D float weight(const Norm& norm, const Work& work, int column) {
@@ -226,14 +234,24 @@ TBCM_D float weight(const Norm& norm, const Work& work, int column) {
   return norm.weight[(norm.scope == Scope::all ? work.head * WIDTH : 0) + column];
 }
 
-// The signs of the weights of N columns.
+// The signs of the weights of N columns, as those of numbers of 16 bits.
 template <int N>
 struct Signs {
-  uint32_t bits[N];
+  uint32_t words[N / 2] = {};
   TBCM_D Signs(const Norm& norm, const Work& work, int first) {
-    each<N>([&](int i) { bits[i] = weight(norm, work, first + i) < 0.f ? 0x80000000u : 0u; });
+    each<N>([&](int i) {
+      if (weight(norm, work, first + i) < 0.f) words[i / 2] |= 0x8000u << i % 2 * 16;
+    });
   }
-  TBCM_D float turn(int i, float x) const { return float_of(bits_of(x) ^ bits[i]); }
+  // +- x
+  template <class T>
+  TBCM_D Pack<T, N> turn(Pack<T, N> x) const {
+    uint32_t bits[N / 2];
+    std::memcpy(bits, &x, sizeof x);
+    each<N / 2>([&](int i) { bits[i] ^= words[i]; });
+    std::memcpy(&x, bits, sizeof x);
+    return x;
+  }
 };
 
 // Leaves the sums of x^2, and of x tx if there is one, of the rows g and g + 8 of a tile.
@@ -347,16 +365,16 @@ TBCM_D void gather(const Ring<T, TENSORS>& ring, int tile, const Signs<4>& signs
   Left<PARTS<T>> y[2], ty[2];
   each<2>([&](int i) {  // rows t + 8i and t + 8i + 4, a pair in the sums
     const int low = 2 * i, high = 2 * i + 1;
-    const auto k0 = ring.four(tile, K, t + 8 * i), k1 = ring.four(tile, K, t + 8 * i + 4);
+    const auto row = [&](int tensor, int i) { return signs.turn(ring.four(tile, tensor, t + 4 * i)); };
+    const auto k0 = row(K, low), k1 = row(K, high);
     Four<T> tk0, tk1;
-    if (moving_k) tk0 = ring.four(tile, TK, t + 8 * i), tk1 = ring.four(tile, TK, t + 8 * i + 4);
+    if (moving_k) tk0 = row(TK, low), tk1 = row(TK, high);
     each<4>([&](int j) {
-      const float y0 = relu(signs.turn(j, widen(k0.values[j]))), y1 = relu(signs.turn(j, widen(k1.values[j])));
+      const float y0 = relu(widen(k0.values[j])), y1 = relu(widen(k1.values[j]));
       y[j / 2].put(2 * i + j % 2, y0, y1);
       total.z[j] += y0 * one[low] + y1 * one[high];
       if (moving_k) {
-        const float ty0 = y0 > 0.f ? signs.turn(j, widen(tk0.values[j])) : 0.f;
-        const float ty1 = y1 > 0.f ? signs.turn(j, widen(tk1.values[j])) : 0.f;
+        const float ty0 = y0 > 0.f ? widen(tk0.values[j]) : 0.f, ty1 = y1 > 0.f ? widen(tk1.values[j]) : 0.f;
         ty[j / 2].put(2 * i + j % 2, ty0, ty1);
         tangent.z[j] += (ty0 - d[low] * y0) * one[low] + (ty1 - d[high] * y1) * one[high];
       }
@@ -419,15 +437,7 @@ __global__ void __launch_bounds__(THREADS, 1) state_kernel(const Forward<T> p) {
     if (moving_k) tk.next(p.tk, work, asked);
     if (moving_v) tv.next(p.tv, work, asked);
   };
-  const auto sum = [&](int tile) {
-    float x[8];
-    each<4>([&](int i) {
-      const auto row = ring.four(tile, K, t + 4 * i);
-      x[2 * i] = dot(row, row);
-      x[2 * i + 1] = moving_k ? dot(row, ring.four(tile, TK, t + 4 * i)) : 0.f;
-    });
-    sums.leave(tile, 2 * (t + 4 * (g / 2)) + g % 2, scatter_sums(x, 16));
-  };
+  const auto sum = [&](int tile) { leave_squares(ring, tile, K, sums, moving_k ? int(TK) : -1); };
   const auto use = [&](int tile, const Place& place, float scalar) {
     float r[4], d[4];
     each<4>([&](int i) {
@@ -566,9 +576,9 @@ __global__ void __launch_bounds__(THREADS, 1) output_kernel(const Forward<T> p) 
     Left<PARTS<T>> y[2], ty[2];
     float inverse[2], drift[2];
     each<2>([&](int i) {
-      const auto qs = ring.eight(tile, Q, g + 8 * i);
+      const auto qs = signs.turn(ring.eight(tile, Q, g + 8 * i));
       Eight<T> tqs;
-      if (moving_q) tqs = ring.eight(tile, TQ, g + 8 * i);
+      if (moving_q) tqs = signs.turn(ring.eight(tile, TQ, g + 8 * i));
       float n = 0.f, tn = 0.f;
       each<4>([&](int pair) {
         float both[2], tboth[2] = {};
@@ -576,10 +586,10 @@ __global__ void __launch_bounds__(THREADS, 1) output_kernel(const Forward<T> p) 
         if (moving_s) tz = tangent.z(pair);
         each<2>([&](int half) {
           const int j = 2 * pair + half;
-          both[half] = relu(signs.turn(j, widen(qs.values[j])));
+          both[half] = relu(widen(qs.values[j]));
           n += both[half] * state.z[j];
           if (moving_q) {
-            tboth[half] = both[half] > 0.f ? signs.turn(j, widen(tqs.values[j])) : 0.f;
+            tboth[half] = both[half] > 0.f ? widen(tqs.values[j]) : 0.f;
             tn += tboth[half] * state.z[j];
           }
           if (moving_s) tn += both[half] * (half ? tz.y : tz.x);

@@ -141,7 +141,7 @@ inline void arrive(int id, int) { ++arrivals[current / int(blockDim.x)][id]; }
 inline void sync(int id, int threads) {
   int& arrived = arrivals[current / int(blockDim.x)][id];
   const int round = arrived++ / threads;
-  if (!without_barriers()) wait_until([&arrived, round, threads] { return arrived >= (round + 1) * threads; });
+  wait_until([&arrived, round, threads] { return arrived >= (round + 1) * threads; });
 }
 
 // Of a block's shared memory: what comes is there when its phase ends, and until then there are NaNs.

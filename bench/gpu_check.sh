@@ -71,7 +71,7 @@ jobs=$(($(nproc) > 8 ? $(nproc) - 6 : 1))
 (
     if [[ $DEVICE == cuda ]]; then
         prove=("$PYTHON" -m tbcm_kernels.testing --device cuda --record "$out/proofs.jsonl")
-        step proofs-cuda 60 "${prove[@]}" --impl cuda
+        step proofs-cuda 100 "${prove[@]}" --impl cuda --jobs "$jobs"
         step proofs 200 "${prove[@]}" --impl triton --jobs "$jobs"
     else
         step proofs 100 "$PYTHON" -m tbcm_kernels.testing --jobs "$jobs"

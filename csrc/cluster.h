@@ -62,7 +62,7 @@ struct Mailbox {
     fibers::mailboxes[this] = {};
 #endif
   }
-  // One thread says how many bytes the next phase has.
+  // One thread says how many bytes the next phase has; it ends when they have come.
   TBCM_D void expect(int bytes) {
 #if defined(__CUDA_ARCH__) && !defined(TBCM_NO_CLUSTERS)
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
@@ -80,7 +80,7 @@ struct Mailbox {
     fibers::wait_for_mail(this, phase);
 #endif
   }
-  // Sends x to `to` of another block, whose mailbox at this place counts it; both are this block's addresses.
+  // Sends x to `to` of a block of two or more, whose mailbox at this place counts it; both are this block's addresses.
   TBCM_D void send(int rank, float* to, float x) {
 #if defined(__CUDA_ARCH__) && !defined(TBCM_NO_CLUSTERS)
     uint32_t there, box;

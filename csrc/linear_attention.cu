@@ -101,22 +101,22 @@ struct Ring {
   Shared own;
 
   TBCM_D explicit Ring(unsigned char* shared) : own(shared + warp() * (STAGES * TENSORS * TILE)) {}
-  TBCM_D Shared at(int tile, int tensor) const { return own + (tile % STAGES * TENSORS + tensor) * TILE; }
+  TBCM_D Shared at(unsigned tile, int tensor) const { return own + (tile % STAGES * TENSORS + tensor) * TILE; }
   // Starts to copy a tile of x, of which so many rows are there; the others are zeros.
-  TBCM_D void ask(int tile, int tensor, const Heads<const T>& x, const Cursor<const T>& cursor, int rows) const {
+  TBCM_D void ask(unsigned tile, int tensor, const Heads<const T>& x, const Cursor<const T>& cursor, int rows) const {
     const Shared to = at(tile, tensor) + group() * ROW + 8 * member() * int(sizeof(T));
     copy_async(to, reinterpret_cast<const Eight<T>*>(cursor.at), group() < rows);
     copy_async(to + 8 * ROW, reinterpret_cast<const Eight<T>*>(cursor.at + 8 * x.token), group() + 8 < rows);
   }
   // V columns of a row.
   template <int V>
-  TBCM_D Pack<T, V> columns(int tile, int tensor, int row, int first) const {
+  TBCM_D Pack<T, V> columns(unsigned tile, int tensor, int row, int first) const {
     return load<Pack<T, V>>(at(tile, tensor) + (row * WIDTH + first) * int(sizeof(T)));
   }
   // Columns 8t, ...
-  TBCM_D Eight<T> eight(int tile, int tensor, int row) const { return columns<8>(tile, tensor, row, 8 * member()); }
+  TBCM_D Eight<T> eight(unsigned tile, int tensor, int row) const { return columns<8>(tile, tensor, row, 8 * member()); }
   // Columns 4g, ...
-  TBCM_D Four<T> four(int tile, int tensor, int row) const { return columns<4>(tile, tensor, row, 4 * group()); }
+  TBCM_D Four<T> four(unsigned tile, int tensor, int row) const { return columns<4>(tile, tensor, row, 4 * group()); }
 };
 
 // Sums over all heads for the rows of a tile, 32 of them, one a lane; those of one head where its norm is over that.
@@ -136,36 +136,43 @@ class Exchange {
     if (norm.scope == Scope::all && threadIdx.x == 0)
       each<BOXES>([&](int i) {
         boxes[i].init();
-        boxes[i].expect(blocks * PART);
+        if (blocks > 1) boxes[i].expect(blocks * PART);
       });
   }
   // A sum of this warp.
-  TBCM_D void leave(int tile, int sum, float x) const {
+  TBCM_D void leave(unsigned tile, int sum, float x) const {
     if (norm.scope == Scope::none) return;
     left[(tile % LEFT * WARPS + warp()) * WARP + sum] = x;
     __syncwarp();
     if (norm.scope == Scope::all && warp() != sender(tile)) arrive(id + tile % 2, blockDim.x);
   }
   // Later: the block's sums to every block of the cluster, by one of its warps.
-  TBCM_D void send(int tile) const {
+  TBCM_D void send(unsigned tile) const {
     if (norm.scope != Scope::all || warp() != sender(tile)) return;
     sync(id + tile % 2, blockDim.x);
     const float* from = left + tile % LEFT * WARPS * WARP + lane();
     float sum = 0.f;
     each<WARPS>([&](int i) { sum += i < warps() ? from[i * WARP] : 0.f; });
+    Mailbox& box = boxes[tile % BOXES];
+    float* const to = totals + (tile % BOXES * MAX_CLUSTER + cluster_rank()) * WARP + lane();
+    if (blocks == 1) {  // no block alone may send
+      *to = sum;
+      __syncwarp();
+      if (lane() == 0) box.expect(0);
+      return;
+    }
 #pragma unroll 1
-    for (int i = 0; i < blocks; ++i)
-      boxes[tile % BOXES].send(i, totals + (tile % BOXES * MAX_CLUSTER + cluster_rank()) * WARP + lane(), sum);
+    for (int i = 0; i < blocks; ++i) box.send(i, to, sum);
   }
   // Later still: the lane's mean over the columns of the norm, 0 without one.
-  TBCM_D float mean(int tile) const {
+  TBCM_D float mean(unsigned tile) const {
     if (norm.scope == Scope::none) return 0.f;
     if (norm.scope == Scope::head) return share * left[(tile % LEFT * WARPS + warp()) * WARP + lane()];
     boxes[tile % BOXES].wait(tile / BOXES);
     const float* from = totals + tile % BOXES * MAX_CLUSTER * WARP + lane();
     float sum = 0.f;
     each<MAX_CLUSTER>([&](int i) { sum += i < blocks ? from[i * WARP] : 0.f; });
-    if (threadIdx.x == 0) boxes[tile % BOXES].expect(blocks * PART);  // of the tile that has the box next
+    if (threadIdx.x == 0 && blocks > 1) boxes[tile % BOXES].expect(blocks * PART);  // of the tile that has it next
     return share * sum;
   }
   // The scalars of rows from those means: lane 2i has x^2 of row i and gets its r, lane 2i + 1 has x tx and gets its
@@ -179,7 +186,7 @@ class Exchange {
 
  private:
   static constexpr int PART = WARP * int(sizeof(float));
-  TBCM_D int sender(int tile) const { return tile % 4 < warps() ? tile % 4 : 0; }
+  TBCM_D int sender(unsigned tile) const { return int(tile % 4) < warps() ? int(tile % 4) : 0; }
 
   Mailbox* boxes;
   float *left, *totals;  // [LEFT, WARPS, 32] and [BOXES, MAX_CLUSTER, 32]
@@ -368,7 +375,7 @@ TBCM_D void gather(const Ring<T, TENSORS>& ring, int tile, const Signs<4>& signs
     const auto row = [&](int tensor, int i) { return signs.turn(ring.four(tile, tensor, t + 4 * i)); };
     const auto k0 = row(K, low), k1 = row(K, high);
     Four<T> tk0, tk1;
-    if (moving_k) tk0 = row(TK, low), tk1 = row(TK, high);
+    if (TANGENT) tk0 = row(TK, low), tk1 = row(TK, high);  // not used where it does not move
     each<4>([&](int j) {
       const float y0 = relu(widen(k0.values[j])), y1 = relu(widen(k1.values[j]));
       y[j / 2].put(2 * i + j % 2, y0, y1);
@@ -442,7 +449,7 @@ __global__ void __launch_bounds__(THREADS, 1) state_kernel(const Forward<T> p) {
     float r[4], d[4];
     each<4>([&](int i) {
       r[i] = __shfl_sync(~0u, scalar, 2 * (t + 4 * i));
-      d[i] = moving_k ? __shfl_sync(~0u, scalar, 2 * (t + 4 * i) + 1) : 0.f;
+      d[i] = TANGENT ? __shfl_sync(~0u, scalar, 2 * (t + 4 * i) + 1) : 0.f;
     });
     gather<TANGENT>(ring, tile, signs, r, r, d, moving_k, moving_v, total, tangent);
     if (tile + 1 < work.tiles && !work.last(place)) return;
@@ -562,7 +569,7 @@ __global__ void __launch_bounds__(THREADS, 1) output_kernel(const Forward<T> p) 
     float r[2], d[2];
     each<2>([&](int i) {
       r[i] = __shfl_sync(~0u, scalar, 2 * (g + 8 * i));
-      d[i] = moving_q ? __shfl_sync(~0u, scalar, 2 * (g + 8 * i) + 1) : 0.f;
+      d[i] = TANGENT ? __shfl_sync(~0u, scalar, 2 * (g + 8 * i) + 1) : 0.f;
     });
     if (place.batch != batch) {
       batch = place.batch;
@@ -578,7 +585,7 @@ __global__ void __launch_bounds__(THREADS, 1) output_kernel(const Forward<T> p) 
     each<2>([&](int i) {
       const auto qs = signs.turn(ring.eight(tile, Q, g + 8 * i));
       Eight<T> tqs;
-      if (moving_q) tqs = signs.turn(ring.eight(tile, TQ, g + 8 * i));
+      if (TANGENT) tqs = signs.turn(ring.eight(tile, TQ, g + 8 * i));
       float n = 0.f, tn = 0.f;
       each<4>([&](int pair) {
         float both[2], tboth[2] = {};
@@ -938,6 +945,7 @@ inline int64_t clusters_for(int64_t batch, int64_t tokens, int64_t span) {
 
 template <class P>
 const char* start_tiles(void (*kernel)(P), const P& p, int64_t clusters, int64_t heads, int shared, void* stream) {
+  if (clusters == 0) return nullptr;
   return start_clusters(kernel, clusters, blocks_for(heads), warps_for(heads) * WARP, shared, p, stream);
 }
 

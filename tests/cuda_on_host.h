@@ -170,6 +170,7 @@ inline void expect(void* place, int bytes) {
   deliver(box);
 }
 inline void send(void* place, int rank, float* to, float x) {
+  if (blocks == 1) __builtin_trap();  // undefined in PTX
   Box& box = mailboxes.at(shared.other(place, rank));
   box.mail.push_back({shared.other(to, rank), x});
   std::memset(box.mail.back().to, 0xff, sizeof x);

@@ -37,18 +37,20 @@ def cases(op: str, dtype: torch.dtype, device: str = "cpu", few: bool = False) -
     if op in OBJECTIVE:
         yield from _objective_cases(op, dtype, device, few)
         return
-    for name, layout, options, change in _plans(op, dtype, few):
+    for name, layout, options, change in _plans(op, dtype, device, few):
         yield _draw(op, name, layout, options, device, **change)
 
 
-def _plans(op: str, dtype: torch.dtype, few: bool) -> Iterator[tuple[str, Layout, dict, dict]]:
+def _plans(
+    op: str, dtype: torch.dtype, device: str, few: bool
+) -> Iterator[tuple[str, Layout, dict, dict]]:
     shapes, layout_of, _ = OPS[op]
     for shape in shapes[2:5] + shapes[-1:] if few else shapes:
         layout, options = layout_of(shape, dtype)
         yield f"shape {shape}", layout, options, {}
     yield from _variants(op, shapes[1], dtype)
     if op == "linear_attention" and not few:
-        for shape in HEADS_OF_32:
+        for shape in HEADS_OF_32 + (MANY_TOKENS if device == "cuda" else []):
             yield f"shape {shape}", *layout_of(shape, dtype), {}
         for name, *plan in _variants(op, HEADS_OF_32[0], dtype):
             yield f"{name}, heads of 32", *plan
@@ -202,6 +204,8 @@ HEADS_OF_32 = [
     (1, 36, 33, 18, 32, 32), (2, 2, 0, 5, 32, 32), (2, 2, 5, 0, 32, 32), (0, 2, 4, 5, 32, 32),
 ]  # fmt: skip
 """Heads as SANA's, which CUDA's kernels take: in one block, in two, in three, nothing."""
+MANY_TOKENS = [(7, 13, 1509, 33, 32, 32), (5, 25, 33, 1349, 32, 32), (8, 1, 2650, 2650, 32, 32)]
+"""Enough that each cluster of a large GPU has many tiles."""
 SUBSETS = ["", "q", "k v", "k", "v", "q k", "q v"]
 VARIANTS: dict[str, dict[str, Any]] = {
     "tangents at 0.01": {"tangent_scale": 1e-2},

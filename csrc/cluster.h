@@ -135,13 +135,11 @@ const char* hold(int size, int warps, int shared, int* clusters) {
   return nullptr;
 }
 
-// Queues the kernel; null, or what is wrong.
+// Queues a kernel that `hold` has been asked about; null, or what is wrong.
 template <class P>
 const char* start_clusters(void (*kernel)(P), int64_t clusters, int size, int threads, int shared, const P& p,
                            void* stream) {
-  if (clusters == 0) return nullptr;
   if (clusters * size > INT32_MAX) return "the tensors are too large for one grid";
-  if (const char* fault = allow(kernel, shared, 0)) return fault;
   const ClusterLaunch launch(clusters * size, size, threads, shared, stream);
   const cudaError_t error = cudaLaunchKernelEx(&launch.config, kernel, p);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

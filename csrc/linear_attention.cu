@@ -168,34 +168,21 @@ struct Factor {
 };
 
 // One that waits in shared memory.
-struct Stored {
-  static constexpr int WORDS = 2 * 4 * 6 + 8, BYTES = WARPS * WARP * WORDS * int(sizeof(uint32_t));
-  Shared own;
-  TBCM_D explicit Stored(unsigned char* shared) : own(shared + warp() * (WARP * WORDS * 4) + lane() * 8) {}
-  // Two words of each lane, side by side.
-  using Two = Pack<uint32_t, 2>;
-  TBCM_D void put(int i, const void* from) const {
-    Two two;
-    std::memcpy(&two, from, sizeof two);
-    store(own + i * (WARP * 8), two);
-  }
-  TBCM_D Two get(int i) const { return load<Two>(own + i * (WARP * 8)); }
-
+struct Stored : Pairs<2 * 4 * 3 + 4> {
+  using Pairs::Pairs;
   TBCM_D void put(const Factor& factor) const {
-    each<24>([&](int i) { put(i, factor.s[i / 12][i / 3 % 4].parts[i % 3]); });
-    each<4>([&](int i) { put(24 + i, factor.z + 2 * i); });
+    each<24>([&](int i) { Pairs::put(i, factor.s[i / 12][i / 3 % 4].parts[i % 3]); });
+    each<4>([&](int i) { Pairs::put(24 + i, factor.z + 2 * i); });
   }
   TBCM_D Right s(int k, int j) const {
     Right right;
-    each<3>([&](int i) {
-      const Two two = get(12 * k + 3 * j + i);
-      std::memcpy(right.parts[i], &two, sizeof two);
-    });
+    each<3>([&](int i) { get(12 * k + 3 * j + i, right.parts[i]); });
     return right;
   }
   TBCM_D float2 z(int pair) const {
-    const Two two = get(24 + pair);
-    return {float_of(two.values[0]), float_of(two.values[1])};
+    float2 z;
+    get(24 + pair, &z);
+    return z;
   }
 };
 
@@ -333,6 +320,24 @@ TBCM_D void put_row(Left<PARTS<T>> (&left)[2], int i, const float (&row)[8]) {
   each<4>([&](int pair) { left[pair / 2].put(pair % 2 * 2 + i, row[2 * pair], row[2 * pair + 1]); });
 }
 
+// The rows g and g + 8 of a tensor's tile times a factor, of which a thread gets the columns 8t, ..., 8t + 7.
+template <class T, int TENSORS>
+TBCM_D void multiply_rows(const Ring<T, TENSORS>& ring, int tile, int tensor, const Factor& factor,
+                          float (&product)[2][8]) {
+  Left<PARTS<T>> rows[2];
+  each<2>([&](int i) {
+    const auto row = ring.eight(tile, tensor, group() + 8 * i);
+    float x[8];
+    each<8>([&](int j) { x[j] = widen(row.values[j]); });
+    put_row<T>(rows, i, x);
+  });
+  each<4>([&](int j) {
+    float c[4] = {};
+    each<2>([&](int k) { multiply(c, rows[k], factor.s[k][j]); });
+    each<4>([&](int e) { product[e / 2][2 * j + e % 2] = c[e]; });
+  });
+}
+
 // With n the normaliser and P = g S_v^T: the gradient of phi(q) is (P - (g.o) z) / n, that of S is
 // phi(q)^T [g, -g.o] / n, and n_v.g = phi(q).P gives g.o.
 template <class T>
@@ -363,19 +368,8 @@ __global__ void __launch_bounds__(THREADS, 1) queries_kernel(const Backward<T> p
       batch = place.batch;
       state.columns(p.state + (batch * heads + work.head) * STATE);
     }
-    Left<PARTS<T>> gs[2];
-    each<2>([&](int i) {
-      const auto row = ring.eight(tile, G, g + 8 * i);
-      float x[8];
-      each<8>([&](int j) { x[j] = widen(row.values[j]); });
-      put_row<T>(gs, i, x);
-    });
     float h[2][8];
-    each<4>([&](int j) {
-      float c[4] = {};
-      each<2>([&](int k) { multiply(c, gs[k], state.s[k][j]); });
-      each<4>([&](int e) { h[e / 2][2 * j + e % 2] = c[e]; });
-    });
+    multiply_rows(ring, tile, G, state, h);
     float f[2], one[2], mixed[2];
     Weights weights(kept);
     each<2>([&](int i) {
@@ -498,19 +492,8 @@ __global__ void __launch_bounds__(THREADS, 1) keys_kernel(const Backward<T> p) {
       done = place.batch;
       columns.columns(p.queries.state + (done * heads + work.head) * STATE);
     }
-    Left<PARTS<T>> vs[2];
-    each<2>([&](int i) {
-      const auto row = ring.eight(tile, V, g + 8 * i);
-      float x[8];
-      each<8>([&](int j) { x[j] = widen(row.values[j]); });
-      put_row<T>(vs, i, x);
-    });
     float h[2][8];
-    each<4>([&](int j) {
-      float c[4] = {};
-      each<2>([&](int k) { multiply(c, vs[k], columns.s[k][j]); });
-      each<4>([&](int e) { h[e / 2][2 * j + e % 2] = c[e] + columns.z[2 * j + e % 2]; });
-    });
+    multiply_rows(ring, tile, V, columns, h);
     each<2>([&](int i) {
       const float r = __shfl_sync(~0u, scalar, 2 * (g + 8 * i));
       const float m = __shfl_sync(~0u, mean, 2 * (g + 8 * i));
@@ -518,7 +501,7 @@ __global__ void __launch_bounds__(THREADS, 1) keys_kernel(const Backward<T> p) {
       const auto row = ring.eight(tile, K, g + 8 * i);
       each<8>([&](int j) {
         const float x = widen(row.values[j]);
-        const float u = weights.rises(j, weights.y(j, x)) ? h[i][j] : 0.f;
+        const float u = weights.rises(j, weights.y(j, x)) ? h[i][j] + columns.z[j] : 0.f;
         weights.grad[j] += u * x * r;
         h[i][j] = weights.w[j] * u;
       });

@@ -292,24 +292,33 @@ TBCM_D void leave_rows(const Exchange& sums, int tile, const float (&x)[2]) {
   sums.leave(tile, 2 * (group() + 8 * (t / 2)) + t % 2, t < 2 ? x[0] : x[1]);
 }
 
-// Numbers of a thread that wait in shared memory: two rows of eight in each of some places.
-struct Kept {
-  static constexpr int PLACES = 3, ROW = 8 * int(sizeof(float)), BYTES = PLACES * 2 * THREADS * ROW;
+// N pairs of words of each thread that wait in shared memory.
+template <int N>
+struct Pairs {
+  using Two = Pack<uint32_t, 2>;
+  static constexpr int STEP = WARP * int(sizeof(Two)), BYTES = N * WARPS * STEP;
   Shared own;
-  TBCM_D explicit Kept(unsigned char* shared) : own(shared + warp() * (PLACES * 2 * WARP * ROW) + lane() * 8) {}
+  TBCM_D explicit Pairs(unsigned char* shared) : own(shared + warp() * (N * STEP) + lane() * int(sizeof(Two))) {}
+  TBCM_D void put(int i, const void* from) const {
+    Two two;
+    std::memcpy(&two, from, sizeof two);
+    store(own + i * STEP, two);
+  }
+  TBCM_D void get(int i, void* to) const {
+    const Two two = load<Two>(own + i * STEP);
+    std::memcpy(to, &two, sizeof two);
+  }
+};
+
+// Numbers of a thread: two rows of eight in each of three places.
+struct Kept : Pairs<3 * 2 * 4> {
+  using Pairs::Pairs;
   TBCM_D void put(int place, int row, const float (&x)[8]) const {
-    each<4>([&](int i) { store(at(place, row, i), {bits_of(x[2 * i]), bits_of(x[2 * i + 1])}); });
+    each<4>([&](int i) { Pairs::put((place * 2 + row) * 4 + i, x + 2 * i); });
   }
   TBCM_D void get(int place, int row, float (&x)[8]) const {
-    each<4>([&](int i) {
-      const auto two = load<Pack<uint32_t, 2>>(at(place, row, i));
-      x[2 * i] = float_of(two.values[0]);
-      x[2 * i + 1] = float_of(two.values[1]);
-    });
+    each<4>([&](int i) { Pairs::get((place * 2 + row) * 4 + i, x + 2 * i); });
   }
-
- private:
-  TBCM_D Shared at(int place, int row, int pair) const { return own + ((place * 2 + row) * 4 + pair) * (WARP * 8); }
 };
 
 // Calls for each tile in turn `ask` and `sum`, which are ahead, `use` with its scalars, and `finish`, if there is one,

@@ -56,9 +56,9 @@ struct Split {
   }
 };
 
-// Numbers of bf16 that make one of T.
+// Numbers of bf16 that make one of T, which has 16 bits.
 template <class T>
-constexpr int PARTS = sizeof(T) == 4 ? 3 : 2;
+constexpr int PARTS = 2;
 template <>
 inline constexpr int PARTS<bfloat16> = 1;
 

@@ -46,11 +46,8 @@ def backward(
 
 def _aligned(x: Tensor | None) -> Tensor | None:
     """The tensor, or a copy, whose rows lie at multiples of 16 bytes."""
-    if x is None or (x.stride(-1) == 1 and not any(s % 8 for s in (*x.stride()[:-1], _start(x)))):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def _start(x: Tensor) -> int:
-    """Where it begins, in elements of 16 bits."""
-    return x.data_ptr() // 2
+    if x is None:
+        return None
+    *strides, unit = x.stride()
+    aligned = unit == 1 and x.data_ptr() % 16 == 0 and not any(s % 8 for s in strides)
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)

@@ -197,7 +197,12 @@ def fall_back(op: str, device: str, dtype: torch.dtype, reason: str) -> str:
 
 @constant_under_compile
 def shared_memory(device: int) -> int:
-    """Bytes of shared memory that a block can have on a CUDA device."""
+    """Bytes of shared memory that a block can have on a CUDA device, looked up once."""
+    return _shared_memory(device)
+
+
+@functools.cache
+def _shared_memory(device: int) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 

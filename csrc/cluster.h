@@ -35,39 +35,33 @@ TBCM_D void cluster_sync() {
 #endif
 }
 
-// Barrier `id` (1 to 15) of a block's `threads`, some of which only arrive, and others wait for all.
-TBCM_D void arrive(int id, int threads) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-#elif !defined(__CUDACC__)
-  fibers::arrive(id, threads);
-#endif
-}
-TBCM_D void sync(int id, int threads) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-#elif !defined(__CUDACC__)
-  fibers::sync(id, threads);
-#endif
-}
-
-// Counts bytes that come to this block's shared memory from the cluster, in one phase after another.
+// A place in shared memory that ends one phase after another: each when so many threads have arrived, and as many bytes
+// have come, from the cluster or from memory, as they said to expect.
 struct Mailbox {
   uint64_t state;
 
-  TBCM_D void init() {
+  // `start_of_mail()` and a barrier of the cluster before its use.
+  TBCM_D void init(int arrivals) {
 #if defined(__CUDA_ARCH__)
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address()) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address()), "r"(arrivals) : "memory");
 #elif !defined(__CUDACC__)
-    fibers::mailboxes[this] = {};
+    fibers::mailboxes[this] = {arrivals};
 #endif
   }
-  // One thread says how many bytes the next phase has; it ends when they have come.
+  // What the thread wrote and read before is done when the phase has ended.
+  TBCM_D void arrive() {
+#if defined(__CUDA_ARCH__)
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address()) : "memory");
+#elif !defined(__CUDACC__)
+    fibers::arrive(this, 0);
+#endif
+  }
+  // Arrives, and says how many bytes will come.
   TBCM_D void expect(int bytes) {
 #if defined(__CUDA_ARCH__) && !defined(TBCM_NO_CLUSTERS)
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
 #elif !defined(__CUDACC__)
-    fibers::expect(this, bytes);
+    fibers::arrive(this, bytes);
 #endif
   }
   // Until the phase has ended, the first of which is 0.
@@ -95,11 +89,34 @@ struct Mailbox {
 #endif
   }
 
- private:
 #if defined(__CUDACC__)
   TBCM_D uint32_t address() { return uint32_t(__cvta_generic_to_shared(this)); }
 #endif
 };
+
+// What comes from other blocks and from memory sees the mailboxes that this thread has begun.
+TBCM_D void start_of_mail() {
+#if defined(__CUDA_ARCH__) && !defined(TBCM_NO_CLUSTERS)
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+// Four warps, the first one's index a multiple of four, go on with at most, or least, N registers a thread.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+template <int N>
+TBCM_D void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+TBCM_D void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+#else
+template <int N>
+TBCM_D void give_registers() {}
+template <int N>
+TBCM_D void take_registers() {}
+#endif
 
 // A launch in clusters of `size` blocks.
 struct ClusterLaunch {

@@ -15,21 +15,34 @@ namespace tbcm::linear_attention {
 struct Total {
   float s[2][4][4] = {}, z[4] = {};
 
-  // Writes it, its rows times |w|, to a part of the sum, and begins again.
+  // Writes it, its rows times |w|, to a part of the sum, and begins again. There each half of a thread's row lies beside
+  // those of other threads, and the last column behind them: `place_of` finds them.
   TBCM_D void flush(const Parts& parts, int which, const Norm& norm, const Work& work, int batch) {
-    const int first = 4 * group(), t = member();
     const int64_t part = parts.part_of(batch, work.begin) * (parts.tstate ? 2 : 1) + which;
-    float* to = parts.scratch + part * parts.numbers() + (batch * parts.heads + work.head) * STATE + first * COLUMNS;
+    float* const to = parts.scratch + part * parts.numbers() + (batch * parts.heads + work.head) * STATE;
+    float size[4], last = 0.f;
+    each<4>([&](int row) { size[row] = fabsf(weight(norm, work, 4 * group() + row)); });
     each<4>([&](int row) {
-      const float one = over_four(z[row]), size = fabsf(weight(norm, work, first + row));
-      each<8>([&](int c) {
-        float& sum = s[row / 2][c % 4][row % 2 * 2 + c / 4];
-        if (work.there) to[row * COLUMNS + 8 * t + c] = size * sum;
-        sum = 0.f;
-      });
-      if (work.there && t == 0) to[row * COLUMNS + WIDTH] = size * one;
+      const float one = size[row] * over_four(z[row]);
+      if (row == member()) last = one;
       z[row] = 0.f;
+      each<2>([&](int half) {
+        Four<float> numbers;
+        each<4>([&](int c) {
+          float& sum = s[row / 2][c][row % 2 * 2 + half];
+          numbers.values[c] = size[row] * sum;
+          sum = 0.f;
+        });
+        if (work.there) reinterpret_cast<Four<float>*>(to)[(2 * row + half) * WARP + lane()] = numbers;
+      });
     });
+    if (work.there) to[WIDTH * WIDTH + lane()] = last;
+  }
+  // Row and first column of the i-th four numbers; of the last column's the first row.
+  TBCM_D static int2 place_of(int i) {
+    const int lane = i % WARP, half = i / WARP;
+    if (half == 8) return {4 * lane, WIDTH};
+    return {lane / 4 * 4 + half / 2, lane % 4 * 8 + half % 2 * 4};
   }
 };
 
@@ -37,103 +50,119 @@ struct Total {
 //
 // With the tangent also phi'(+-tk)^T [f v, one] + relu(+-k)^T [f tv - d f v, -d one] to that of the state.
 template <bool TANGENT, class T, int TENSORS>
-TBCM_D void gather(const Ring<T, TENSORS>& ring, int tile, const Signs<4>& signs, const float (&f)[4],
-                   const float (&one)[4], const float (&d)[4], bool moving_k, bool moving_v, Total& total,
-                   Total& tangent) {
+TBCM_D void gather(const Tile<T, TENSORS>& data, const Signs<4>& signs, const float (&f)[4], const float (&one)[4],
+                   const float (&d)[4], bool moving_k, bool moving_v, Total& total, Total& tangent) {
   enum { K, V, TK, TV };
   const int t = member();
   Left<PARTS<T>> y[2], ty[2];
   each<2>([&](int i) {  // rows t + 8i and t + 8i + 4, a pair in the sums
     const int low = 2 * i, high = 2 * i + 1;
-    const auto row = [&](int tensor, int i) { return signs.turn(ring.four(tile, tensor, t + 4 * i)); };
+    const auto row = [&](int tensor, int i) { return signs.turn(data.four(tensor, t + 4 * i)); };
     const auto k0 = row(K, low), k1 = row(K, high);
     Four<T> tk0, tk1;
     if (TANGENT) tk0 = row(TK, low), tk1 = row(TK, high);  // not used where it does not move
-    each<4>([&](int j) {
-      const float y0 = relu(widen(k0.values[j])), y1 = relu(widen(k1.values[j]));
-      y[j / 2].put(2 * i + j % 2, y0, y1);
-      total.z[j] += y0 * one[low] + y1 * one[high];
+    each<4>([&](int c) {
+      const float y0 = relu(widen(k0.values[c])), y1 = relu(widen(k1.values[c]));
+      y[c / 2].put(2 * i + c % 2, y0, y1);
+      total.z[c] += y0 * one[low] + y1 * one[high];
       if (moving_k) {
-        const float ty0 = y0 > 0.f ? widen(tk0.values[j]) : 0.f, ty1 = y1 > 0.f ? widen(tk1.values[j]) : 0.f;
-        ty[j / 2].put(2 * i + j % 2, ty0, ty1);
-        tangent.z[j] += (ty0 - d[low] * y0) * one[low] + (ty1 - d[high] * y1) * one[high];
+        const float ty0 = y0 > 0.f ? widen(tk0.values[c]) : 0.f, ty1 = y1 > 0.f ? widen(tk1.values[c]) : 0.f;
+        ty[c / 2].put(2 * i + c % 2, ty0, ty1);
+        tangent.z[c] += (ty0 - d[low] * y0) * one[low] + (ty1 - d[high] * y1) * one[high];
       }
     });
   });
   each<2>([&](int half) {
     Pack<T, 2> v[4], tv[4];
     each<4>([&](int i) {
-      v[i] = ring.template columns<2>(tile, V, t + 4 * i, 4 * group() + 2 * half);
-      if (moving_v) tv[i] = ring.template columns<2>(tile, TV, t + 4 * i, 4 * group() + 2 * half);
+      v[i] = data.template columns<2>(V, t + 4 * i, 4 * group() + 2 * half);
+      if (TANGENT && moving_v) tv[i] = data.template columns<2>(TV, t + 4 * i, 4 * group() + 2 * half);
     });
-    each<2>([&](int k) {
-      const int j = 2 * half + k;
+    each<2>([&](int c) {
+      const int j = 2 * half + c;
       Right fv, moved;
       each<2>([&](int i) {
         const int low = 2 * i, high = 2 * i + 1;
-        const float v0 = f[low] * widen(v[low], k), v1 = f[high] * widen(v[high], k);
+        const float v0 = f[low] * widen(v[low], c), v1 = f[high] * widen(v[high], c);
         fv.put(i, v0, v1);
         if (TANGENT) {
-          const float tv0 = moving_v ? f[low] * widen(tv[low], k) : 0.f;
-          const float tv1 = moving_v ? f[high] * widen(tv[high], k) : 0.f;
+          const float tv0 = moving_v ? f[low] * widen(tv[low], c) : 0.f;
+          const float tv1 = moving_v ? f[high] * widen(tv[high], c) : 0.f;
           moved.put(i, moving_k ? tv0 - d[low] * v0 : tv0, moving_k ? tv1 - d[high] * v1 : tv1);
         }
       });
-      each<2>([&](int m) {
-        multiply(total.s[m][j], y[m], fv);
-        if (moving_k) multiply(tangent.s[m][j], ty[m], fv);
-        if (TANGENT) multiply(tangent.s[m][j], y[m], moved);
+      each<PRODUCTS<PARTS<T>>>([&](int part) {  // in turns, so that few wait for one before
+        each<2>([&](int m) { multiply(part, total.s[m][j], y[m], fv); });
+        if (moving_k) each<2>([&](int m) { multiply(part, tangent.s[m][j], ty[m], fv); });
+        if (TANGENT) each<2>([&](int m) { multiply(part, tangent.s[m][j], y[m], moved); });
       });
     });
   });
 }
 
 template <class T, bool TANGENT>
-__global__ void __launch_bounds__(THREADS, 1) state_kernel(const Forward<T> p) {
+__global__ void __launch_bounds__(THREADS, 1)
+    state_kernel(const __grid_constant__ Mapped<Forward<T>, TANGENT ? 4 : 2> given) {
 #if !defined(TBCM_NO_CLUSTERS)
   TBCM_DYNAMIC_SHARED(shared);
   enum { K, V, TK, TV };
   using Tiles = Ring<T, TANGENT ? 4 : 2>;
+  const Forward<T>& p = given.p;
+  const Job job{p.keys.batch, p.keys.heads, p.keys.tokens, p.keys.span};
+  begin<Tiles>(shared, p.k_norm, job);
+  if (warp() >= WARPS) return carry<Tiles>(shared, p.k_norm, job, given.maps, p.k, p.v, p.tk, p.tv);
+  take_registers<TAKEN>();
+  const Work work(job);
+  if (warp() >= work.warps) return;
   const Tiles ring(shared);
-  const Exchange sums(shared + Tiles::BYTES, 0, p.k_norm, p.keys.heads);
-  cluster_sync();
-  const Work work(p.keys.batch, p.keys.heads, p.keys.tokens, p.keys.span);
+  const Exchange sums(shared + Tiles::BYTES, 0, p.k_norm, job.heads);
   const int g = group(), t = member();
   const Signs<4> signs(p.k_norm, work, 4 * g);
   const bool moving_k = TANGENT && p.tk, moving_v = TANGENT && p.tv;
   Total total, tangent;
 
-  auto ask = [&] {
-    if constexpr (TANGENT) return Reader(ring, work, p.k, p.v, p.tk, p.tv);
-    else return Reader(ring, work, p.k, p.v);
-  }();
-  const auto sum = [&](int tile) { leave_squares(ring, tile, K, sums, moving_k ? int(TK) : -1); };
-  const auto use = [&](int tile, const Place& place, float scalar) {
+  const auto sum = [&](int tile) { return squares_of(Tile(ring, tile), K, moving_k ? int(TK) : -1); };
+  const auto use = [&](int tile, const Place& place) {
     float r[4], d[4];
     each<4>([&](int i) {
-      r[i] = __shfl_sync(~0u, scalar, 2 * (t + 4 * i));
-      d[i] = TANGENT ? __shfl_sync(~0u, scalar, 2 * (t + 4 * i) + 1) : 0.f;
+      const float2 scalars = sums.of_row(tile, t + 4 * i);
+      r[i] = scalars.x, d[i] = scalars.y;
     });
-    gather<TANGENT>(ring, tile, signs, r, r, d, moving_k, moving_v, total, tangent);
+    gather<TANGENT>(Tile(ring, tile), signs, r, r, d, moving_k, moving_v, total, tangent);
     if (tile + 1 < work.tiles && !work.last(place)) return;
     total.flush(p.keys, 0, p.k_norm, work, place.batch);
     if (TANGENT) tangent.flush(p.keys, 1, p.k_norm, work, place.batch);
   };
-  walk<Tiles::STAGES>(work, sums, ask, sum, use);
+  walk(work, ring, sums, sum, use);
 #endif
 }
 
-// The sums of the parts of states, and of their tangents.
+template <class P>
+TBCM_HD int blocks_to_add(const P& p) {
+  return (int(p.heads) * STATE / 4 + 8 * WARP - 1) / (8 * WARP);
+}
+
+// The sums of the parts of states, and of their tangents, four numbers a thread.
 template <class P>
 __global__ void __launch_bounds__(8 * WARP) add_kernel(const P p) {
-  const int64_t size = p.numbers(), both = p.tstate ? 2 * size : size;
-  const int64_t i = int64_t(blockIdx.x) * (8 * WARP) + threadIdx.x;
-  if (i >= both) return;
-  const int64_t parts = p.of_sample(i % size / (p.heads * STATE));
-  float sum = 0.f;
-#pragma unroll 8
-  for (int64_t part = 0; part < parts; ++part) sum += p.scratch[part * both + i];
-  (i < size ? p.state + i : p.tstate + (i - size))[0] = sum;
+  const int blocks = blocks_to_add(p), state = blockIdx.x / blocks;  // blocks of a sample's state, or of its tangent
+  const int which = p.tstate ? state % 2 : 0, batch = p.tstate ? state / 2 : state;
+  const int i = blockIdx.x % blocks * (8 * WARP) + int(threadIdx.x), head = i / (STATE / 4);
+  if (head >= p.heads) return;
+  const int64_t step = p.numbers() * (p.tstate ? 2 : 1), before = batch * p.heads * STATE;
+  const float* const from = p.scratch + which * p.numbers() + before;
+  const int parts = int(p.of_sample(batch));
+  Four<float> sum{};
+  for (int part = 0; part < parts; part += 4) {  // whose loads do not wait for one another
+    Four<float> x[4]{};
+    each<4>([&](int k) {
+      if (part + k < parts) x[k] = reinterpret_cast<const Four<float>*>(from + (part + k) * step)[i];
+    });
+    each<16>([&](int n) { sum.values[n % 4] += x[n / 4].values[n % 4]; });
+  }
+  const int2 place = Total::place_of(i % (STATE / 4));
+  float* const to = (which ? p.tstate : p.state) + before + head * STATE + place.x * COLUMNS + place.y;
+  each<4>([&](int c) { to[place.y == WIDTH ? c * COLUMNS : c] = sum.values[c]; });
 }
 
 // A state as a factor on the right, and its last column at rows 8t, ..., 8t + 7.
@@ -187,34 +216,32 @@ struct Stored : Pairs<2 * 4 * 3 + 4> {
 };
 
 template <class T, bool TANGENT>
-__global__ void __launch_bounds__(THREADS, 1) output_kernel(const Forward<T> p) {
+__global__ void __launch_bounds__(THREADS, 1)
+    output_kernel(const __grid_constant__ Mapped<Forward<T>, TANGENT ? 2 : 1> given) {
 #if !defined(TBCM_NO_CLUSTERS)
   TBCM_DYNAMIC_SHARED(shared);
   enum { Q, TQ };
   using Tiles = Ring<T, TANGENT ? 2 : 1>;
+  const Forward<T>& p = given.p;
+  const Job job{p.keys.batch, p.keys.heads, p.queries, p.query_span};
+  begin<Tiles>(shared, p.q_norm, job);
+  if (warp() >= WARPS) return carry<Tiles>(shared, p.q_norm, job, given.maps, p.q, p.tq);
+  take_registers<TAKEN>();
+  const Work work(job);
+  if (warp() >= work.warps) return;
   const Tiles ring(shared);
-  const Exchange exchange(shared + Tiles::BYTES, 0, p.q_norm, p.keys.heads);
-  cluster_sync();
+  const Exchange sums(shared + Tiles::BYTES, 0, p.q_norm, job.heads);
   const Stored tangent(shared + Tiles::BYTES + Exchange::BYTES);
-  const Work work(p.keys.batch, p.keys.heads, p.queries, p.query_span);
   const int g = group(), t = member();
   const Signs<8> signs(p.q_norm, work, 8 * t);
   const bool moving_q = TANGENT && p.tq, moving_s = TANGENT && p.keys.tstate;
   Factor state;
   int batch = -1;
+  T *o = nullptr, *to = nullptr;
 
-  Cursor<T> o(p.o, work, work.first), to(p.to, work, work.first);
-  auto ask = [&] {
-    if constexpr (TANGENT) return Reader(ring, work, p.q, p.tq);
-    else return Reader(ring, work, p.q);
-  }();
-  const auto sum = [&](int tile) { leave_squares(ring, tile, Q, exchange, moving_q ? int(TQ) : -1); };
-  const auto use = [&](int tile, const Place& place, float scalar) {
-    float r[2], d[2];
-    each<2>([&](int i) {
-      r[i] = __shfl_sync(~0u, scalar, 2 * (g + 8 * i));
-      d[i] = TANGENT ? __shfl_sync(~0u, scalar, 2 * (g + 8 * i) + 1) : 0.f;
-    });
+  const auto sum = [&](int tile) { return squares_of(Tile(ring, tile), Q, moving_q ? int(TQ) : -1); };
+  const auto use = [&](int tile, const Place& place) {
+    const Tile data(ring, tile);
     if (place.batch != batch) {
       batch = place.batch;
       const int64_t index = (batch * p.keys.heads + work.head) * STATE;
@@ -223,13 +250,16 @@ __global__ void __launch_bounds__(THREADS, 1) output_kernel(const Forward<T> p) 
         tangent.put(state);
       }
       state.rows(p.keys.state + index, p.q_norm, work);
+      o = row_of(p.o, work, batch), to = row_of(p.to, work, batch);
     }
     Left<PARTS<T>> y[2], ty[2];
-    float inverse[2], drift[2];
+    float r[2], inverse[2], drift[2];
     each<2>([&](int i) {
-      const auto qs = signs.turn(ring.eight(tile, Q, g + 8 * i));
+      const float2 scalars = sums.of_row(tile, g + 8 * i);
+      r[i] = scalars.x;
+      const auto qs = signs.turn(data.eight(Q, g + 8 * i));
       Eight<T> tqs;
-      if (TANGENT) tqs = signs.turn(ring.eight(tile, TQ, g + 8 * i));
+      if (TANGENT) tqs = signs.turn(data.eight(TQ, g + 8 * i));
       float n = 0.f, tn = 0.f;
       each<4>([&](int pair) {
         float both[2], tboth[2] = {};
@@ -249,32 +279,35 @@ __global__ void __launch_bounds__(THREADS, 1) output_kernel(const Forward<T> p) 
         if (moving_q) ty[pair / 2].put(pair % 2 * 2 + i, tboth[0], tboth[1]);
       });
       inverse[i] = quick_reciprocal(r[i] * over_four(n) + p.eps);
-      if (TANGENT) drift[i] = r[i] * over_four(tn) + (moving_q ? d[i] * p.eps : 0.f);
+      if (TANGENT) drift[i] = r[i] * over_four(tn) + (moving_q ? scalars.y * p.eps : 0.f);
     });
     Eight<T> value[2], moved[2];
-    each<4>([&](int j) {
-      float n[4] = {}, tn[4] = {};
+    each<2>([&](int half) {  // two columns of the state at once: their products do not wait for one another
+      float n[2][4] = {}, tn[2][4] = {};
       each<2>([&](int k) {
-        multiply(n, y[k], state.s[k][j]);
-        if (moving_q) multiply(tn, ty[k], state.s[k][j]);
-        if (moving_s) multiply(tn, y[k], tangent.s(k, j));
+        each<PRODUCTS<PARTS<T>>>([&](int part) {
+          each<2>([&](int j) { multiply(part, n[j], y[k], state.s[k][2 * half + j]); });
+          if (moving_q) each<2>([&](int j) { multiply(part, tn[j], ty[k], state.s[k][2 * half + j]); });
+        });
+        if (moving_s) {
+          const Right moving[2] = {tangent.s(k, 2 * half), tangent.s(k, 2 * half + 1)};
+          each<PRODUCTS<PARTS<T>>>([&](int part) { each<2>([&](int j) { multiply(part, tn[j], y[k], moving[j]); }); });
+        }
       });
-      each<4>([&](int c) {
-        const int i = c / 2;
-        const float x = n[c] * (r[i] * inverse[i]);
-        narrow(x, &value[i].values[2 * j + c % 2]);
-        if (TANGENT) narrow((r[i] * tn[c] - x * drift[i]) * inverse[i], &moved[i].values[2 * j + c % 2]);
+      each<8>([&](int c) {
+        const int j = c / 4, i = c % 4 / 2, column = 2 * (2 * half + j) + c % 2;
+        const float x = n[j][c % 4] * (r[i] * inverse[i]);
+        narrow(x, &value[i].values[column]);
+        if (TANGENT) narrow((r[i] * tn[j][c % 4] - x * drift[i]) * inverse[i], &moved[i].values[column]);
       });
     });
     each<2>([&](int i) {
-      if (g + 8 * i >= work.rows(place)) return;
-      *reinterpret_cast<Eight<T>*>(o.at + 8 * i * p.o.token) = value[i];
-      if (TANGENT) *reinterpret_cast<Eight<T>*>(to.at + 8 * i * p.to.token) = moved[i];
+      if (!work.has(place, i)) return;
+      *reinterpret_cast<Eight<T>*>(o + (place.token + 8 * i) * p.o.token) = value[i];
+      if (TANGENT) *reinterpret_cast<Eight<T>*>(to + (place.token + 8 * i) * p.to.token) = moved[i];
     });
-    o.next(p.o, work, place);
-    if (TANGENT) to.next(p.to, work, place);
   };
-  walk<Tiles::STAGES>(work, exchange, ask, sum, use);
+  walk(work, ring, sums, sum, use);
 #endif
 }
 
@@ -320,61 +353,76 @@ TBCM_D void put_row(Left<PARTS<T>> (&left)[2], int i, const float (&row)[8]) {
   each<4>([&](int pair) { left[pair / 2].put(pair % 2 * 2 + i, row[2 * pair], row[2 * pair + 1]); });
 }
 
-// The rows g and g + 8 of a tensor's tile times a factor, of which a thread gets the columns 8t, ..., 8t + 7.
-template <class T, int TENSORS>
-TBCM_D void multiply_rows(const Ring<T, TENSORS>& ring, int tile, int tensor, const Factor& factor,
-                          float (&product)[2][8]) {
-  Left<PARTS<T>> rows[2];
-  each<2>([&](int i) {
-    const auto row = ring.eight(tile, tensor, group() + 8 * i);
-    float x[8];
-    each<8>([&](int j) { x[j] = widen(row.values[j]); });
-    put_row<T>(rows, i, x);
+// The product of two rows, as a factor on the left, with one on the right, of which a thread gets the columns 8t, ...
+template <class T>
+TBCM_D void multiply_rows(const Left<PARTS<T>> (&rows)[2], const Factor& factor, float (&product)[2][8]) {
+  float c[4][4] = {};
+  each<2>([&](int k) {
+    each<PRODUCTS<PARTS<T>>>([&](int part) {
+      each<4>([&](int j) { multiply(part, c[j], rows[k], factor.s[k][j]); });
+    });
   });
-  each<4>([&](int j) {
-    float c[4] = {};
-    each<2>([&](int k) { multiply(c, rows[k], factor.s[k][j]); });
-    each<4>([&](int e) { product[e / 2][2 * j + e % 2] = c[e]; });
+  each<16>([&](int n) { product[n % 4 / 2][n / 4 * 2 + n % 2] = c[n / 4][n % 4]; });
+}
+// The rows g and g + 8 of a tensor's tile as such a factor: they are exact.
+template <class T, int TENSORS>
+TBCM_D void put_rows(Left<PARTS<T>> (&left)[2], const Tile<T, TENSORS>& data, int tensor) {
+  each<2>([&](int i) {
+    const auto row = data.eight(tensor, group() + 8 * i);
+    if constexpr (PARTS<T> == 1) {
+      uint32_t words[4];
+      std::memcpy(words, &row, sizeof words);
+      each<4>([&](int pair) { left[pair / 2].parts[0][pair % 2 * 2 + i] = words[pair]; });
+    } else {
+      float x[8];
+      each<8>([&](int j) { x[j] = widen(row.values[j]); });
+      put_row<T>(left, i, x);
+    }
   });
 }
 
 // With n the normaliser and P = g S_v^T: the gradient of phi(q) is (P - (g.o) z) / n, that of S is
 // phi(q)^T [g, -g.o] / n, and n_v.g = phi(q).P gives g.o.
 template <class T>
-__global__ void __launch_bounds__(THREADS, 1) queries_kernel(const Backward<T> p) {
+__global__ void __launch_bounds__(THREADS, 1) queries_kernel(const __grid_constant__ Mapped<Backward<T>, 2> given) {
 #if !defined(TBCM_NO_CLUSTERS)
   TBCM_DYNAMIC_SHARED(shared);
   enum { Q, G };
   constexpr int LATER = 2;
   using Tiles = Ring<T, 2>;
+  const Backward<T>& p = given.p;
   const int64_t heads = p.queries.heads;
+  const Job job{p.queries.batch, heads, p.queries.tokens, p.queries.span};
+  begin<Tiles, LATER>(shared, p.q_norm, job);
+  if (warp() >= WARPS) return carry<Tiles, LATER>(shared, p.q_norm, job, given.maps, p.q, p.go);
+  take_registers<TAKEN>();
+  const Work work(job);
+  if (warp() >= work.warps) return;
   const Tiles ring(shared);
-  const Exchange sums(shared + Tiles::BYTES, 0, p.q_norm, heads);
-  const Exchange later(shared + Tiles::BYTES, 1, p.q_norm, heads);
+  const Exchange sums(shared + Tiles::BYTES, 0, p.q_norm, heads), later(shared + Tiles::BYTES, 1, p.q_norm, heads);
   const Kept kept(shared + Tiles::BYTES + 2 * Exchange::BYTES);
-  cluster_sync();
-  const Work work(p.queries.batch, heads, p.queries.tokens, p.queries.span);
   const int g = group(), t = member();
   Weights(p.q_norm, work).keep(kept);
   Total total, none;
   Factor state;
   int batch = -1;
 
-  Cursor<T> gq(p.gq, work, work.first);
-  Reader ask(ring, work, p.q, p.go);
-  const auto sum = [&](int tile) { leave_squares(ring, tile, Q, sums); };
-  const auto use = [&](int tile, const Place& place, float scalar) {
+  const auto sum = [&](int tile) { return squares_of(Tile(ring, tile), Q); };
+  const auto use = [&](int tile, const Place& place) {
+    const Tile data(ring, tile);
     if (place.batch != batch) {
       batch = place.batch;
       state.columns(p.state + (batch * heads + work.head) * STATE);
     }
     float h[2][8];
-    multiply_rows(ring, tile, G, state, h);
-    float f[2], one[2], mixed[2];
+    Left<PARTS<T>> gs[2];
+    put_rows(gs, data, G);
+    multiply_rows<T>(gs, state, h);
+    float f[2], one[2];
     Weights weights(kept);
     each<2>([&](int i) {
-      const auto row = ring.eight(tile, Q, g + 8 * i);
-      const float r = __shfl_sync(~0u, scalar, 2 * (g + 8 * i));
+      const auto row = data.eight(Q, g + 8 * i);
+      const float r = sums.of_row(tile, g + 8 * i).x;
       float n = 0.f, product = 0.f;
       each<8>([&](int j) {
         const float y = fabsf(weights.w[j]) * weights.y(j, widen(row.values[j]));
@@ -385,19 +433,19 @@ __global__ void __launch_bounds__(THREADS, 1) queries_kernel(const Backward<T> p
       f[i] = g + 8 * i < work.rows(place) ? r * inverse : 0.f;
       const float go_o = f[i] * over_four(product);
       one[i] = -go_o * f[i];
-      mixed[i] = 0.f;
+      float mixed = 0.f;
       each<8>([&](int j) {
         const float x = widen(row.values[j]);
         const float u = weights.rises(j, weights.y(j, x)) ? (h[i][j] - go_o * state.z[j]) * inverse : 0.f;
         weights.grad[j] += u * x * r;
         h[i][j] = weights.w[j] * u;
-        mixed[i] += x * h[i][j];
+        mixed += x * h[i][j];
       });
-      mixed[i] = over_four(mixed[i]);
+      leave_row(later, tile, i, mixed);
       kept.put(tile % LATER, i, h[i]);
     });
+    later.done(tile);
     weights.keep(kept);
-    leave_rows(later, tile, mixed);
     float fs[4], ones[4];
     each<4>([&](int i) {  // of row t + 4i, which lanes of its group have
       const int from = (t + 4 * i) % 8 * 4;
@@ -406,21 +454,20 @@ __global__ void __launch_bounds__(THREADS, 1) queries_kernel(const Backward<T> p
     });
     const float zeros[4] = {};
     const Signs<4> signs(p.q_norm, work, 4 * g);  // again for each tile: there is no register for them
-    gather<false>(ring, tile, signs, fs, ones, zeros, false, false, total, none);
+    gather<false>(data, signs, fs, ones, zeros, false, false, total, none);
     if (tile + 1 == work.tiles || work.last(place)) total.flush(p.queries, 0, p.q_norm, work, batch);
   };
-  const auto finish = [&](int tile, const Place& place, float scalar, float mean) {
+  const auto finish = [&](int tile, const Place& place) {
+    const Tile data(ring, tile);
+    T* const to = row_of(p.gq, work, place.batch) + place.token * p.gq.token;
     each<2>([&](int i) {
-      const float r = __shfl_sync(~0u, scalar, 2 * (g + 8 * i));
-      const float m = __shfl_sync(~0u, mean, 2 * (g + 8 * i));
+      const float r = sums.of_row(tile, g + 8 * i).x, mean = later.of_row(tile, g + 8 * i).x;
       float h[8];
       kept.get(tile % LATER, i, h);
-      if (g + 8 * i >= work.rows(place)) return;
-      store_gradient(gq.at + 8 * i * p.gq.token, ring.eight(tile, Q, g + 8 * i), h, r, m);
+      if (work.has(place, i)) store_gradient(to + 8 * i * p.gq.token, data.eight(Q, g + 8 * i), h, r, mean);
     });
-    gq.next(p.gq, work, place);
   };
-  walk<Tiles::STAGES, LATER>(work, sums, later, ask, sum, use, finish);
+  walk<LATER>(work, ring, sums, later, sum, use, finish);
   Weights(kept).flush(p.q_weight.of[0].parts, work, heads);
 #endif
 }
@@ -428,28 +475,31 @@ __global__ void __launch_bounds__(THREADS, 1) queries_kernel(const Backward<T> p
 // gv = phi(k) gS_v; the gradient of phi(k) is G = v gS_v^T + gz, and as phi(k).G = v.gv + phi(k).gz, the sum of x h over
 // a row is known before G is.
 template <class T>
-__global__ void __launch_bounds__(THREADS, 1) keys_kernel(const Backward<T> p) {
+__global__ void __launch_bounds__(THREADS, 1) keys_kernel(const __grid_constant__ Mapped<Backward<T>, 2> given) {
 #if !defined(TBCM_NO_CLUSTERS)
   TBCM_DYNAMIC_SHARED(shared);
   enum { K, V };
   constexpr int LATER = 2;
   using Tiles = Ring<T, 2>;
+  const Backward<T>& p = given.p;
   const int64_t heads = p.queries.heads;
+  const Job job{p.queries.batch, heads, p.keys, p.key_span};
+  begin<Tiles, LATER>(shared, p.k_norm, job);
+  if (warp() >= WARPS) return carry<Tiles, LATER>(shared, p.k_norm, job, given.maps, p.k, p.v);
+  take_registers<TAKEN>();
+  const Work work(job);
+  if (warp() >= work.warps) return;
   const Tiles ring(shared);
-  const Exchange sums(shared + Tiles::BYTES, 0, p.k_norm, heads);
-  const Exchange later(shared + Tiles::BYTES, 1, p.k_norm, heads);
+  const Exchange sums(shared + Tiles::BYTES, 0, p.k_norm, heads), later(shared + Tiles::BYTES, 1, p.k_norm, heads);
   const Stored rows(shared + Tiles::BYTES + 2 * Exchange::BYTES);
-  cluster_sync();
-  const Work work(p.queries.batch, heads, p.keys, p.key_span);
   const int g = group();
   Weights weights(p.k_norm, work);
   Factor columns;
   int batch = -1, done = -1;
 
-  Cursor<T> gk(p.gk, work, work.first), gv(p.gv, work, work.first);
-  Reader ask(ring, work, p.k, p.v);
-  const auto sum = [&](int tile) { leave_squares(ring, tile, K, sums); };
-  const auto use = [&](int tile, const Place& place, float scalar) {
+  const auto sum = [&](int tile) { return squares_of(Tile(ring, tile), K); };
+  const auto use = [&](int tile, const Place& place) {
+    const Tile data(ring, tile);
     if (place.batch != batch) {
       batch = place.batch;
       Factor factor;
@@ -459,7 +509,7 @@ __global__ void __launch_bounds__(THREADS, 1) keys_kernel(const Backward<T> p) {
     Left<PARTS<T>> ys[2];
     float mixed[2] = {};
     each<2>([&](int i) {
-      const auto row = ring.eight(tile, K, g + 8 * i);
+      const auto row = data.eight(K, g + 8 * i);
       float y[8];
       each<8>([&](int j) { y[j] = weights.y(j, widen(row.values[j])); });
       each<4>([&](int pair) {
@@ -468,48 +518,51 @@ __global__ void __launch_bounds__(THREADS, 1) keys_kernel(const Backward<T> p) {
       });
       put_row<T>(ys, i, y);
     });
-    const Eight<T> vs[2] = {ring.eight(tile, V, g), ring.eight(tile, V, g + 8)};
-    float r[2];
-    each<2>([&](int i) { r[i] = __shfl_sync(~0u, scalar, 2 * (g + 8 * i)); });
-    Eight<T> gradient[2];
-    each<4>([&](int j) {
-      float c[4] = {};
-      each<2>([&](int k) { multiply(c, ys[k], rows.s(k, j)); });
-      each<4>([&](int e) {
-        mixed[e / 2] += widen(vs[e / 2].values[2 * j + e % 2]) * c[e];
-        narrow(r[e / 2] * c[e], &gradient[e / 2].values[2 * j + e % 2]);
-      });
+    float c[4][4] = {};
+    each<2>([&](int k) {
+      const Right factor[4] = {rows.s(k, 0), rows.s(k, 1), rows.s(k, 2), rows.s(k, 3)};
+      each<PRODUCTS<PARTS<T>>>([&](int part) { each<4>([&](int j) { multiply(part, c[j], ys[k], factor[j]); }); });
     });
+    T* const to = row_of(p.gv, work, batch) + place.token * p.gv.token;
     each<2>([&](int i) {
-      mixed[i] = over_four(mixed[i]);
-      if (g + 8 * i < work.rows(place)) *reinterpret_cast<Eight<T>*>(gv.at + 8 * i * p.gv.token) = gradient[i];
+      const auto v = data.eight(V, g + 8 * i);
+      const float r = sums.of_row(tile, g + 8 * i).x;
+      Eight<T> gradient;
+      each<8>([&](int n) {
+        const float x = c[n / 2][2 * i + n % 2];
+        mixed[i] += widen(v.values[n]) * x;
+        narrow(r * x, &gradient.values[n]);
+      });
+      leave_row(later, tile, i, mixed[i]);
+      if (work.has(place, i)) *reinterpret_cast<Eight<T>*>(to + 8 * i * p.gv.token) = gradient;
     });
-    leave_rows(later, tile, mixed);
-    gv.next(p.gv, work, place);
+    later.done(tile);
   };
-  const auto finish = [&](int tile, const Place& place, float scalar, float mean) {
+  const auto finish = [&](int tile, const Place& place) {
+    const Tile data(ring, tile);
     if (place.batch != done) {
       done = place.batch;
       columns.columns(p.queries.state + (done * heads + work.head) * STATE);
     }
     float h[2][8];
-    multiply_rows(ring, tile, V, columns, h);
+    Left<PARTS<T>> vs[2];
+    put_rows(vs, data, V);
+    multiply_rows<T>(vs, columns, h);
+    T* const to = row_of(p.gk, work, done) + place.token * p.gk.token;
     each<2>([&](int i) {
-      const float r = __shfl_sync(~0u, scalar, 2 * (g + 8 * i));
-      const float m = __shfl_sync(~0u, mean, 2 * (g + 8 * i));
-      if (g + 8 * i >= work.rows(place)) return;
-      const auto row = ring.eight(tile, K, g + 8 * i);
+      const float r = sums.of_row(tile, g + 8 * i).x, mean = later.of_row(tile, g + 8 * i).x;
+      if (!work.has(place, i)) return;
+      const auto row = data.eight(K, g + 8 * i);
       each<8>([&](int j) {
         const float x = widen(row.values[j]);
         const float u = weights.rises(j, weights.y(j, x)) ? h[i][j] + columns.z[j] : 0.f;
         weights.grad[j] += u * x * r;
         h[i][j] = weights.w[j] * u;
       });
-      store_gradient(gk.at + 8 * i * p.gk.token, row, h[i], r, m);
+      store_gradient(to + 8 * i * p.gk.token, row, h[i], r, mean);
     });
-    gk.next(p.gk, work, place);
   };
-  walk<Tiles::STAGES, LATER>(work, sums, later, ask, sum, use, finish);
+  walk<LATER>(work, ring, sums, later, sum, use, finish);
   weights.flush(p.k_weight.of[0].parts, work, heads);
 #endif
 }
@@ -532,13 +585,11 @@ constexpr int keys_shared() {
   return Ring<T, 2>::BYTES + 2 * Exchange::BYTES + Stored::BYTES;
 }
 
-constexpr int MOST_SHARED = 219 << 10;  // CUDA_SHARED in functional.py
+constexpr int MOST_SHARED = 222 << 10;  // CUDA_SHARED in functional.py
 template <class T>
 constexpr bool FITS = state_shared<T>(true) <= MOST_SHARED && output_shared<T>(true) <= MOST_SHARED &&
                       queries_shared<T>() <= MOST_SHARED && keys_shared<T>() <= MOST_SHARED;
 static_assert(FITS<bfloat16> && FITS<float16>);
-
-inline int warps_for(int64_t heads) { return int((heads + blocks_for(heads) - 1) / blocks_for(heads)); }
 
 // The tiles of a cluster, so that all clusters are at work at once.
 template <auto KERNEL>
@@ -548,7 +599,7 @@ const char* divide(int64_t batch, int64_t heads, int64_t tokens, int shared, int
   if (blocks > MAX_CLUSTER) return "linear_attention has a warp for each of up to 96 heads";
   if (batch * tiles_of(tokens) > INT32_MAX) return "the tensors are too large for one grid";
   int clusters = 0;
-  if (const char* fault = hold<KERNEL>(blocks, warps_for(heads), shared, &clusters)) return fault;
+  if (const char* fault = hold<KERNEL>(blocks, THREADS / WARP, shared, &clusters)) return fault;
   *span = (batch * tiles_of(tokens) + clusters - 1) / clusters;
   return nullptr;
 }
@@ -557,15 +608,28 @@ inline int64_t clusters_for(int64_t batch, int64_t tokens, int64_t span) {
   return span ? (batch * tiles_of(tokens) + span - 1) / span : 0;
 }
 
-template <class P>
-const char* start_tiles(void (*kernel)(P), const P& p, int64_t clusters, int64_t heads, int shared, void* stream) {
+// Starts clusters on tiles of tensors of so many tokens.
+template <class P, int N, class... Tensors>
+const char* start_tiles(void (*kernel)(Mapped<P, N>), const P& p, const Parts& shape, int64_t tokens, int64_t span,
+                        int shared, void* stream, const Tensors&... tensors) {
+  static_assert(sizeof...(tensors) == N);
+  const int64_t clusters = clusters_for(shape.batch, tokens, span);
   if (clusters == 0) return nullptr;
-  return start_clusters(kernel, clusters, blocks_for(heads), warps_for(heads) * WARP, shared, p, stream);
+  Mapped<P, N> given{p, {}};
+  const char* fault = nullptr;
+  int i = 0;
+  const auto describe_one = [&](const auto& x) {
+    CUtensorMap* const map = &given.maps[i++];
+    if (x && !fault) fault = describe(map, x, shape.batch, shape.heads, tokens, warps_for(shape.heads));
+  };
+  (describe_one(tensors), ...);
+  if (fault) return fault;
+  return start_clusters(kernel, clusters, blocks_for(shape.heads), THREADS, shared, given, stream);
 }
 
 inline const char* start_adding(const Parts& parts, void* stream) {
-  const int64_t sums = parts.numbers() * (parts.tstate ? 2 : 1);
-  return start(add_kernel<Parts>, (sums + 8 * WARP - 1) / (8 * WARP), 8 * WARP, parts, stream);
+  if (parts.numbers() == 0) return nullptr;
+  return start(add_kernel<Parts>, parts.batch * (parts.tstate ? 2 : 1) * blocks_to_add(parts), 8 * WARP, parts, stream);
 }
 
 template <class T, bool TANGENT>
@@ -586,15 +650,18 @@ const char* divide(Forward<T>* p) {
 
 template <class T>
 const char* launch(const Forward<T>& p, void* stream) {
-  const bool tangent = p.keys.tstate, moving = bool(p.to);
-  const int64_t heads = p.keys.heads;
-  const char* fault = start_tiles(tangent ? state_kernel<T, true> : state_kernel<T, false>, p,
-                                  clusters_for(p.keys.batch, p.keys.tokens, p.keys.span), heads,
-                                  state_shared<T>(tangent), stream);
-  if (!fault) fault = start_adding(p.keys, stream);
-  return fault ? fault : start_tiles(moving ? output_kernel<T, true> : output_kernel<T, false>, p,
-                                     clusters_for(p.keys.batch, p.queries, p.query_span), heads,
-                                     output_shared<T>(moving), stream);
+  const Parts& keys = p.keys;
+  const int64_t span = keys.span;
+  const char* fault = keys.tstate ? start_tiles(state_kernel<T, true>, p, keys, keys.tokens, span, state_shared<T>(true),
+                                                stream, p.k, p.v, p.tk, p.tv)
+                                  : start_tiles(state_kernel<T, false>, p, keys, keys.tokens, span,
+                                                state_shared<T>(false), stream, p.k, p.v);
+  if (!fault) fault = start_adding(keys, stream);
+  if (fault) return fault;
+  if (p.to)
+    return start_tiles(output_kernel<T, true>, p, keys, p.queries, p.query_span, output_shared<T>(true), stream, p.q,
+                       p.tq);
+  return start_tiles(output_kernel<T, false>, p, keys, p.queries, p.query_span, output_shared<T>(false), stream, p.q);
 }
 
 template <class T>
@@ -621,20 +688,21 @@ inline const char* start_adding(Sums sums, const Norm& norm, int64_t heads, void
 
 template <class T>
 const char* launch(const Backward<T>& p, void* stream) {
-  const int64_t heads = p.queries.heads;
-  const char* fault = start_tiles(queries_kernel<T>, p, p.q_weight.count, heads, queries_shared<T>(), stream);
-  if (!fault) fault = start_adding(p.queries, stream);
-  if (!fault) fault = start_tiles(keys_kernel<T>, p, p.k_weight.count, heads, keys_shared<T>(), stream);
-  if (!fault) fault = start_adding(p.q_weight, p.q_norm, heads, stream);
-  return fault ? fault : start_adding(p.k_weight, p.k_norm, heads, stream);
+  const Parts& queries = p.queries;
+  const char* fault = start_tiles(queries_kernel<T>, p, queries, queries.tokens, queries.span, queries_shared<T>(),
+                                  stream, p.q, p.go);
+  if (!fault) fault = start_adding(queries, stream);
+  if (!fault) fault = start_tiles(keys_kernel<T>, p, queries, p.keys, p.key_span, keys_shared<T>(), stream, p.k, p.v);
+  if (!fault) fault = start_adding(p.q_weight, p.q_norm, queries.heads, stream);
+  return fault ? fault : start_adding(p.k_weight, p.k_norm, queries.heads, stream);
 }
 
-#define TBCM_INSTANCES_OF_HEADS(T)                      \
+#define TBCM_INSTANCES_OF_heads(T)                      \
   template const char* divide(Forward<T>*);             \
   template const char* divide(Backward<T>*);            \
   template const char* launch(const Forward<T>&, void*); \
   template const char* launch(const Backward<T>&, void*);
-TBCM_INSTANCES_OF_HEADS(bfloat16)
-TBCM_INSTANCES_OF_HEADS(float16)
+TBCM_INSTANCES_OF_heads(bfloat16)
+TBCM_INSTANCES_OF_heads(float16)
 
 }  // namespace tbcm::linear_attention

@@ -1,20 +1,24 @@
 // Tiles of 16 tokens that a cluster of blocks walks with all heads, one a warp: so the scalars of a row's norm, r and
-// m = mean(x tx) over all heads, are summed on the way and every tensor is read once. Two tiles before one is used,
-// each warp leaves its sums to its block; one tile before, a warp sends those of the block to the cluster; no warp
-// waits for another but for what it needs.
+// m = mean(x tx) over all heads, are summed on the way and every tensor is read once.
+//
+// A block has one more warp at work, the carrier: it asks for tiles ahead, a box of all its heads at once; it adds what its
+// warps leave of a tile, two tiles before they use it, and sends that to the cluster; and it gives them the scalars that
+// it makes of the totals. No warp waits for another but for what it needs.
 #pragma once
 
-#include "cluster.h"
-#include "linear_attention.h"
 #include "tensor_cores.h"
+#include "tensor_map.h"
 
 namespace tbcm::linear_attention {
 
-constexpr int WARPS = 12, THREADS = WARPS * WARP;  // of a block at most: three a scheduler, 168 registers each
+constexpr int WARPS = 12;  // of a block that have a head, at most: three a scheduler
+constexpr int THREADS = 16 * WARP;  // with four of which the first is the carrier: groups of four share out registers
+constexpr int GIVEN = 32, TAKEN = 160;  // registers of the last four, and of others
 constexpr int AHEAD = 2;  // tiles between the sums of a row and their use
 
-// Blocks of a cluster.
+// Blocks of a cluster, and warps of a block that have a head.
 TBCM_HD int blocks_for(int64_t heads) { return int((heads + WARPS - 1) / WARPS); }
+TBCM_HD int warps_for(int64_t heads) { return int((heads + blocks_for(heads) - 1) / blocks_for(heads)); }
 
 template <class T>
 using Four = Pack<T, 4>;
@@ -32,7 +36,6 @@ TBCM_D void store(Shared to, const Pack<uint32_t, 2>& pack) {
 
 TBCM_D int lane() { return threadIdx.x % WARP; }
 TBCM_D int warp() { return threadIdx.x / WARP; }
-TBCM_D int warps() { return blockDim.x / WARP; }
 
 // A thread's columns are 8t, ..., 8t + 7 of the rows g and g + 8 where rows are rows of a product, and 4g, ..., 4g + 3
 // of the rows t, t + 4, t + 8, t + 12 where they are summed over.
@@ -44,198 +47,214 @@ struct Place {
   int batch, token;
 };
 
-// The cluster's tiles, of all samples one after another, and the warp's head.
-struct Work {
-  int begin, tiles, tokens, head;
-  Place first;
-  bool there;  // whether there is such a head; otherwise it is another's, and no row of it is there
+// What a kernel's clusters share: the tiles of all samples one after another, a span for each.
+struct Job {
+  int64_t batch, heads, tokens, span;
+};
 
-  TBCM_D Work(int64_t batch, int64_t heads, int64_t tokens_, int64_t span) {
-    const int all = int(batch) * tiles_of(tokens_);
-    begin = int(blockIdx.x) / blocks_for(heads) * int(span);
-    first = {begin / tiles_of(tokens_), begin % tiles_of(tokens_) * TOKENS};
-    tiles = all - begin < int(span) ? all - begin : int(span);
-    tokens = int(tokens_);
-    head = cluster_rank() * warps() + warp();
-    there = head < heads;
+// The cluster's tiles, and the warp's head.
+struct Work {
+  int begin, tiles, tokens, warps, head;
+  Place first;
+  bool there;  // whether there is such a head; otherwise its rows are zeros
+
+  TBCM_D explicit Work(const Job& job) {
+    const int of_sample = tiles_of(job.tokens), span = int(job.span), all = int(job.batch) * of_sample;
+    begin = int(blockIdx.x) / blocks_for(job.heads) * span;
+    first = {begin / of_sample, begin % of_sample * TOKENS};
+    tiles = all - begin < span ? all - begin : span;
+    tokens = int(job.tokens);
+    warps = warps_for(job.heads);
+    head = cluster_rank() * warps + warp();
+    there = head < job.heads;
     if (!there) head = 0;
   }
-  TBCM_D int rows(const Place& place) const {
-    const int left = tokens - place.token;
-    return !there ? 0 : left < TOKENS ? left : TOKENS;
-  }
+  TBCM_D int rows(const Place& place) const { return tokens - place.token < TOKENS ? tokens - place.token : TOKENS; }
+  // Whether row g + 8i of the tile is one to write.
+  TBCM_D bool has(const Place& place, int i) const { return there && group() + 8 * i < tokens - place.token; }
   TBCM_D bool last(const Place& place) const { return place.token + TOKENS >= tokens; }  // of its sample
   TBCM_D void next(Place& place) const {
     place = last(place) ? Place{place.batch + 1, 0} : Place{place.batch, place.token + TOKENS};
   }
 };
 
-// The thread's columns of row g of one tile after another.
+// The thread's columns of row g of a sample's first tile.
 template <class T>
-struct Cursor {
-  T* at = nullptr;
-  TBCM_D Cursor(const Heads<T>& x, const Work& work, const Place& place) { go(x, work, place); }
-  TBCM_D void go(const Heads<T>& x, const Work& work, const Place& place) {
-    if (x) at = x.at(place.batch, work.head, place.token + group()) + 8 * member();
-  }
-  // From the tile at `place` to the next one.
-  TBCM_D void next(const Heads<T>& x, const Work& work, const Place& place) {
-    if (work.last(place)) go(x, work, {place.batch + 1, 0});
-    else at += TOKENS * x.token;
-  }
-};
+TBCM_D T* row_of(const Heads<T>& x, const Work& work, int batch) {
+  return x ? x.at(batch, work.head, group()) + 8 * member() : nullptr;
+}
 
-// Tiles of a warp's head, in shared memory.
+// Tiles of the block's heads, in shared memory; the rows of a head lie one after another.
 template <class T, int TENSORS>
 struct Ring {
   static constexpr int STAGES = TENSORS > 2 ? 4 : 5;  // tiles that have room
-  static constexpr int ROW = WIDTH * int(sizeof(T)), TILE = TOKENS * ROW, BYTES = WARPS * STAGES * TENSORS * TILE;
-  Shared own;
+  static constexpr int ROW = WIDTH * int(sizeof(T)), TILE = TOKENS * ROW, TENSOR = WARPS * TILE;
+  static constexpr int MAIL = 128, BYTES = MAIL + STAGES * TENSORS * TENSOR;
+  Mailbox *full, *empty;  // of each stage
+  Shared all, own;
 
-  TBCM_D explicit Ring(unsigned char* shared) : own(shared + warp() * (STAGES * TENSORS * TILE)) {}
-  TBCM_D Shared at(unsigned tile, int tensor) const { return own + (tile % STAGES * TENSORS + tensor) * TILE; }
-  // V columns of a row.
-  template <int V>
-  TBCM_D Pack<T, V> columns(unsigned tile, int tensor, int row, int first) const {
-    return load<Pack<T, V>>(at(tile, tensor) + (row * WIDTH + first) * int(sizeof(T)));
+  TBCM_D explicit Ring(unsigned char* shared)
+      : full(reinterpret_cast<Mailbox*>(shared)), empty(full + STAGES), all(shared + MAIL), own(all + warp() * TILE) {}
+  // By one thread.
+  TBCM_D void begin(int warps) const {
+    each<STAGES>([&](int i) {
+      full[i].init(1);
+      empty[i].init(warps);
+    });
   }
-  // Columns 8t, ...
-  TBCM_D Eight<T> eight(unsigned tile, int tensor, int row) const { return columns<8>(tile, tensor, row, 8 * member()); }
-  // Columns 4g, ...
-  TBCM_D Four<T> four(unsigned tile, int tensor, int row) const { return columns<4>(tile, tensor, row, 4 * group()); }
+  TBCM_D static int place(unsigned tile, int tensor) { return (int(tile % STAGES) * TENSORS + tensor) * TENSOR; }
+  // Until the tile is there, for all of them; and from then on it is not used.
+  TBCM_D void wait(unsigned tile) const { full[tile % STAGES].wait(tile / STAGES); }
+  TBCM_D void release(unsigned tile) const {
+    __syncwarp();
+    if (lane() == 0) empty[tile % STAGES].arrive();
+  }
 };
 
-// Copies tiles of up to N tensors ahead, one after another; an absent one has no tiles.
+// One of them.
+template <class T, int TENSORS>
+struct Tile {
+  Shared at;
+  TBCM_D Tile(const Ring<T, TENSORS>& ring, unsigned tile) : at(ring.own + ring.place(tile, 0)) {}
+  // V columns of a row.
+  template <int V>
+  TBCM_D Pack<T, V> columns(int tensor, int row, int first) const {
+    return load<Pack<T, V>>(at + (tensor * Ring<T, TENSORS>::TENSOR + (row * WIDTH + first) * int(sizeof(T))));
+  }
+  // Columns 8t, ...
+  TBCM_D Eight<T> eight(int tensor, int row) const { return columns<8>(tensor, row, 8 * member()); }
+  // Columns 4g, ...
+  TBCM_D Four<T> four(int tensor, int row) const { return columns<4>(tensor, row, 4 * group()); }
+};
+
+// By the carrier: asks for the tiles of the first N of these tensors, one after another; an absent one has no data.
 template <class T, int N>
 struct Reader {
-  Ring<T, N> ring;
+  const Ring<T, N>& ring;
   const Work& work;
-  Heads<const T> x[N];
-  Cursor<const T> cursors[N];
+  const CUtensorMap (&maps)[N];
+  bool there[N];
+  int count = 0;
   Place place;
 
   template <class... Tensors>
-  TBCM_D Reader(const Ring<T, N>& ring, const Work& work, const Tensors&... x)
-      : ring(ring), work(work), x{x...}, cursors{{x, work, work.first}...}, place(work.first) {}
-  // Starts to copy the next tile; rows that are not there are zeros.
-  TBCM_D void operator()(int tile) {
-    const int rows = work.rows(place), row = group();
-    each<N>([&](int i) {
-      if (!x[i]) return;
-      const Shared to = ring.at(tile, i) + (row * WIDTH + 8 * member()) * int(sizeof(T));
-      const T* const from = cursors[i].at;
-      copy_async(to, reinterpret_cast<const Eight<T>*>(from), row < rows);
-      copy_async(to + 8 * Ring<T, N>::ROW, reinterpret_cast<const Eight<T>*>(from + 8 * x[i].token), row + 8 < rows);
-      cursors[i].next(x[i], work, place);
-    });
+  TBCM_D Reader(const Ring<T, N>& ring, const Work& work, const CUtensorMap (&maps)[N], const Tensors&... x)
+      : ring(ring), work(work), maps(maps), place(work.first) {
+    const bool given[] = {bool(x)...};
+    each<N>([&](int i) { count += there[i] = given[i]; });
+  }
+  TBCM_D void operator()(unsigned tile) {
+    constexpr int STAGES = Ring<T, N>::STAGES;
+    if (tile >= STAGES) ring.empty[tile % STAGES].wait(tile / STAGES - 1);
+    if (lane() == 0) {
+      Mailbox& full = ring.full[tile % STAGES];
+      full.expect(count * work.warps * Ring<T, N>::TILE);
+      each<N>([&](int i) {
+        if (there[i])
+          copy_box(ring.all + ring.place(tile, i), maps[i], full, place.token, cluster_rank() * work.warps, place.batch);
+      });
+    }
     work.next(place);
   }
 };
 
 // Sums over all heads for the rows of a tile, 32 of them, one a lane; those of one head where its norm is over that.
 //
-// A warp that has the totals of a tile knows that all warps have left theirs of it, and before that have read the totals
-// of the tile two before: so no place is wanted by two tiles, of two for what warps leave and three for totals.
+// A warp that has the results of a tile knows that its block's sums of it are collected, and that all warps of the
+// cluster have left theirs, and before that have read the results of the tile two before: so no place is wanted by two
+// tiles, of two for what warps leave, four for totals and eight for results.
 class Exchange {
  public:
-  static constexpr int LEFT = 2, BOXES = 4;
-  static constexpr int BYTES = (LEFT * WARPS + BOXES * MAX_CLUSTER) * WARP * int(sizeof(float)) + BOXES * 8;
+  static constexpr int LEFT = 2, BOXES = 4, RESULTS = 8, PART = WARP * int(sizeof(float));
+  static constexpr int NUMBERS = LEFT * WARPS + BOXES * MAX_CLUSTER;  // in rows of 32
+  static constexpr int BYTES = (NUMBERS + RESULTS) * PART + 128;
 
-  // The n-th one of a block; cluster_sync() before its use.
+  // The n-th one of a block; `begin` and cluster_sync() before its use.
   TBCM_D Exchange(unsigned char* shared, int n, const Norm& norm, int64_t heads)
-      : boxes(reinterpret_cast<Mailbox*>(shared + n * BYTES)), left(reinterpret_cast<float*>(boxes + BOXES)),
-        totals(left + LEFT * WARPS * WARP), norm(norm), blocks(blocks_for(heads)), id(1 + 2 * n),
-        share(1.f / float(norm.scope == Scope::all ? heads * WIDTH : WIDTH)) {
-    if (norm.scope == Scope::all && threadIdx.x == 0)
-      each<BOXES>([&](int i) {
-        boxes[i].init();
-        if (blocks > 1) boxes[i].expect(blocks * PART);
-      });
+      : boxes(reinterpret_cast<Mailbox*>(shared + n * BYTES)), collected(boxes + BOXES), ready(collected + LEFT),
+        left(reinterpret_cast<float*>(boxes + 16)), results(left + NUMBERS * WARP), norm(norm),
+        blocks(blocks_for(heads)), warps(warps_for(heads)), share(1.f / float(all() ? heads * WIDTH : WIDTH)) {}
+  // By one thread.
+  TBCM_D void begin() const {
+    each<BOXES>([&](int i) {
+      boxes[i].init(1);
+      if (blocks > 1) boxes[i].expect(blocks * PART);
+    });
+    each<LEFT>([&](int i) { collected[i].init(warps); });
+    each<RESULTS>([&](int i) { ready[i].init(1); });
   }
-  // A sum of this warp.
-  TBCM_D void leave(unsigned tile, int sum, float x) const {
-    if (norm.scope == Scope::none) return;
-    left[(tile % LEFT * WARPS + warp()) * WARP + sum] = x;
+  TBCM_D bool all() const { return norm.scope == Scope::all; }
+  TBCM_D bool none() const { return norm.scope == Scope::none; }
+  // The place of two sums of this warp, of a row, which it fills and then has `done`.
+  TBCM_D float2* two(unsigned tile, int row) const { return reinterpret_cast<float2*>(own(tile)) + row; }
+  TBCM_D void done(unsigned tile) const {
     __syncwarp();
-    if (norm.scope == Scope::all && warp() != sender(tile)) arrive(id + tile % 2, blockDim.x);
+    if (all() && lane() == 0) collected[tile % LEFT].arrive();
   }
-  // Later: the block's sums to every block of the cluster, by one of its warps.
+  // By the carrier: the block's sums to every block of the cluster.
   TBCM_D void send(unsigned tile) const {
-    if (norm.scope != Scope::all || warp() != sender(tile)) return;
-    sync(id + tile % 2, blockDim.x);
-    const float* from = left + tile % LEFT * WARPS * WARP + lane();
+    if (!all()) return;
+    collected[tile % LEFT].wait(tile / LEFT);
+    const float* from = left + tile % LEFT * (WARPS * WARP) + lane();
     float sum = 0.f;
-    each<WARPS>([&](int i) { sum += i < warps() ? from[i * WARP] : 0.f; });
-    Mailbox& box = boxes[tile % BOXES];
-    float* const to = totals + (tile % BOXES * MAX_CLUSTER + cluster_rank()) * WARP + lane();
-    if (blocks == 1) {  // no block alone may send
-      *to = sum;
-      __syncwarp();
-      if (lane() == 0) box.expect(0);
-      return;
-    }
-#pragma unroll 1
-    for (int i = 0; i < blocks; ++i) box.send(i, to, sum);
+    each<WARPS>([&](int i) { sum += i < warps ? from[i * WARP] : 0.f; });
+    float* const to = totals(tile) + cluster_rank() * WARP + lane();
+    if (blocks == 1) *to = sum;  // no block alone may send
+    else
+      for (int i = 0; i < blocks; ++i) boxes[tile % BOXES].send(i, to, sum);
   }
-  // Later still: the lane's mean over the columns of the norm, 0 without one.
-  TBCM_D float mean(unsigned tile) const {
-    if (norm.scope == Scope::none) return 0.f;
-    if (norm.scope == Scope::head) return share * left[(tile % LEFT * WARPS + warp()) * WARP + lane()];
-    boxes[tile % BOXES].wait(tile / BOXES);
-    const float* from = totals + tile % BOXES * MAX_CLUSTER * WARP + lane();
+  // By the carrier, later: what `of` makes of the means over the columns of the norm, each lane of its own.
+  template <class F>
+  TBCM_D void publish(unsigned tile, const F& of) const {
+    if (!all()) return;
+    if (blocks > 1) boxes[tile % BOXES].wait(tile / BOXES);
+    const float* from = totals(tile) + lane();
     float sum = 0.f;
     each<MAX_CLUSTER>([&](int i) { sum += i < blocks ? from[i * WARP] : 0.f; });
-    if (threadIdx.x == 0 && blocks > 1) boxes[tile % BOXES].expect(blocks * PART);  // of the tile that has it next
-    return share * sum;
+    if (lane() == 0 && blocks > 1) boxes[tile % BOXES].expect(blocks * PART);  // of the tile that has it next
+    results[tile % RESULTS * WARP + lane()] = of(share * sum);
+    __syncwarp();
+    if (lane() == 0) ready[tile % RESULTS].arrive();
   }
-  // The scalars of rows from those means: lane 2i has x^2 of row i and gets its r, lane 2i + 1 has x tx and gets its
+  // By the other warps, later still: waits for it, or makes it of the head's own.
+  template <class F>
+  TBCM_D void wait(unsigned tile, const F& of) const {
+    if (all()) return ready[tile % RESULTS].wait(tile / RESULTS);
+    float* const place = own(tile) + lane();
+    const float mine = of(none() ? 0.f : share * *place);
+    *place = mine;
+    __syncwarp();
+  }
+  // The two results of a row.
+  TBCM_D float2 of_row(unsigned tile, int row) const {
+    return reinterpret_cast<const float2*>(all() ? results + tile % RESULTS * WARP : own(tile))[row];
+  }
+  // The scalars of rows from the means: lane 2i has x^2 of row i and gets its r, lane 2i + 1 has x tx and gets its
   // d = r^2 m; 0 for rows that are not there.
   TBCM_D float scalar(float mean, int rows) const {
     const bool upper = lane() % 2;
     const float other = __shfl_xor_sync(~0u, mean, 1);
-    const float r = norm.scope == Scope::none ? 1.f : rsqrtf((upper ? other : mean) + norm.eps);
+    const float r = none() ? 1.f : rsqrtf((upper ? other : mean) + norm.eps);
     return lane() / 2 >= rows ? 0.f : upper ? r * r * mean : r;
   }
 
  private:
-  static constexpr int PART = WARP * int(sizeof(float));
-  TBCM_D int sender(unsigned tile) const { return int(tile % 4) < warps() ? int(tile % 4) : 0; }
+  // A warp's own sums; without exchange they stay for four tiles, where the totals would be.
+  TBCM_D float* own(unsigned tile) const { return left + (tile % (all() ? LEFT : 4) * WARPS + warp()) * WARP; }
+  TBCM_D float* totals(unsigned tile) const { return left + (LEFT * WARPS + tile % BOXES * MAX_CLUSTER) * WARP; }
+  static_assert(4 * WARPS <= NUMBERS && BOXES + LEFT + RESULTS <= 16);
 
-  Mailbox* boxes;
-  float *left, *totals;  // [LEFT, WARPS, 32] and [BOXES, MAX_CLUSTER, 32]
+  Mailbox *boxes, *collected, *ready;
+  float *left, *results;
   Norm norm;
-  int blocks, id;
+  int blocks, warps;
   float share;  // one over these columns
 };
-
-// Sums over lanes that differ in some bits, each lane with one of the results: number i goes to the lane whose bits,
-// the upper first, say i.
-template <int N>
-TBCM_D float scatter_sums(float (&x)[N], int distance) {
-#pragma unroll
-  for (int n = N / 2; n > 0; n /= 2, distance /= 2) {
-    const bool upper = lane() & distance;
-    each<N / 2>([&](int i) {
-      if (i >= n) return;
-      const float given = upper ? x[i] : x[i + n];
-      const float kept = upper ? x[i + n] : x[i];
-      x[i] = kept + __shfl_xor_sync(~0u, given, distance);
-    });
-  }
-  return x[0];
-}
 
 // The sum over the lanes of a group.
 TBCM_D float over_four(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
   return x + __shfl_xor_sync(~0u, x, 2);
-}
-
-template <class T, int V>
-TBCM_D float dot(const Pack<T, V>& x, const Pack<T, V>& y) {
-  float sum = 0.f;
-  each<V>([&](int j) { sum += widen(x.values[j]) * widen(y.values[j]); });
-  return sum;
 }
 
 // relu, which keeps a NaN.
@@ -274,22 +293,42 @@ struct Signs {
   }
 };
 
-// Leaves the sums of x^2, and of x tx if there is one, of the rows g and g + 8 of a tile.
+// The sums of x^2, and of x tx if there is one, of the rows g and g + 8 of a tile, in the lane whose t is g / 2: the
+// diagonals of products of rows.
+struct Squares {
+  float2 of[2];
+};
 template <class T, int TENSORS>
-TBCM_D void leave_squares(const Ring<T, TENSORS>& ring, int tile, int x, const Exchange& sums, int tx = -1) {
-  float sum[4];
-  each<2>([&](int i) {
-    const auto row = ring.eight(tile, x, group() + 8 * i);
-    sum[2 * i] = dot(row, row);
-    sum[2 * i + 1] = tx < 0 ? 0.f : dot(row, ring.eight(tile, tx, group() + 8 * i));
+TBCM_D Squares squares_of(const Tile<T, TENSORS>& data, int x, int tx = -1) {
+  uint32_t rows[2][4], moved[2][4] = {};
+  const auto words = [&](uint32_t (&to)[4], int tensor, int row) {
+    const auto pack = data.eight(tensor, row);
+    std::memcpy(to, &pack, sizeof pack);
+  };
+  each<2>([&](int i) { words(rows[i], x, group() + 8 * i); });
+  if (tx >= 0) each<2>([&](int i) { words(moved[i], tx, group() + 8 * i); });
+  float square[2][4] = {}, mixed[2][4] = {};
+  each<2>([&](int k) {
+    const uint32_t left[4] = {rows[0][2 * k], rows[1][2 * k], rows[0][2 * k + 1], rows[1][2 * k + 1]};
+    each<2>([&](int i) { multiply<T>(square[i], left, {rows[i][2 * k], rows[i][2 * k + 1]}); });
+    if (tx >= 0) each<2>([&](int i) { multiply<T>(mixed[i], left, {moved[i][2 * k], moved[i][2 * k + 1]}); });
   });
-  sums.leave(tile, 2 * (group() + 8 * (member() / 2)) + member() % 2, scatter_sums(sum, 2));
+  const bool odd = group() % 2;
+  Squares squares;
+  each<2>([&](int i) {
+    squares.of[i] = {odd ? square[i][2 * i + 1] : square[i][2 * i], odd ? mixed[i][2 * i + 1] : mixed[i][2 * i]};
+  });
+  return squares;
+}
+TBCM_D void leave(const Exchange& sums, unsigned tile, const Squares& squares) {
+  if (member() == group() / 2) each<2>([&](int i) { *sums.two(tile, group() + 8 * i) = squares.of[i]; });
+  sums.done(tile);
 }
 
-// Leaves one sum of each of these rows, which all lanes of a group have.
-TBCM_D void leave_rows(const Exchange& sums, int tile, const float (&x)[2]) {
-  const int t = member();
-  sums.leave(tile, 2 * (group() + 8 * (t / 2)) + t % 2, t < 2 ? x[0] : x[1]);
+// Leaves a sum over the lanes of a group, of row g + 8i.
+TBCM_D void leave_row(const Exchange& sums, unsigned tile, int i, float x) {
+  x = over_four(x);
+  if (member() == 0) *sums.two(tile, group() + 8 * i) = {x, 0.f};
 }
 
 // N pairs of words of each thread that wait in shared memory.
@@ -321,43 +360,83 @@ struct Kept : Pairs<3 * 2 * 4> {
   }
 };
 
-// Calls for each tile in turn `ask` and `sum`, which are ahead, `use` with its scalars, and `finish`, if there is one,
-// LATER tiles later, with the same and the means of what `use` has left.
-template <int STAGES, int LATER, class Ask, class Sum, class Use, class Finish>
-TBCM_D void walk(const Work& work, const Exchange& sums, const Exchange& later, Ask& ask, const Sum& sum,
+// An argument of kernels with the maps of the tensors that they read.
+template <class P, int N>
+struct Mapped {
+  P p;
+  CUtensorMap maps[N];
+};
+
+// The mailboxes of a block: of a ring of tiles, and of one exchange or, where something is left for LATER, two.
+template <class Tiles, int LATER = 0>
+TBCM_D void begin(unsigned char* shared, const Norm& norm, const Job& job) {
+  if (threadIdx.x == 0) {
+    Tiles(shared).begin(warps_for(job.heads));
+    Exchange(shared + Tiles::BYTES, 0, norm, job.heads).begin();
+    if (LATER) Exchange(shared + Tiles::BYTES, 1, norm, job.heads).begin();
+  }
+  start_of_mail();
+  cluster_sync();
+}
+
+// What the warps without a head do: the carrier's part of `walk`, below, for these tensors.
+template <class Tiles, int LATER = 0, int N, class... Tensors>
+TBCM_D void carry(unsigned char* shared, const Norm& norm, const Job& job, const CUtensorMap (&maps)[N],
+                  const Tensors&... x) {
+  give_registers<GIVEN>();
+  if (warp() > WARPS) return;
+  constexpr int STAGES = Tiles::STAGES, KEPT = LATER ? LATER + 1 : 1;
+  const Work work(job);
+  const Tiles ring(shared);
+  const Exchange sums(shared + Tiles::BYTES, 0, norm, job.heads);
+  const Exchange later(shared + Tiles::BYTES, LATER > 0, norm, job.heads);
+  Reader ask(ring, work, maps, x...);
+  const int tiles = work.tiles;
+  for (int tile = 0; tile < STAGES && tile < tiles; ++tile) ask(tile);
+  Place place = work.first;
+  for (int tile = -1; tile < tiles + LATER; ++tile) {
+    if (tile + 1 < tiles) sums.send(tile + 1);
+    if (tile >= 0 && tile < tiles) {
+      sums.publish(tile, [&](float mean) { return sums.scalar(mean, work.rows(place)); });
+      work.next(place);
+    }
+    if (const int next = tile + STAGES - KEPT; next >= STAGES && next < tiles) ask(next);
+    if (LATER && tile >= 2) later.publish(tile - 2, [](float mean) { return mean; });
+    if (LATER && tile >= 1 && tile <= tiles) later.send(tile - 1);
+  }
+}
+
+// Calls for each tile in turn `sum`, which is ahead, `use`, and `finish`, if there is one, LATER tiles later, when
+// what `use` has left is there as well. What `sum` gives is left after `use`, so that neither waits for the other.
+template <int LATER, class Tiles, class Sum, class Use, class Finish>
+TBCM_D void walk(const Work& work, const Tiles& ring, const Exchange& sums, const Exchange& later, const Sum& sum,
                  const Use& use, const Finish& finish) {
-  constexpr int KEPT = LATER ? LATER : 1;  // tiles whose room is not free yet
-  for (int tile = 0; tile < STAGES - AHEAD - KEPT; ++tile) {
-    if (tile < work.tiles) ask(tile);
-    commit_copies();
+  for (int tile = 0; tile < AHEAD && tile < work.tiles; ++tile) {
+    ring.wait(tile);
+    leave(sums, tile, sum(tile));
   }
   Place place = work.first, done = work.first;
-  float scalars[KEPT] = {};  // of the tiles before
-  for (int tile = -AHEAD; tile < work.tiles + LATER; ++tile) {
+  for (int tile = 0; tile < work.tiles + LATER; ++tile) {
     if (LATER && tile >= LATER) {
-      finish(tile - LATER, done, scalars[LATER - 1], later.mean(tile - LATER));
+      later.wait(tile - LATER, [](float mean) { return mean; });
+      finish(tile - LATER, done);
+      ring.release(tile - LATER);
       work.next(done);
     }
-    __syncwarp();  // all lanes have used the tile whose room the next one takes
-    if (tile - KEPT + STAGES < work.tiles) ask(tile - KEPT + STAGES);
-    commit_copies();
-    wait_for_copies<STAGES - AHEAD - KEPT>();
-    const bool there = tile >= 0 && tile < work.tiles;
-    const float mean = there ? sums.mean(tile) : 0.f;
-    __syncwarp();
-    if (tile + AHEAD < work.tiles) sum(tile + AHEAD);
-    if (tile + 1 >= 0 && tile + 1 < work.tiles) sums.send(tile + 1);
-    if (LATER && tile >= 1 && tile <= work.tiles) later.send(tile - 1);
-    each<KEPT - 1>([&](int i) { scalars[KEPT - 1 - i] = scalars[KEPT - 2 - i]; });
-    if (!there) continue;
-    scalars[0] = sums.scalar(mean, work.rows(place));
-    use(tile, place, scalars[0]);
+    if (LATER && tile >= work.tiles) continue;
+    const bool ahead = tile + AHEAD < work.tiles;
+    sums.wait(tile, [&](float mean) { return sums.scalar(mean, work.rows(place)); });
+    if (ahead) ring.wait(tile + AHEAD);
+    const Squares squares = sum(tile + AHEAD);  // of an earlier tile if there is none
+    use(tile, place);
+    if (ahead) leave(sums, tile + AHEAD, squares);
+    if (!LATER) ring.release(tile);
     work.next(place);
   }
 }
-template <int STAGES, class Ask, class Sum, class Use>
-TBCM_D void walk(const Work& work, const Exchange& sums, Ask& ask, const Sum& sum, const Use& use) {
-  walk<STAGES, 0>(work, sums, sums, ask, sum, use, [](int, const Place&, float, float) {});
+template <class Tiles, class Sum, class Use>
+TBCM_D void walk(const Work& work, const Tiles& ring, const Exchange& sums, const Sum& sum, const Use& use) {
+  walk<0>(work, ring, sums, sums, sum, use, [](int, const Place&) {});
 }
 
 }  // namespace tbcm::linear_attention

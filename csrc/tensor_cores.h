@@ -1,24 +1,35 @@
-// Products of 16x16 and 16x8 tiles in bf16 with sums in fp32, and fp32 numbers as sums of such factors.
+// Products of 16x16 and 16x8 tiles of 16-bit numbers with sums in fp32, and fp32 numbers as sums of factors in bf16.
 //
 // A lane has group g = lane / 4 and t = lane % 4. It holds of a factor on the left [16, 16] the rows g, g + 8 at
 // columns 2t, 2t + 1, 2t + 8, 2t + 9; of one on the right [16, 8] these rows at column g; of the sum [16, 8] the
 // rows g, g + 8 at columns 2t, 2t + 1. Which dimension of a tensor a row or column stands for is the caller's.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda.h"
 
 namespace tbcm {
 
 // c += a b. The words of a: (row g, columns 2t, 2t + 1), (row g + 8, the same), then both at 2t + 8, 2t + 9.
+template <class T = bfloat16>
 TBCM_D void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  static_assert(sizeof(T) == 2);
 #if defined(__CUDA_ARCH__)
-  asm volatile(  // so that it stays where all lanes of the warp are
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  if constexpr (std::is_same_v<T, bfloat16>)
+    asm volatile(  // so that it stays where all lanes of the warp are
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #elif !defined(__CUDACC__)
-  fibers::multiply(c, a, b);
+  fibers::multiply(c, a, b, [](uint16_t bits) { return widen(T{bits}); });
 #endif
 }
 
@@ -79,13 +90,14 @@ struct Right {
   }
 };
 
-// c += a b to the digits of fp32: what is less than 2^-24 of the product is left out.
+// The p-th of the products that make one of N and three parts, but for what is less than 2^-24 of it, the least first.
 template <int N>
-TBCM_D void multiply(float (&c)[4], const Left<N>& a, const Right& b) {
-#pragma unroll
-  for (int i = N - 1; i >= 0; --i)
-#pragma unroll
-    for (int j = 2 - i; j >= 0; --j) multiply(c, a.parts[i], b.parts[j]);
+constexpr int PRODUCTS = N == 1 ? 3 : 5;
+template <int N>
+TBCM_D void multiply(int p, float (&c)[4], const Left<N>& a, const Right& b) {
+  static_assert(N <= 2);
+  const int i = N == 2 && p < 2 ? 1 : 0;
+  multiply(c, a.parts[i], b.parts[i ? 1 - p : PRODUCTS<N> - 1 - p]);
 }
 
 }  // namespace tbcm

@@ -29,10 +29,14 @@
 #define __shared__ static
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __maxnreg__(...)
 
 struct float2 {
   float x, y;
+};
+struct int2 {
+  int x, y;
 };
 struct dim3 {
   unsigned x;
@@ -54,6 +58,11 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
+};
+struct CUtensorMap {  // of 16-bit numbers, [dims[3], dims[2], dims[1], dims[0]]
+  const unsigned char* data;
+  uint64_t dims[4], strides[3];  // in bytes, of all but the first
+  uint32_t box[4];
 };
 constexpr int cudaLaunchAttributeClusterDimension = 0;
 constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 0, cudaDevAttrMaxSharedMemoryPerBlockOptin = 0,
@@ -135,51 +144,58 @@ inline void wait_until(const std::function<bool()>& holds) {
   if (!_setjmp(all[current].at)) _longjmp(scheduler, 1);
 }
 
-// Barriers of a block by number, at which some threads only arrive.
-inline int arrivals[CLUSTER][16];
-inline void arrive(int id, int) { ++arrivals[current / int(blockDim.x)][id]; }
-inline void sync(int id, int threads) {
-  int& arrived = arrivals[current / int(blockDim.x)][id];
-  const int round = arrived++ / threads;
-  wait_until([&arrived, round, threads] { return arrived >= (round + 1) * threads; });
-}
-
 // Of a block's shared memory: what comes is there when its phase ends, and until then there are NaNs.
 struct Mail {
-  void* to;
-  float x;
+  unsigned char* to;
+  std::vector<unsigned char> bytes;
 };
 struct Box {
+  int arrivals = 0, arrived = 0, missing = 0, phase = 0;  // bytes that have been announced and have not come
   std::vector<Mail> mail;
-  int bytes = 0, phase = 0;
-  bool expected = false;
 };
 inline std::map<void*, Box> mailboxes;
 inline void deliver(Box& box) {
-  if (!box.expected || int(box.mail.size()) * 4 < box.bytes) return;
-  if (int(box.mail.size()) * 4 > box.bytes) __builtin_trap();
-  for (const Mail& m : box.mail) std::memcpy(m.to, &m.x, sizeof m.x);
+  if (box.arrived > box.arrivals) __builtin_trap();
+  if (box.arrived < box.arrivals || box.missing) return;
+  for (const Mail& m : box.mail) std::memcpy(m.to, m.bytes.data(), m.bytes.size());
   box.mail.clear();
-  box.expected = false;
+  box.arrived = 0;
   ++box.phase;
 }
-inline void expect(void* place, int bytes) {
+inline void arrive(void* place, int bytes) {
   Box& box = mailboxes.at(place);
-  if (box.expected) __builtin_trap();
-  box.bytes = bytes, box.expected = true;
+  ++box.arrived;
+  box.missing += bytes;
+  deliver(box);
+}
+inline void post(Box& box, unsigned char* to, std::vector<unsigned char> bytes) {
+  std::memset(to, 0xff, bytes.size());
+  box.missing -= int(bytes.size());
+  box.mail.push_back({to, std::move(bytes)});
   deliver(box);
 }
 inline void send(void* place, int rank, float* to, float x) {
   if (blocks == 1) __builtin_trap();  // undefined in PTX
-  Box& box = mailboxes.at(shared.other(place, rank));
-  box.mail.push_back({shared.other(to, rank), x});
-  std::memset(box.mail.back().to, 0xff, sizeof x);
-  deliver(box);
+  const auto* bytes = reinterpret_cast<unsigned char*>(&x);
+  post(mailboxes.at(shared.other(place, rank)), shared.other(to, rank), {bytes, bytes + sizeof x});
 }
 inline void wait_for_mail(void* place, int phase) {
   Box& box = mailboxes.at(place);
   if (box.phase > phase + 1) __builtin_trap();  // the next one has ended too: on a GPU this one would not be told apart
-  wait_until([&box, phase] { return box.phase > phase; });
+  if (!without_waits()) wait_until([&box, phase] { return box.phase > phase; });
+}
+// A box of a tensor map, zeros where the tensor ends.
+inline void copy_box(void* place, unsigned char* to, const CUtensorMap& map, const int (&first)[4]) {
+  const int row = int(map.box[0]) * 2;
+  std::vector<unsigned char> bytes(size_t(row) * map.box[1] * map.box[2]);
+  for (unsigned h = 0; h < map.box[2]; ++h)
+    for (unsigned n = 0; n < map.box[1]; ++n) {
+      const uint64_t at[3] = {uint64_t(first[1]) + n, uint64_t(first[2]) + h, uint64_t(first[3])};
+      if (at[0] >= map.dims[1] || at[1] >= map.dims[2] || at[2] >= map.dims[3]) continue;
+      std::memcpy(&bytes[(h * map.box[1] + n) * row],
+                  map.data + at[0] * map.strides[0] + at[1] * map.strides[1] + at[2] * map.strides[2], row);
+    }
+  post(mailboxes.at(place), to, std::move(bytes));
 }
 
 inline void enter() {
@@ -231,7 +247,6 @@ inline bool ready(int thread, int threads, const std::array<std::vector<int>, 3>
 inline void run_cluster(int threads, int launch) {
   std::memset(memory, 0xff, size_t(threads) / blockDim.x * SHARED);
   copies.assign(threads, {{}});
-  std::memset(arrivals, 0, sizeof arrivals);
   mailboxes.clear();
   for (int i = 0; i < threads; ++i) {
     all[i].started = all[i].done = false;
@@ -257,16 +272,14 @@ inline void run_cluster(int threads, int launch) {
   }
 }
 
-// c += a b, as csrc/tensor_cores.h has them in lanes.
-inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+// c += a b, as csrc/tensor_cores.h has them in lanes, of numbers that `widen` gives of 16 bits.
+template <class F>
+void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const F& widen) {
   factors[current] = {a[0], a[1], a[2], a[3], b[0], b[1]};
   wait(WARP);
   const int warp = current / WARP * WARP, g = current % WARP / 4, t = current % 4;
   const auto number = [&](int lane, int word, int half) {
-    const uint32_t bits = half ? factors[warp + lane][word] & 0xffff0000u : factors[warp + lane][word] << 16;
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
+    return widen(uint16_t(half ? factors[warp + lane][word] >> 16 : factors[warp + lane][word]));
   };
   for (int i = 0; i < 4; ++i)
     for (int k = 0; k < 16; ++k)

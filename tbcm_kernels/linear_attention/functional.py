@@ -16,7 +16,7 @@ from tbcm_kernels.rms_norm.heads import Norm, norm_argument, norm_weights
 MAX_HEAD_DIM = 256
 CUDA_HEADS = 96
 """A warp each, twelve a block, eight blocks a cluster."""
-CUDA_SHARED = 219 << 10
+CUDA_SHARED = 222 << 10
 """Bytes of shared memory of their blocks at most; every GPU that has them has clusters."""
 TRITON_WIDEST = {2: 128, 4: 32}
 """Head dims that "auto" gives to Triton, by bytes of an element."""

@@ -329,12 +329,12 @@ struct Weights {
   TBCM_D float y(int i, float x) const { return relu(float_of(bits_of(x) ^ (bits_of(w[i]) & 0x80000000u))); }
   TBCM_D bool rises(int i, float y) const { return y > 0.f && w[i] != 0.f; }
   // Writes the sums to the cluster's place, [clusters, H, 32].
-  TBCM_D void flush(float* parts, const Work& work, int64_t heads) {
+  TBCM_D void flush(float* parts, const Work& work, int heads) {
     if (!parts) return;
     each<8>([&](int i) {
       each<3>([&](int k) { grad[i] += __shfl_xor_sync(~0u, grad[i], 4 << k); });
     });
-    float* to = parts + (blockIdx.x / blocks_for(heads) * heads + work.head) * WIDTH + 8 * member();
+    float* to = parts + (int64_t(blockIdx.x / blocks_for(heads)) * heads + work.head) * WIDTH + 8 * member();
     if (work.there && group() == 0) each<8>([&](int i) { to[i] = grad[i]; });
   }
 };
@@ -391,15 +391,14 @@ __global__ void __launch_bounds__(THREADS, 1) queries_kernel(const __grid_consta
   constexpr int LATER = 2;
   using Tiles = Ring<T, 2>;
   const Backward<T>& p = given.p;
-  const int64_t heads = p.queries.heads;
-  const Job job{p.queries.batch, heads, p.queries.tokens, p.queries.span};
+  const Job job{p.queries.batch, p.queries.heads, p.queries.tokens, p.queries.span};
   begin<Tiles, LATER>(shared, p.q_norm, job);
   if (warp() >= WARPS) return carry<Tiles, LATER>(shared, p.q_norm, job, given.maps, p.q, p.go);
   take_registers<TAKEN>();
   const Work work(job);
   if (warp() >= work.warps) return;
   const Tiles ring(shared);
-  const Exchange sums(shared + Tiles::BYTES, 0, p.q_norm, heads), later(shared + Tiles::BYTES, 1, p.q_norm, heads);
+  const Exchange sums(shared + Tiles::BYTES, 0, p.q_norm, job.heads), later(shared + Tiles::BYTES, 1, p.q_norm, job.heads);
   const Kept kept(shared + Tiles::BYTES + 2 * Exchange::BYTES);
   const int g = group(), t = member();
   Weights(p.q_norm, work).keep(kept);
@@ -412,7 +411,7 @@ __global__ void __launch_bounds__(THREADS, 1) queries_kernel(const __grid_consta
     const Tile data(ring, tile);
     if (place.batch != batch) {
       batch = place.batch;
-      state.columns(p.state + (batch * heads + work.head) * STATE);
+      state.columns(p.state + (int64_t(batch) * job.heads + work.head) * STATE);
     }
     float h[2][8];
     Left<PARTS<T>> gs[2];
@@ -468,7 +467,7 @@ __global__ void __launch_bounds__(THREADS, 1) queries_kernel(const __grid_consta
     });
   };
   walk<LATER>(work, ring, sums, later, sum, use, finish);
-  Weights(kept).flush(p.q_weight.of[0].parts, work, heads);
+  Weights(kept).flush(p.q_weight.of[0].parts, work, job.heads);
 #endif
 }
 
@@ -482,15 +481,14 @@ __global__ void __launch_bounds__(THREADS, 1) keys_kernel(const __grid_constant_
   constexpr int LATER = 2;
   using Tiles = Ring<T, 2>;
   const Backward<T>& p = given.p;
-  const int64_t heads = p.queries.heads;
-  const Job job{p.queries.batch, heads, p.keys, p.key_span};
+  const Job job{p.queries.batch, p.queries.heads, p.keys, p.key_span};
   begin<Tiles, LATER>(shared, p.k_norm, job);
   if (warp() >= WARPS) return carry<Tiles, LATER>(shared, p.k_norm, job, given.maps, p.k, p.v);
   take_registers<TAKEN>();
   const Work work(job);
   if (warp() >= work.warps) return;
   const Tiles ring(shared);
-  const Exchange sums(shared + Tiles::BYTES, 0, p.k_norm, heads), later(shared + Tiles::BYTES, 1, p.k_norm, heads);
+  const Exchange sums(shared + Tiles::BYTES, 0, p.k_norm, job.heads), later(shared + Tiles::BYTES, 1, p.k_norm, job.heads);
   const Stored rows(shared + Tiles::BYTES + 2 * Exchange::BYTES);
   const int g = group();
   Weights weights(p.k_norm, work);
@@ -503,7 +501,7 @@ __global__ void __launch_bounds__(THREADS, 1) keys_kernel(const __grid_constant_
     if (place.batch != batch) {
       batch = place.batch;
       Factor factor;
-      factor.rows(p.queries.state + (batch * heads + work.head) * STATE, p.k_norm, work);
+      factor.rows(p.queries.state + (int64_t(batch) * job.heads + work.head) * STATE, p.k_norm, work);
       rows.put(factor);
     }
     Left<PARTS<T>> ys[2];
@@ -542,7 +540,7 @@ __global__ void __launch_bounds__(THREADS, 1) keys_kernel(const __grid_constant_
     const Tile data(ring, tile);
     if (place.batch != done) {
       done = place.batch;
-      columns.columns(p.queries.state + (done * heads + work.head) * STATE);
+      columns.columns(p.queries.state + (int64_t(done) * job.heads + work.head) * STATE);
     }
     float h[2][8];
     Left<PARTS<T>> vs[2];
@@ -563,7 +561,7 @@ __global__ void __launch_bounds__(THREADS, 1) keys_kernel(const __grid_constant_
     });
   };
   walk<LATER>(work, ring, sums, later, sum, use, finish);
-  weights.flush(p.k_weight.of[0].parts, work, heads);
+  weights.flush(p.k_weight.of[0].parts, work, job.heads);
 #endif
 }
 
@@ -594,12 +592,11 @@ static_assert(FITS<bfloat16> && FITS<float16>);
 // The tiles of a cluster, so that all clusters are at work at once.
 template <auto KERNEL>
 const char* divide(int64_t batch, int64_t heads, int64_t tokens, int shared, int64_t* span) {
-  const int blocks = blocks_for(heads);
   if (batch * heads == 0) return nullptr;
-  if (blocks > MAX_CLUSTER) return "linear_attention has a warp for each of up to 96 heads";
-  if (batch * tiles_of(tokens) > INT32_MAX) return "the tensors are too large for one grid";
+  if (heads > MAX_CLUSTER * WARPS) return "linear_attention has a warp for each of up to 96 heads";
+  if (tokens > INT32_MAX || batch * (tokens / TOKENS + 1) > INT32_MAX) return "linear_attention has too many tokens";
   int clusters = 0;
-  if (const char* fault = hold<KERNEL>(blocks, THREADS / WARP, shared, &clusters)) return fault;
+  if (const char* fault = hold<KERNEL>(blocks_for(int(heads)), THREADS / WARP, shared, &clusters)) return fault;
   *span = (batch * tiles_of(tokens) + clusters - 1) / clusters;
   return nullptr;
 }
@@ -620,11 +617,11 @@ const char* start_tiles(void (*kernel)(Mapped<P, N>), const P& p, const Parts& s
   int i = 0;
   const auto describe_one = [&](const auto& x) {
     CUtensorMap* const map = &given.maps[i++];
-    if (x && !fault) fault = describe(map, x, shape.batch, shape.heads, tokens, warps_for(shape.heads));
+    if (x && !fault) fault = describe(map, x, shape.batch, shape.heads, tokens, warps_for(int(shape.heads)));
   };
   (describe_one(tensors), ...);
   if (fault) return fault;
-  return start_clusters(kernel, clusters, blocks_for(shape.heads), THREADS, shared, given, stream);
+  return start_clusters(kernel, clusters, blocks_for(int(shape.heads)), THREADS, shared, given, stream);
 }
 
 inline const char* start_adding(const Parts& parts, void* stream) {

@@ -39,11 +39,9 @@ struct Parts {
 
   TBCM_HD int64_t numbers() const { return batch * heads * STATE; }
   TBCM_HD int64_t room() const { return most() * numbers() * (tstate ? 2 : 1); }
-  // The part of a sample that has a tile.
-  TBCM_HD int64_t part_of(int64_t b, int64_t tile) const { return tile / span - b * tiles_of(tokens) / span; }
-  TBCM_HD int64_t of_sample(int64_t b) const {
-    return tiles_of(tokens) ? part_of(b, (b + 1) * tiles_of(tokens) - 1) + 1 : 0;
-  }
+  // The part of a sample that has a tile; there are fewer than 2^31 tiles, and numbers of 32 bits are divided sooner.
+  TBCM_HD int part_of(int b, int tile) const { return tile / int(span) - b * tiles_of(tokens) / int(span); }
+  TBCM_HD int of_sample(int b) const { return tiles_of(tokens) ? part_of(b, (b + 1) * tiles_of(tokens) - 1) + 1 : 0; }
 
  private:
   TBCM_HD int64_t most() const { return span ? (tiles_of(tokens) + span - 2) / span + 1 : 0; }

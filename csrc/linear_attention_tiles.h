@@ -17,8 +17,8 @@ constexpr int GIVEN = 32, TAKEN = 160;  // registers of the last four, and of ot
 constexpr int AHEAD = 2;  // tiles between the sums of a row and their use
 
 // Blocks of a cluster, and warps of a block that have a head.
-TBCM_HD int blocks_for(int64_t heads) { return int((heads + WARPS - 1) / WARPS); }
-TBCM_HD int warps_for(int64_t heads) { return int((heads + blocks_for(heads) - 1) / blocks_for(heads)); }
+TBCM_HD int blocks_for(int heads) { return (heads + WARPS - 1) / WARPS; }
+TBCM_HD int warps_for(int heads) { return (heads + blocks_for(heads) - 1) / blocks_for(heads); }
 
 template <class T>
 using Four = Pack<T, 4>;
@@ -49,7 +49,9 @@ struct Place {
 
 // What a kernel's clusters share: the tiles of all samples one after another, a span for each.
 struct Job {
-  int64_t batch, heads, tokens, span;
+  int batch, heads, tokens, span;
+  TBCM_D Job(int64_t batch, int64_t heads, int64_t tokens, int64_t span)
+      : batch(int(batch)), heads(int(heads)), tokens(int(tokens)), span(int(span)) {}
 };
 
 // The cluster's tiles, and the warp's head.
@@ -59,11 +61,11 @@ struct Work {
   bool there;  // whether there is such a head; otherwise its rows are zeros
 
   TBCM_D explicit Work(const Job& job) {
-    const int of_sample = tiles_of(job.tokens), span = int(job.span), all = int(job.batch) * of_sample;
-    begin = int(blockIdx.x) / blocks_for(job.heads) * span;
+    const int of_sample = tiles_of(job.tokens), all = job.batch * of_sample;
+    begin = int(blockIdx.x) / blocks_for(job.heads) * job.span;
     first = {begin / of_sample, begin % of_sample * TOKENS};
-    tiles = all - begin < span ? all - begin : span;
-    tokens = int(job.tokens);
+    tiles = all - begin < job.span ? all - begin : job.span;
+    tokens = job.tokens;
     warps = warps_for(job.heads);
     head = cluster_rank() * warps + warp();
     there = head < job.heads;
@@ -170,7 +172,7 @@ class Exchange {
   static constexpr int BYTES = (NUMBERS + RESULTS) * PART + 128;
 
   // The n-th one of a block; `begin` and cluster_sync() before its use.
-  TBCM_D Exchange(unsigned char* shared, int n, const Norm& norm, int64_t heads)
+  TBCM_D Exchange(unsigned char* shared, int n, const Norm& norm, int heads)
       : boxes(reinterpret_cast<Mailbox*>(shared + n * BYTES)), collected(boxes + BOXES), ready(collected + LEFT),
         left(reinterpret_cast<float*>(boxes + 16)), results(left + NUMBERS * WARP), norm(norm),
         blocks(blocks_for(heads)), warps(warps_for(heads)), share(1.f / float(all() ? heads * WIDTH : WIDTH)) {}
@@ -300,23 +302,24 @@ struct Squares {
 };
 template <class T, int TENSORS>
 TBCM_D Squares squares_of(const Tile<T, TENSORS>& data, int x, int tx = -1) {
-  uint32_t rows[2][4], moved[2][4] = {};
-  const auto words = [&](uint32_t (&to)[4], int tensor, int row) {
-    const auto pack = data.eight(tensor, row);
+  using Words = uint32_t[4];
+  const auto words = [&](Words& to, int tensor, int i) {
+    const auto pack = data.eight(tensor, group() + 8 * i);
     std::memcpy(to, &pack, sizeof pack);
   };
-  each<2>([&](int i) { words(rows[i], x, group() + 8 * i); });
-  if (tx >= 0) each<2>([&](int i) { words(moved[i], tx, group() + 8 * i); });
-  float square[2][4] = {}, mixed[2][4] = {};
-  each<2>([&](int k) {
-    const uint32_t left[4] = {rows[0][2 * k], rows[1][2 * k], rows[0][2 * k + 1], rows[1][2 * k + 1]};
-    each<2>([&](int i) { multiply<T>(square[i], left, {rows[i][2 * k], rows[i][2 * k + 1]}); });
-    if (tx >= 0) each<2>([&](int i) { multiply<T>(mixed[i], left, {moved[i][2 * k], moved[i][2 * k + 1]}); });
-  });
-  const bool odd = group() % 2;
+  // Eight rows are one factor on the left: each row's even pairs of columns are above, its odd ones below.
+  const auto dot = [](const Words& x, const Words& y) {
+    float even[4] = {}, odd[4] = {};
+    multiply<T>(even, x, {y[0], y[2]});
+    multiply<T>(odd, x, {y[1], y[3]});
+    return group() % 2 ? even[1] + odd[3] : even[0] + odd[2];
+  };
   Squares squares;
   each<2>([&](int i) {
-    squares.of[i] = {odd ? square[i][2 * i + 1] : square[i][2 * i], odd ? mixed[i][2 * i + 1] : mixed[i][2 * i]};
+    Words row, moved = {};
+    words(row, x, i);
+    if (tx >= 0) words(moved, tx, i);
+    squares.of[i] = {dot(row, row), tx >= 0 ? dot(row, moved) : 0.f};
   });
   return squares;
 }

@@ -3,8 +3,9 @@
 // Floor: each operand of x's size crosses the memory bus once, 8 of them forward with all tangents and 6
 // backward. What a row takes beside its elements (operands that may be absent, addresses, sums over threads) is
 // the same for 8 elements a thread as for 40, so a thread has as many as its registers hold: 40 of 16 bits or 20
-// of 32 forward, 20 in backward, beside whose 60 sums for the parameters the row waits in shared memory. There too are
-// the modulations that all rows of a block share: read from memory, each pack of them was one more wait for every row.
+// of 32 forward. Backward has 12, beside whose 36 sums for the parameters the row waits in shared memory: widths are
+// multiples of 384 more often than of 640, and six warps hide more of a scheduler's waits than four. There too are the
+// modulations: read from memory, each pack of them was one more wait for every row, a quarter of backward's time.
 #include "adaln.h"
 #include "rows.h"
 #include "sums.h"
@@ -17,9 +18,9 @@ constexpr int WARPS = 4;  // of a block whose warps have rows of their own
 template <class T, bool TANGENT>
 constexpr int BLOCKS = !TANGENT ? 5 : std::is_same_v<T, float16> ? 3 : 4;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int REGISTERS = 136;
+constexpr int REGISTERS = 128;
 #else
-constexpr int REGISTERS = 128;  // so that eight blocks of two warps fit, and 1024 chunks are one wave of an H200
+constexpr int REGISTERS = 80;  // so that eight blocks of three warps fit, and 1024 chunks are one wave of an H200
 #endif
 
 // The rows of a block: a chunk of the tokens of one sample.
@@ -39,21 +40,31 @@ struct Chunk {
 // A modulation in shared memory as the lanes of a warp read it, 16 bytes side by side, filled up where it ends.
 template <class S>
 struct Kept {
-  static constexpr int SIZE = WARP * S::E;
-  using Quad = Few<float, 4>;
-  float* own;
+  static constexpr int V = S::V < 4 ? S::V : 4, SIZE = WARP * S::E;
+  using Quad = Few<float, V>;
+  float* first;
 
-  TBCM_D Quad& quad(int i) const { return *reinterpret_cast<Quad*>(own + i * (WARP * 4)); }
+  TBCM_D Quad& quad(int i) const { return *reinterpret_cast<Quad*>(first + i * (WARP * V)); }
   TBCM_D void put(int k, const Few<float, S::V>& few) const {
-    each<S::V / 4>([&](int i) { quad(k * (S::V / 4) + i) = Quad::of([&](int j) { return few[i * 4 + j]; }); });
+    each<S::V / V>([&](int i) { quad(k * (S::V / V) + i) = Quad::of([&](int j) { return few[i * V + j]; }); });
   }
   TBCM_D Few<float, S::V> get(int k, const Few<float, S::V>& = {}) const {
     Few<float, S::V> few;
-    each<S::V / 4>([&](int i) {
-      const Quad found = quad(k * (S::V / 4) + i);
-      each<4>([&](int j) { few.words[i * 4 + j] = found.words[j]; });
+    each<S::V / V>([&](int i) {
+      const Quad found = quad(k * (S::V / V) + i);
+      each<V>([&](int j) { few.words[i * V + j] = found.words[j]; });
     });
     return few;
+  }
+  // Two of each thread's own.
+  TBCM_HD static int bytes(int threads) { return 2 * S::E * threads * int(sizeof(float)); }
+  TBCM_D static Kept own(unsigned char* shared, int slot) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    return {reinterpret_cast<float*>(shared) + (2 * warp + slot) * SIZE + lane * V};
+  }
+  TBCM_D void keep(const float* row, int width) const {
+    const auto from = place_of<S>(row, width);
+    each<S::PACKS>([&](int k) { put(k, from.get(k)); });
   }
 };
 
@@ -81,7 +92,7 @@ struct Modulations {
     }
   }
   TBCM_D auto of(int slot, const Rows<const float>& m, int64_t b, int64_t n) const {
-    if constexpr (S::ALONE) return Kept<S>{slots + slot * Kept<S>::SIZE + threadIdx.x % WARP * 4};
+    if constexpr (S::ALONE) return Kept<S>{slots + slot * Kept<S>::SIZE + threadIdx.x % WARP * Kept<S>::V};
     else return place_of<S>(shared(m) ? slots + slot * width : m.at(b, n), width);
   }
 };
@@ -89,7 +100,7 @@ struct Modulations {
 template <class T, class N, class S, bool TANGENT>
 __global__ void __launch_bounds__(S::ALONE ? WARPS * WARP : MAX_WARPS * WARP, S::ALONE ? BLOCKS<T, TANGENT> : 1)
     forward_kernel(const Forward<T, N> p) {
-  __shared__ float2 partial[2][MAX_WARPS];
+  alignas(16) __shared__ float2 partial[2][PARTIALS];
   TBCM_DYNAMIC_SHARED(shared);
   enum { GATE, SCALE, SHIFT, TGATE, TSCALE, TSHIFT };
   const int width = int(p.width);
@@ -163,37 +174,40 @@ __global__ void __launch_bounds__(S::ALONE ? WARPS * WARP : MAX_WARPS * WARP, S:
 }
 
 template <class T, class N, class S>
-__global__ void __maxnreg__(S::V == 1 ? 128 : sizeof(T) == 4 ? 168 : REGISTERS)
+__global__ void __maxnreg__(S::V == 1 || sizeof(T) == 4 ? 128 : REGISTERS)
     backward_kernel(const Backward<T, N> p) {
-  __shared__ float2 partial[2][MAX_WARPS];
+  alignas(16) __shared__ float2 partial[2][PARTIALS];
   TBCM_DYNAMIC_SHARED(shared);
   enum { X, GY, GOUT, H };
-  enum { SCALE };  // both modulations would leave room for seven blocks, not eight
+  enum { SCALE, GATE };  // each thread reads what it wrote
   const int width = int(p.width);
   const Chunk chunk(p.tokens, p.chunk);
   const int b = chunk.b;
-  const Modulations<S> modulations(shared, width);
-  Queue<S, 4, sizeof(T)> queue(shared + Modulations<S>::bytes(1, width));
-  const auto ask = [&](int row) {
-    const int64_t n = chunk.first + row;
-    queue.ask(X, p.gy ? p.x.at(b, n) : nullptr, width);
-    queue.ask(GY, p.gy.at(b, n), width);
-    queue.ask(GOUT, p.gout.at(b, n), width);
-    queue.ask(H, p.ggate ? p.h.at(b, n) : nullptr, width);
+  const Kept<S> scales = Kept<S>::own(shared, SCALE), gates = Kept<S>::own(shared, GATE);
+  Queue<S, 4, sizeof(T)> queue(shared + Kept<S>::bytes(blockDim.x));
+  const auto walk = [&](const auto& rows, bool there) { return Walk(rows, there, b, chunk.first); };
+  auto xs = walk(p.x, bool(p.gy)), gouts = walk(p.gout, true);
+  auto gys = walk(p.gy, true), hs = walk(p.h, bool(p.ggate));
+  auto gxs = walk(p.gx, true);
+  auto ghs = walk(p.gh, true);
+  const auto ask = [&] {
+    queue.ask(X, xs.next(), width);
+    queue.ask(GY, gys.next(), width);
+    queue.ask(GOUT, gouts.next(), width);
+    queue.ask(H, hs.next(), width);
   };
   float ggate[S::E] = {}, gscale[S::E] = {}, gshift[S::E] = {};
   queue.begin(ask);
-  modulations.keep(SCALE, p.scale, b);  // each thread reads what it wrote
   for (int row = 0; row < chunk.rows; ++row) {
-    const int64_t n = chunk.first + row;
     queue.step(row, chunk.rows, ask);
+    if (row == 0 || p.scale.stride_n != 0) scales.keep(p.scale.at(b, chunk.first + row), width);
+    if (row == 0 || p.gate.stride_n != 0) gates.keep(p.gate.at(b, chunk.first + row), width);
     float g[S::E] = {};
     if (p.gy) {
-      const auto scales = modulations.of(SCALE, p.scale, b, n);
-      const auto x = queue.template get<T>(X, width);
+      const auto x = queue.template get<T>(X);
       each<S::PACKS>([&](int k) {
         const auto scale = scales.get(k);
-        const auto gy = queue.template get<N>(GY, k, width);
+        const auto gy = queue.template get<N>(GY, k);
         each<S::V>([&](int j) { g[k * S::V + j] = gy[j] * (1.f + scale[j]); });
       });
       const float2 mean = means<S, true>(width, partial[0], [&](int i) { return float2{x[i], g[i]}; });
@@ -203,8 +217,8 @@ __global__ void __maxnreg__(S::V == 1 ? 128 : sizeof(T) == 4 ? 168 : REGISTERS)
       });
       const float r = rsqrtf(second.x + p.eps), m = r * second.y;
       each<S::PACKS>([&](int k) {  // read again: registers are needed for sums
-        const auto x = queue.template get<T>(X, k, width);
-        const auto gy = queue.template get<N>(GY, k, width);
+        const auto x = queue.template get<T>(X, k);
+        const auto gy = queue.template get<N>(GY, k);
         each<S::V>([&](int j) {
           const int i = k * S::V + j;
           const float xhat = normalise(x[j], mean.x, r);
@@ -215,21 +229,22 @@ __global__ void __maxnreg__(S::V == 1 ? 128 : sizeof(T) == 4 ? 168 : REGISTERS)
       });
     }
     if (p.gout) {
-      const auto gout = queue.template get<T>(GOUT, width);
+      const auto gout = queue.template get<T>(GOUT);
       each<S::E>([&](int i) { g[i] += gout[i]; });
     }
-    const Place<T, S> gx(p.gx.at(b, n), width);
-    const Place<N, S> gh(p.gh.at(b, n), width);
-    const auto gates = place_of<S>(p.gate.at(b, n), width);
+    const auto gx = place_of<S>(gxs.next(), width);
     each<S::PACKS>([&](int k) { gx.put(k, Few<T, S::V>::of([&](int j) { return g[k * S::V + j]; })); });
     if (p.ggate) {
-      const auto h = queue.template get<N>(H, width);
+      const auto h = queue.template get<N>(H);
       each<S::E>([&](int i) { ggate[i] += g[i] * h[i]; });
     }
-    if (p.gh) each<S::PACKS>([&](int k) {
+    if (p.gh) {
+      const auto gh = place_of<S>(ghs.next(), width);
+      each<S::PACKS>([&](int k) {
         const auto gate = gates.get(k);
         gh.put(k, Few<N, S::V>::of([&](int j) { return gate[j] * g[k * S::V + j]; }));
       });
+    }
   }
   const auto store = [&](const Rows<float>& operand, const float (&sums)[S::E]) {
     const Place<float, S> to(operand.at(b, chunk.part), width);
@@ -258,7 +273,7 @@ template <class S, class T, class N>
 const char* launch_rows(const Backward<T, N>& p, void* stream) {
   const int64_t blocks = p.batch * ((p.tokens + p.chunk - 1) / p.chunk);
   const int threads = threads_of(p.width, S::E);
-  const int shared = Modulations<S>::bytes(1, p.width) + Queue<S, 4, sizeof(T)>::bytes(threads);
+  const int shared = Kept<S>::bytes(threads) + Queue<S, 4, sizeof(T)>::bytes(threads);
   return start(backward_kernel<T, N, S>, blocks, threads, shared, PARTIAL_BYTES, p, stream);
 }
 
@@ -285,7 +300,7 @@ const char* launch(const Backward<T, N>& p, void* stream) {
   if (p.width > MAX_WIDTH) return TOO_WIDE;
   const bool vectors = p.width % 4 == 0 && all_aligned(p.gout, p.gy, p.x, p.h, p.gate, p.scale, p.gx, p.gh, p.ggate,
                                                        p.gscale, p.gshift);
-  const char* fault = vectors ? launch_rows<Spread<4, 20, false>>(p, stream) : launch_rows<Spread<1, 8, false>>(p, stream);
+  const char* fault = vectors ? launch_rows<Spread<4, 12, false>>(p, stream) : launch_rows<Spread<1, 8, false>>(p, stream);
   return fault ? fault : start(p.sums, stream);
 }
 

@@ -14,7 +14,7 @@ namespace {
 template <class T, class S, bool TANGENT>
 __global__ void __launch_bounds__(S::ALONE ? ROWS * WARP : MAX_WARPS * WARP, S::ALONE ? 5 : 1)
     forward_kernel(const Forward<T> p) {
-  __shared__ float2 partial[MAX_WARPS];
+  alignas(16) __shared__ float2 partial[PARTIALS];
   const int width = int(p.width);
   const int64_t n = S::ALONE ? int64_t(blockIdx.x) * ROWS + threadIdx.x / WARP : blockIdx.x;
   if (n >= p.count) return;
@@ -38,17 +38,19 @@ __global__ void __launch_bounds__(S::ALONE ? ROWS * WARP : MAX_WARPS * WARP, S::
 }
 
 template <class T, class S>
-__global__ void __maxnreg__(128) backward_kernel(const Backward<T> p) {
-  __shared__ float2 partial[2][MAX_WARPS];
+__global__ void __maxnreg__(80) backward_kernel(const Backward<T> p) {
+  alignas(16) __shared__ float2 partial[2][PARTIALS];
   TBCM_DYNAMIC_SHARED(shared);
   enum { X, GY };
   Queue<S, 2, sizeof(T)> queue(shared);
   const int width = int(p.width);
   const int64_t first = int64_t(blockIdx.x) * p.chunk;
   const int rows = int(p.chunk < p.count - first ? p.chunk : p.count - first);
-  const auto ask = [&](int row) {
-    queue.ask(X, p.x.at(0, first + row), width);
-    queue.ask(GY, p.gy.at(0, first + row), width);
+  Walk xs(p.x, true, 0, first), gys(p.gy, true, 0, first);
+  Walk gxs(p.gx, true, 0, first);
+  const auto ask = [&] {
+    queue.ask(X, xs.next(), width);
+    queue.ask(GY, gys.next(), width);
   };
   const auto ones = Few<float, S::V>::of([](int) { return 1.f; });
   const Place<const float, S> weights(p.weight, width);
@@ -58,14 +60,14 @@ __global__ void __maxnreg__(128) backward_kernel(const Backward<T> p) {
   queue.begin(ask);
   for (int row = 0; row < rows; ++row) {
     queue.step(row, rows, ask);
-    const auto x = queue.template get<T>(X, width), gy = queue.template get<T>(GY, width);
+    const auto x = queue.template get<T>(X), gy = queue.template get<T>(GY);
     float g[S::E];
     each<S::E>([&](int i) { g[i] = weight[i / S::V][i % S::V] * gy[i]; });
     const auto squares = [&](int i) { return float2{x[i] * x[i], x[i] * g[i]}; };
     const float2 mean = means<S, true>(width, partial[row % 2], squares);
     const float r = rsqrtf(mean.x + p.eps);
     each<S::E>([&](int i) { gweight[i] += gy[i] * x[i] * r; });
-    const Place<T, S> gx(p.gx.at(0, first + row), width);
+    const Place<T, S> gx(gxs.next(), width);
     each<S::PACKS>([&](int k) {
       gx.put(k, Few<T, S::V>::of([&](int j) { return gradient(x.packs[k][j], g[k * S::V + j], mean.y, r); }));
     });
@@ -107,7 +109,7 @@ template <class T>
 const char* launch(const Backward<T>& p, void* stream) {
   if (p.width > MAX_WIDTH) return TOO_WIDE;
   const bool vectors = p.width % 4 == 0 && all_aligned(p.gy, p.x, p.weight, p.gx, p.gweight);
-  const char* fault = vectors ? launch_rows<Spread<4, 20, false>>(p, stream) : launch_rows<Spread<1, 8, false>>(p, stream);
+  const char* fault = vectors ? launch_rows<Spread<4, 12, false>>(p, stream) : launch_rows<Spread<1, 8, false>>(p, stream);
   return fault ? fault : start(p.sums, stream);
 }
 

@@ -10,7 +10,8 @@ namespace tbcm {
 
 constexpr int MAX_WIDTH = 4096, MAX_WARPS = 16;
 constexpr int ROWS = 4;  // of a block, where a warp has one alone
-constexpr int PARTIAL_BYTES = 2 * MAX_WARPS * int(sizeof(float2));  // of sums over a block, in backward
+constexpr int PARTIALS = MAX_WARPS + 4;  // places for sums over a block
+constexpr int PARTIAL_BYTES = 2 * PARTIALS * int(sizeof(float2));  // in backward
 
 // V neighbours of a row that move in accesses of up to 16 bytes, as the registers that they are in: compilers take
 // arrays of 16-bit numbers apart, and put them together again wherever they are used.
@@ -116,17 +117,21 @@ struct Part {
 };
 
 // Means over the row of a function of the element that gives two numbers, ZERO for zeros as they are beyond the row;
-// `partial` has a place for each warp.
+// `partial` has a place for each warp, and three for zeros.
 template <class S, bool ZERO, class F>
 TBCM_D float2 means(int width, float2* partial, const F& f) {
   const float scale = 1.f / float(width);
   float2 sum = {0.f, 0.f};
   each<S::PACKS>([&](int k) {
-    if (ZERO || S::inside(k, width)) each<S::V>([&](int j) {
-        const float2 v = f(k * S::V + j);
-        sum.x += v.x;
-        sum.y += v.y;
-      });
+    float2 own = f(k * S::V);  // of a pack: short chains of sums, and no branch
+    each<S::V - 1>([&](int j) {
+      const float2 v = f(k * S::V + j + 1);
+      own.x += v.x;
+      own.y += v.y;
+    });
+    const bool counts = ZERO || S::inside(k, width);
+    sum.x += counts ? own.x : 0.f;
+    sum.y += counts ? own.y : 0.f;
   });
 #pragma unroll
   for (int distance = WARP / 2; distance > 0; distance /= 2) {
@@ -134,17 +139,33 @@ TBCM_D float2 means(int width, float2* partial, const F& f) {
     sum.y += __shfl_xor_sync(~0u, sum.y, distance);
   }
   if constexpr (!S::ALONE) {
-    if (threadIdx.x % WARP == 0) partial[threadIdx.x / WARP] = sum;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    if (lane == 0 || (warp == warps - 1 && lane < 4)) partial[warp + lane] = lane == 0 ? sum : float2{0.f, 0.f};
     __syncthreads();
-    sum = partial[0];
+    sum = {0.f, 0.f};
 #pragma unroll 1
-    for (int warp = 1; warp < int(blockDim.x) / WARP; ++warp) {
-      sum.x += partial[warp].x;
-      sum.y += partial[warp].y;
-    }
+    for (int first = 0; first < warps; first += 4) each<4>([&](int i) {  // read together
+        sum.x += partial[first + i].x;
+        sum.y += partial[first + i].y;
+      });
   }
   return {sum.x * scale, sum.y * scale};
 }
+
+// An operand's rows from one on: to step costs less than to find each.
+template <class T>
+struct Walk {
+  T* row;
+  int64_t stride;
+
+  TBCM_D Walk(const Rows<T>& rows, bool there, int64_t b, int64_t n)
+      : row(there ? rows.at(b, n) : nullptr), stride(there ? rows.stride_n : 0) {}
+  TBCM_D T* next() {
+    T* const own = row;
+    row += stride;
+    return own;
+  }
+};
 
 // The rows of COUNT operands of up to so many bytes an element in shared memory, a row ahead: each thread copies
 // and reads what is its own, so it waits for nobody.
@@ -157,23 +178,21 @@ struct Queue {
   TBCM_D explicit Queue(unsigned char* shared)
       : own(shared + threadIdx.x / WARP * (2 * STAGE) + threadIdx.x % WARP * SLOT) {}
   static int bytes(int threads) { return 2 * STAGE * (threads / WARP); }
-  // Asks for an operand's next row, if it is there.
+  // Asks for an operand's next row, if it is there, with zeros beyond its end.
   template <class T>
   TBCM_D void ask(int operand, const T* row, int width) {
     if (!row) return;
     const Place<const T, S> from(row, width);
     using Own = Few<T, S::V>;
     each<S::PACKS>([&](int k) {
-      if (!S::inside(k, width)) return;
       const Own* source = reinterpret_cast<const Own*>(from.at(k));
-      const int place = free + (operand * S::PACKS + k) * (WARP * SLOT);
-      copy_async(own + place, source);
+      copy_async(own + (free + (operand * S::PACKS + k) * (WARP * SLOT)), source, S::inside(k, width));
     });
   }
-  // Asks for the first row; `ask` asks for all operands of a row.
+  // Asks for the first row; `ask` asks for all operands of the next.
   template <class F>
   TBCM_D void begin(const F& ask) {
-    ask(0);
+    ask();
     commit_copies();
   }
   // Asks for the row behind this one, and waits for this one, which `get` gives from here on.
@@ -182,24 +201,22 @@ struct Queue {
     filled = free;
     free = STAGE - free;
     if (row + 1 < rows) {
-      ask(row + 1);
+      ask();
       commit_copies();
       wait_for_copies<1>();
     } else {
       wait_for_copies<0>();
     }
   }
-  // An operand's part of the row, zeros beyond its end; only of an operand that is there.
+  // An operand's part of the row; only of an operand that is there.
   template <class T>
-  TBCM_D Few<T, S::V> get(int operand, int k, int width) const {
-    using Own = Few<T, S::V>;
-    const int place = filled + (operand * S::PACKS + k) * (WARP * SLOT);
-    return S::inside(k, width) ? load<Own>(own + place) : Own{};
+  TBCM_D Few<T, S::V> get(int operand, int k) const {
+    return load<Few<T, S::V>>(own + (filled + (operand * S::PACKS + k) * (WARP * SLOT)));
   }
   template <class T>
-  TBCM_D Part<T, S> get(int operand, int width) const {
+  TBCM_D Part<T, S> get(int operand) const {
     Part<T, S> part;
-    each<S::PACKS>([&](int k) { part.packs[k] = get<T>(operand, k, width); });
+    each<S::PACKS>([&](int k) { part.packs[k] = get<T>(operand, k); });
     return part;
   }
 };

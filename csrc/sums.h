@@ -8,7 +8,8 @@ namespace tbcm {
 constexpr int SUM_WARPS = 8, AHEAD = 8;  // of a block; loads of a thread
 
 // A block adds a strip of columns, LANES threads side by side on V each, in a fixed order. Many parts are left to many
-// threads, few of them to each: what takes time is to wait for them.
+// threads, few of them to each: what takes time is to wait for them. Few parts are left to few threads, for whom they
+// are on their way together.
 template <int V, int LANES>
 __global__ void __launch_bounds__(SUM_WARPS * WARP) sum_kernel(const Sums p) {
   constexpr int COLUMNS = LANES * V, STEP = SUM_WARPS * WARP / LANES;
@@ -56,6 +57,7 @@ const char* start_sums(const Sums& p, void* stream) {
 inline const char* start(const Sums& p, void* stream) {
   bool vectors = true;
   for (const Sum& s : p.of) vectors = vectors && s.width % 4 == 0 && aligned(s.parts);
+  if (p.count <= 64) return vectors ? start_sums<4, 32>(p, stream) : start_sums<1, 32>(p, stream);
   if (p.count > 256) return vectors ? start_sums<4, 2>(p, stream) : start_sums<1, 2>(p, stream);
   return vectors ? start_sums<4, 8>(p, stream) : start_sums<1, 8>(p, stream);
 }

@@ -16,7 +16,9 @@ namespace {
 
 // Of a block, at most, where a thread has PX pixels side by side.
 constexpr int warps_of(int px) { return (int(TILE) + px - 1) / px; }
-constexpr int PX_FORWARD = 4, PX_BACKWARD = 2;
+template <bool TANGENT>
+constexpr int PX_FORWARD = TANGENT ? 4 : 8;
+constexpr int PX_BACKWARD = 2;
 constexpr int STATIC_BYTES = 37 << 10;  // of a block, at most: backward's borders
 constexpr int RING = 4;  // rows in turn: of input and slopes in shared memory, of u in backward's registers
 
@@ -216,18 +218,17 @@ struct ForwardBytes {
 };
 
 template <class T, int V, bool TANGENT, int CHUNK>
-__global__ void __launch_bounds__(warps_of(PX_FORWARD) * WARP, sizeof(T) == 4 ? 1 : TANGENT ? 2 : 3)
+__global__ void __launch_bounds__(warps_of(PX_FORWARD<TANGENT>) * WARP, TANGENT ? 2 : 4)
     forward_kernel(const Forward<T> p) {
-  constexpr int PX = PX_FORWARD, DUAL = 1 + TANGENT;
+  constexpr int PX = PX_FORWARD<TANGENT>, DUAL = 1 + TANGENT;
   using Bytes = ForwardBytes<T, PX, V, TANGENT, CHUNK>;
   using Pixel = Pack<T, V>;
   using Input = Line<T, PX, V, 2, CHUNK>;
   using Output = Line<T, PX, V, 1, CHUNK>;
   using Edges = Borders<PX, DUAL * 2 * V>;
-  constexpr int WIDE = V == 1 && !TANGENT ? 4 : 2, PACKS = (10 * V + WIDE - 1) / WIDE;
-  using Weights = Pack<float, WIDE>;
+  using Weights = Pack<float, 2>;
   __shared__ typename Edges::Memory memory;
-  __shared__ Weights weights[2][PACKS][WARP];  // taps and bias, read again for each row: sums need the registers
+  __shared__ Weights weights[2][5 * V][WARP];
   TBCM_DYNAMIC_SHARED(shared);
   const Place<PX> t(p, 1, V);
   const Edges borders(memory, t);
@@ -237,7 +238,7 @@ __global__ void __launch_bounds__(warps_of(PX_FORWARD) * WARP, sizeof(T) == 4 ? 
     const int channel = part / V * t.pairs + t.channel + part % V;
     const auto put = [&](int i, float w) {
       const int n = i * V + part % V;
-      weights[part / V][n / WIDE][t.lane].values[n % WIDE] = w;
+      weights[part / V][n / 2][t.lane].values[n % 2] = w;
     };
     const float bias = t.width && p.bias ? p.bias[channel] : 0.f;
     each<9>([&](int tap) { put(tap, t.width ? p.weight[tap * 2 * p.channels + channel] : 0.f); });
@@ -245,6 +246,18 @@ __global__ void __launch_bounds__(warps_of(PX_FORWARD) * WARP, sizeof(T) == 4 ? 
     c[part].set(bias);
     if (TANGENT) c[DUAL * 2 * V - 2 * V + part].set(0.f);
   });
+  float w[2 * V][9], bias[2 * V];
+  const auto take = [&](int half) {
+    Weights row[5 * V];
+    each<5 * V>([&](int i) { row[i] = weights[half][i][t.lane]; });
+    each<10 * V>([&](int n) {
+      const float x = row[n / 2].values[n % 2];
+      const int part = half * V + n % V;
+      if (n / V < 9) w[part][n / V] = x;
+      else bias[part] = x;
+    });
+  };
+  if (!TANGENT) each<2>(take);
   int y = t.y0 > 0 ? t.y0 - 1 : 0;
   const int last = t.y1 < t.height ? t.y1 : t.height - 1;
   const int64_t step = p.width * p.channels, to_ta = p.ta - p.a, to_ty = p.ty - p.y;
@@ -305,14 +318,11 @@ __global__ void __launch_bounds__(warps_of(PX_FORWARD) * WARP, sizeof(T) == 4 ? 
       ask((k + RING - 1) % RING, y <= last - (RING - 1));
       borders.get(k % 2, u);
       each<2>([&](int half) {
-        Weights row[PACKS];
-        each<PACKS>([&](int i) { row[i] = weights[half][i][t.lane]; });
+        if (TANGENT) take(half);  // again for each row: sums need the registers
         each<V>([&](int j) {
-          float w[9];
-          each<9>([&](int tap) { w[tap] = row[(tap * V + j) / WIDE].values[(tap * V + j) % WIDE]; });
           const int value = half * V + j, tangent = (DUAL * 2 - 2) * V + value;
-          c[value].add(k, u[value], w, row[(9 * V + j) / WIDE].values[(9 * V + j) % WIDE]);
-          if (TANGENT) c[tangent].add(k, u[tangent], w, 0.f);
+          c[value].add(k, u[value], w[value], bias[value]);
+          if (TANGENT) c[tangent].add(k, u[tangent], w[value], 0.f);
         });
       });
       finish(k);
@@ -469,8 +479,8 @@ const char* launch_tiles(void (*kernel)(P), const P& p, int reach, int channels,
 
 template <class T, int V, bool TANGENT, int CHUNK>
 const char* launch_forward(const Forward<T>& p, void* stream) {
-  constexpr int BYTES = ForwardBytes<T, PX_FORWARD, V, TANGENT, CHUNK>::OF_WARP;
-  return launch_tiles<PX_FORWARD>(forward_kernel<T, V, TANGENT, CHUNK>, p, 1, V, BYTES, stream);
+  constexpr int BYTES = ForwardBytes<T, PX_FORWARD<TANGENT>, V, TANGENT, CHUNK>::OF_WARP;
+  return launch_tiles<PX_FORWARD<TANGENT>>(forward_kernel<T, V, TANGENT, CHUNK>, p, 1, V, BYTES, stream);
 }
 
 template <class T, int CHUNK>

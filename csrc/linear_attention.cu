@@ -64,11 +64,13 @@ TBCM_D void gather(const Tile<T, TENSORS>& data, const Signs<4>& signs, const fl
     each<4>([&](int c) {
       const float y0 = relu(widen(k0.values[c])), y1 = relu(widen(k1.values[c]));
       y[c / 2].put(2 * i + c % 2, y0, y1);
-      total.z[c] += y0 * one[low] + y1 * one[high];
+      total.z[c] += y0 * one[low];
+      total.z[c] += y1 * one[high];
       if (moving_k) {
         const float ty0 = y0 > 0.f ? widen(tk0.values[c]) : 0.f, ty1 = y1 > 0.f ? widen(tk1.values[c]) : 0.f;
         ty[c / 2].put(2 * i + c % 2, ty0, ty1);
-        tangent.z[c] += (ty0 - d[low] * y0) * one[low] + (ty1 - d[high] * y1) * one[high];
+        tangent.z[c] += (ty0 - d[low] * y0) * one[low];
+        tangent.z[c] += (ty1 - d[high] * y1) * one[high];
       }
     });
   });
@@ -100,7 +102,7 @@ TBCM_D void gather(const Tile<T, TENSORS>& data, const Signs<4>& signs, const fl
   });
 }
 
-template <class T, bool TANGENT>
+template <class T, bool TANGENT, bool ALL>  // all: k and v move, not one alone
 __global__ void __launch_bounds__(THREADS, 1)
     state_kernel(const __grid_constant__ Mapped<Forward<T>, TANGENT ? 4 : 2> given) {
 #if !defined(TBCM_NO_CLUSTERS)
@@ -118,7 +120,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   const Exchange sums(shared + Tiles::BYTES, 0, p.k_norm, job.heads);
   const int g = group(), t = member();
   const Signs<4> signs(p.k_norm, work, 4 * g);
-  const bool moving_k = TANGENT && p.tk, moving_v = TANGENT && p.tv;
+  const bool moving_k = TANGENT && (ALL || p.tk), moving_v = TANGENT && (ALL || p.tv);
   Total total, tangent;
 
   const auto sum = [&](int tile) { return squares_of(Tile(ring, tile), K, moving_k ? int(TK) : -1); };
@@ -170,18 +172,16 @@ struct Factor {
   Right s[2][4];
   float z[8];
   // Its rows, times |w|, are summed over.
-  TBCM_D void rows(const float* state, const Norm& norm, const Work& work) {
+  TBCM_D void rows(const float* state, const float (&w)[8]) {
     const int first = 8 * member();
-    float sizes[8];
-    each<8>([&](int i) { sizes[i] = fabsf(weight(norm, work, first + i)); });
-    read([&](int i, int j) { return sizes[i] * state[(first + i) * COLUMNS + column(j)]; });
-    each<8>([&](int i) { z[i] = sizes[i] * state[(first + i) * COLUMNS + WIDTH]; });
+    each<8>([&](int i) { z[i] = fabsf(w[i]) * state[(first + i) * COLUMNS + WIDTH]; });
+    read([&](int i, int j) { return fabsf(w[i]) * state[(first + i) * COLUMNS + column(j)]; });
   }
   // Its columns are.
   TBCM_D void columns(const float* state) {
     const int first = 8 * member();
-    read([&](int i, int j) { return state[column(j) * COLUMNS + first + i]; });
     each<8>([&](int i) { z[i] = state[(first + i) * COLUMNS + WIDTH]; });
+    read([&](int i, int j) { return state[column(j) * COLUMNS + first + i]; });
   }
 
  private:
@@ -215,7 +215,7 @@ struct Stored : Pairs<2 * 4 * 3 + 4> {
   }
 };
 
-template <class T, bool TANGENT>
+template <class T, bool TANGENT, bool ALL>  // all: q and the state move
 __global__ void __launch_bounds__(THREADS, 1)
     output_kernel(const __grid_constant__ Mapped<Forward<T>, TANGENT ? 2 : 1> given) {
 #if !defined(TBCM_NO_CLUSTERS)
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   const Stored tangent(shared + Tiles::BYTES + Exchange::BYTES);
   const int g = group(), t = member();
   const Signs<8> signs(p.q_norm, work, 8 * t);
-  const bool moving_q = TANGENT && p.tq, moving_s = TANGENT && p.keys.tstate;
+  const bool moving_q = TANGENT && (ALL || p.tq), moving_s = TANGENT && (ALL || p.keys.tstate);
   Factor state;
   int batch = -1;
   T *o = nullptr, *to = nullptr;
@@ -245,11 +245,13 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (place.batch != batch) {
       batch = place.batch;
       const int64_t index = (batch * p.keys.heads + work.head) * STATE;
+      float w[8];
+      each<8>([&](int i) { w[i] = weight(p.q_norm, work, 8 * t + i); });
       if (moving_s) {
-        state.rows(p.keys.tstate + index, p.q_norm, work);
+        state.rows(p.keys.tstate + index, w);
         tangent.put(state);
       }
-      state.rows(p.keys.state + index, p.q_norm, work);
+      state.rows(p.keys.state + index, w);
       o = row_of(p.o, work, batch), to = row_of(p.to, work, batch);
     }
     Left<PARTS<T>> y[2], ty[2];
@@ -281,7 +283,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       inverse[i] = quick_reciprocal(r[i] * over_four(n) + p.eps);
       if (TANGENT) drift[i] = r[i] * over_four(tn) + (moving_q ? scalars.y * p.eps : 0.f);
     });
-    Eight<T> value[2], moved[2];
+    uint32_t value[2][4], moved[2][4];
     each<2>([&](int half) {  // two columns of the state at once: their products do not wait for one another
       float n[2][4] = {}, tn[2][4] = {};
       each<2>([&](int k) {
@@ -294,17 +296,21 @@ __global__ void __launch_bounds__(THREADS, 1)
           each<PRODUCTS<PARTS<T>>>([&](int part) { each<2>([&](int j) { multiply(part, tn[j], y[k], moving[j]); }); });
         }
       });
-      each<8>([&](int c) {
-        const int j = c / 4, i = c % 4 / 2, column = 2 * (2 * half + j) + c % 2;
-        const float x = n[j][c % 4] * (r[i] * inverse[i]);
-        narrow(x, &value[i].values[column]);
-        if (TANGENT) narrow((r[i] * tn[j][c % 4] - x * drift[i]) * inverse[i], &moved[i].values[column]);
+      each<4>([&](int c) {
+        const int j = c / 2, i = c % 2;
+        float x[2], tx[2];
+        each<2>([&](int k) {
+          x[k] = n[j][2 * i + k] * (r[i] * inverse[i]);
+          if (TANGENT) tx[k] = (r[i] * tn[j][2 * i + k] - x[k] * drift[i]) * inverse[i];
+        });
+        value[i][2 * half + j] = narrow_both<T>(x[0], x[1]);
+        if (TANGENT) moved[i][2 * half + j] = narrow_both<T>(tx[0], tx[1]);
       });
     });
     each<2>([&](int i) {
       if (!work.has(place, i)) return;
-      *reinterpret_cast<Eight<T>*>(o + (place.token + 8 * i) * p.o.token) = value[i];
-      if (TANGENT) *reinterpret_cast<Eight<T>*>(to + (place.token + 8 * i) * p.to.token) = moved[i];
+      put(o + (place.token + 8 * i) * p.o.token, value[i]);
+      if (TANGENT) put(to + (place.token + 8 * i) * p.to.token, moved[i]);
     });
   };
   walk(work, ring, sums, sum, use);
@@ -342,9 +348,10 @@ struct Weights {
 // The gradient of a row of x through its norm, from that of w x r without r, h: r (h - x r^2 mean(x h)).
 template <class T>
 TBCM_D void store_gradient(T* to, const Eight<T>& x, const float (&h)[8], float r, float mean) {
-  Eight<T> gradient;
-  each<8>([&](int i) { narrow(r * (h[i] - widen(x.values[i]) * (r * r * mean)), &gradient.values[i]); });
-  *reinterpret_cast<Eight<T>*>(to) = gradient;
+  uint32_t gradient[4];
+  const auto at = [&](int i) { return r * (h[i] - widen(x.values[i]) * (r * r * mean)); };
+  each<4>([&](int i) { gradient[i] = narrow_both<T>(at(2 * i), at(2 * i + 1)); });
+  put(to, gradient);
 }
 
 // Two rows, g and g + 8, as a factor on the left, whose columns are summed over.
@@ -501,7 +508,7 @@ __global__ void __launch_bounds__(THREADS, 1) keys_kernel(const __grid_constant_
     if (place.batch != batch) {
       batch = place.batch;
       Factor factor;
-      factor.rows(p.queries.state + (int64_t(batch) * job.heads + work.head) * STATE, p.k_norm, work);
+      factor.rows(p.queries.state + (int64_t(batch) * job.heads + work.head) * STATE, weights.w);
       rows.put(factor);
     }
     Left<PARTS<T>> ys[2];
@@ -525,14 +532,15 @@ __global__ void __launch_bounds__(THREADS, 1) keys_kernel(const __grid_constant_
     each<2>([&](int i) {
       const auto v = data.eight(V, g + 8 * i);
       const float r = sums.of_row(tile, g + 8 * i).x;
-      Eight<T> gradient;
-      each<8>([&](int n) {
-        const float x = c[n / 2][2 * i + n % 2];
-        mixed[i] += widen(v.values[n]) * x;
-        narrow(r * x, &gradient.values[n]);
+      uint32_t gradient[4];
+      each<4>([&](int n) {
+        const float low = c[n][2 * i], high = c[n][2 * i + 1];
+        mixed[i] += widen(v.values[2 * n]) * low;
+        mixed[i] += widen(v.values[2 * n + 1]) * high;
+        gradient[n] = narrow_both<T>(r * low, r * high);
       });
       leave_row(later, tile, i, mixed[i]);
-      if (work.has(place, i)) *reinterpret_cast<Eight<T>*>(to + 8 * i * p.gv.token) = gradient;
+      if (work.has(place, i)) put(to + 8 * i * p.gv.token, gradient);
     });
     later.done(tile);
   };
@@ -629,36 +637,46 @@ inline const char* start_adding(const Parts& parts, void* stream) {
   return start(add_kernel<Parts>, parts.batch * (parts.tstate ? 2 : 1) * blocks_to_add(parts), 8 * WARP, parts, stream);
 }
 
-template <class T, bool TANGENT>
-const char* divide_keys(Parts& keys) {
-  return divide<state_kernel<T, TANGENT>>(keys.batch, keys.heads, keys.tokens, state_shared<T>(TANGENT), &keys.span);
-}
-template <class T, bool TANGENT>
-const char* divide_queries(Forward<T>* p) {
-  return divide<output_kernel<T, TANGENT>>(p->keys.batch, p->keys.heads, p->queries, output_shared<T>(TANGENT),
-                                           &p->query_span);
+// f of two constants: whether there is a tangent, and whether all that it needs moves.
+template <class F>
+const char* choose(bool tangent, bool all, const F& f) {
+  const std::true_type yes;
+  const std::false_type no;
+  return !tangent ? f(no, no) : all ? f(yes, yes) : f(yes, no);
 }
 
 template <class T>
 const char* divide(Forward<T>* p) {
-  const char* fault = p->keys.tstate ? divide_keys<T, true>(p->keys) : divide_keys<T, false>(p->keys);
-  return fault ? fault : p->to ? divide_queries<T, true>(p) : divide_queries<T, false>(p);
+  Parts& keys = p->keys;
+  const char* fault = choose(keys.tstate, p->tk && p->tv, [&](auto tangent, auto all) {
+    return divide<state_kernel<T, tangent, all>>(keys.batch, keys.heads, keys.tokens, state_shared<T>(tangent), &keys.span);
+  });
+  return fault ? fault : choose(bool(p->to), p->tq && keys.tstate, [&](auto tangent, auto all) {
+    return divide<output_kernel<T, tangent, all>>(keys.batch, keys.heads, p->queries, output_shared<T>(tangent),
+                                                  &p->query_span);
+  });
 }
 
 template <class T>
 const char* launch(const Forward<T>& p, void* stream) {
   const Parts& keys = p.keys;
-  const int64_t span = keys.span;
-  const char* fault = keys.tstate ? start_tiles(state_kernel<T, true>, p, keys, keys.tokens, span, state_shared<T>(true),
-                                                stream, p.k, p.v, p.tk, p.tv)
-                                  : start_tiles(state_kernel<T, false>, p, keys, keys.tokens, span,
-                                                state_shared<T>(false), stream, p.k, p.v);
+  const char* fault = choose(keys.tstate, p.tk && p.tv, [&](auto tangent, auto all) {
+    const auto start = [&](const auto&... tensors) {
+      return start_tiles(state_kernel<T, tangent, all>, p, keys, keys.tokens, keys.span, state_shared<T>(tangent), stream,
+                         tensors...);
+    };
+    if constexpr (tangent) return start(p.k, p.v, p.tk, p.tv);
+    else return start(p.k, p.v);
+  });
   if (!fault) fault = start_adding(keys, stream);
-  if (fault) return fault;
-  if (p.to)
-    return start_tiles(output_kernel<T, true>, p, keys, p.queries, p.query_span, output_shared<T>(true), stream, p.q,
-                       p.tq);
-  return start_tiles(output_kernel<T, false>, p, keys, p.queries, p.query_span, output_shared<T>(false), stream, p.q);
+  return fault ? fault : choose(bool(p.to), p.tq && keys.tstate, [&](auto tangent, auto all) {
+    const auto start = [&](const auto&... tensors) {
+      return start_tiles(output_kernel<T, tangent, all>, p, keys, p.queries, p.query_span, output_shared<T>(tangent),
+                         stream, tensors...);
+    };
+    if constexpr (tangent) return start(p.q, p.tq);
+    else return start(p.q);
+  });
 }
 
 template <class T>

@@ -80,6 +80,12 @@ struct Work {
   }
 };
 
+// Eight numbers to memory.
+template <class T>
+TBCM_D void put(T* to, const uint32_t (&words)[4]) {
+  *reinterpret_cast<Pack<uint32_t, 4>*>(to) = {words[0], words[1], words[2], words[3]};
+}
+
 // The thread's columns of row g of a sample's first tile.
 template <class T>
 TBCM_D T* row_of(const Heads<T>& x, const Work& work, int batch) {

@@ -44,6 +44,22 @@ TBCM_D float float_of(uint32_t bits) {
   return x;
 }
 
+// Both numbers rounded, `low` in the lower half.
+template <class T>
+TBCM_D uint32_t narrow_both(float low, float high) {
+  uint32_t word;
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<T, bfloat16>) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+#else
+  T parts[2];
+  narrow(low, parts);
+  narrow(high, parts + 1);
+  std::memcpy(&word, parts, sizeof parts);
+#endif
+  return word;
+}
+
 // Two numbers, `low` in the lower half of each word, as sums of N in bf16: all but the last cut off, not rounded.
 template <int N>
 struct Split {
@@ -55,14 +71,7 @@ struct Split {
       low -= float_of(bits_of(low) & 0xffff0000u);
       high -= float_of(bits_of(high) & 0xffff0000u);
     });
-#if defined(__CUDA_ARCH__)
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(split.words[N - 1]) : "f"(high), "f"(low));
-#else
-    bfloat16 parts[2];
-    narrow(low, parts);
-    narrow(high, parts + 1);
-    std::memcpy(&split.words[N - 1], parts, sizeof parts);
-#endif
+    split.words[N - 1] = narrow_both<bfloat16>(low, high);
     return split;
   }
 };

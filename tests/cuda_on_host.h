@@ -157,7 +157,8 @@ inline std::map<void*, Box> mailboxes;
 inline void deliver(Box& box) {
   if (box.arrived > box.arrivals) __builtin_trap();
   if (box.arrived < box.arrivals || box.missing) return;
-  for (const Mail& m : box.mail) std::memcpy(m.to, m.bytes.data(), m.bytes.size());
+  if (!without_waits())
+    for (const Mail& m : box.mail) std::memcpy(m.to, m.bytes.data(), m.bytes.size());
   box.mail.clear();
   box.arrived = 0;
   ++box.phase;
@@ -182,7 +183,7 @@ inline void send(void* place, int rank, float* to, float x) {
 inline void wait_for_mail(void* place, int phase) {
   Box& box = mailboxes.at(place);
   if (box.phase > phase + 1) __builtin_trap();  // the next one has ended too: on a GPU this one would not be told apart
-  if (!without_waits()) wait_until([&box, phase] { return box.phase > phase; });
+  wait_until([&box, phase] { return box.phase > phase; });
 }
 // A box of a tensor map, zeros where the tensor ends.
 inline void copy_box(void* place, unsigned char* to, const CUtensorMap& map, const int (&first)[4]) {

@@ -22,12 +22,12 @@ from tbcm_kernels.testing import proofs as proofs_of
 ROOT = Path(__file__).parents[1]
 KERNELS = ["adaln", "conv_glu", "linear_attention", "rms_norm"]
 DTYPES = ["float32", "bfloat16", "float16"]
-# So that two blocks or more fit a multiprocessor; conv_glu's backward and fp32 have it to one.
+# So that two blocks or more fit; conv_glu's backward and linear_attention are alone on a processor.
 REGISTERS = {
     "adaln forward bf16": 128, "adaln forward tangent bf16": 128, "adaln forward tangent fp32": 128,
     "adaln forward tangent fp16": 168, "adaln backward bf16": 128, "adaln backward fp32": 128,
     "conv_glu forward bf16": 128, "conv_glu forward tangent bf16": 128, "conv_glu forward": 168,
-    "conv_glu backward": 128, "linear_attention": 168, "rms_norm forward": 102,
+    "conv_glu backward": 128, "linear_attention": 128, "rms_norm forward": 102,
     "rms_norm backward": 80,
 }  # fmt: skip
 
@@ -36,7 +36,7 @@ REGISTERS = {
 def test_no_spills_and_few_registers() -> None:
     rows = list(audit_cuda.compile_sources())
     assert {row["architecture"] for row in rows} == {80, 90}
-    assert len(rows) == 2 * (46 + 24 + 19 + 36)
+    assert len(rows) == 2 * (46 + 24 + 23 + 36)
     assert [row for row in rows if row["spilled"]] == []
     for kernel, limit in REGISTERS.items():
         found = [row["registers"] for row in rows if row["name"].startswith(f"cuda {kernel}")]

@@ -15,6 +15,7 @@ import torch
 from bench import proofs
 from tbcm_kernels import _dispatch
 from tbcm_kernels.conv_glu import functional as conv_glu
+from tbcm_kernels.linear_attention import cuda as linear_attention_cuda
 from tbcm_kernels.linear_attention import functional as linear_attention
 from tbcm_kernels.testing import audit_cuda
 from tbcm_kernels.testing import proofs as proofs_of
@@ -210,3 +211,14 @@ def test_an_older_extension_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_processes_share_the_cases() -> None:
     alone, shared = (list(proofs_of("cpu", few=True, device="cpu", jobs=n)) for n in (1, 2))
     assert len(alone) > 10 and [str(p) for p in shared] == [str(p) for p in alone]
+
+
+def test_linear_attention_copies_what_a_tensor_map_cannot_describe() -> None:
+    """Strides of 0, and rows off 16 bytes; a transposed view stays as it is."""
+    tokens_first = torch.ones(2, 5, 3, 32, dtype=torch.bfloat16).transpose(1, 2)
+    assert linear_attention_cuda._aligned(tokens_first) is tokens_first
+    expanded = torch.ones(2, 3, 1, 32, dtype=torch.bfloat16).expand(-1, -1, 5, -1)
+    shifted = torch.ones(2, 3, 5, 33, dtype=torch.bfloat16)[..., 1:]
+    for x in (expanded, shifted):
+        copy = linear_attention_cuda._aligned(x)
+        assert copy.stride() == (480, 160, 32, 1) and torch.equal(copy, x)

@@ -45,9 +45,9 @@ def backward(
 
 
 def _aligned(x: Tensor | None) -> Tensor | None:
-    """The tensor, or a copy, whose rows lie at multiples of 16 bytes."""
+    """The tensor, or a copy that a tensor map describes: no stride 0, all multiples of 16 bytes."""
     if x is None:
         return None
     *strides, unit = x.stride()
-    aligned = unit == 1 and x.data_ptr() % 16 == 0 and not any(s % 8 for s in strides)
-    return x if aligned else x.clone(memory_format=torch.contiguous_format)
+    described = unit == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in strides)
+    return x if described else x.clone(memory_format=torch.contiguous_format)

@@ -86,8 +86,12 @@ struct Fiber {
 };
 
 inline std::vector<Fiber> all;
-inline std::vector<float> exchanged;
-inline std::vector<std::array<uint32_t, 6>> factors;  // of a product, each lane's
+// What lanes give one another in turns: who is late reads one of them while the others write the next.
+inline std::vector<float> exchanged[2];
+struct Factors {  // of a warp's product: rows of the one, columns of the other
+  float a[16][16], b[8][16];
+};
+inline std::vector<Factors> factors[2];
 inline std::function<void()> body;
 inline jmp_buf scheduler;
 inline int current;
@@ -131,10 +135,43 @@ inline void wait_for_copies(int left) {
   }
 }
 
+// Threads that wait for one another: a warp, a block or the cluster. Those that have ended count no more.
+struct Group {
+  int first, last;
+  int times;  // its threads have waited at least
+  int behind;  // threads that have waited no more often
+  void count(int kind) {
+    times = INT_MAX;
+    for (int i = first; i < last; ++i) {
+      if (all[i].done || all[i].times[kind] > times) continue;
+      if (all[i].times[kind] < times) behind = 0;
+      times = all[i].times[kind];
+      ++behind;
+    }
+  }
+};
+inline std::vector<Group> groups[3];
+inline int size(int kind) { return kind == 0 ? WARP : kind == 1 ? int(blockDim.x) : int(blockDim.x) * blocks; }
+inline Group& group(int thread, int kind) { return groups[kind][thread / size(kind)]; }
+inline void gather() {
+  for (int kind = 0; kind < 3; ++kind) {
+    groups[kind].clear();
+    for (int i = 0; i < size(2); i += size(kind)) {
+      groups[kind].push_back({i, std::min(i + size(kind), size(2))});
+      groups[kind].back().count(kind);
+    }
+  }
+}
+// A thread goes on or ends, as its fiber says now: its groups may all have come as far.
+inline void moved(int thread, int kind, int before) {
+  Group& g = group(thread, kind);
+  if (before == g.times && --g.behind == 0) g.count(kind);
+}
+
 inline void wait(int threads) {
   const int kind = threads <= WARP ? 0 : threads <= int(blockDim.x) ? 1 : 2;
   all[current].waits = kind;
-  ++all[current].times[kind];
+  moved(current, kind, all[current].times[kind]++);
   if (!_setjmp(all[current].at)) _longjmp(scheduler, 1);
 }
 
@@ -202,6 +239,7 @@ inline void copy_box(void* place, unsigned char* to, const CUtensorMap& map, con
 inline void enter() {
   body();
   all[current].done = true;
+  for (int kind = 0; kind < 3; ++kind) moved(current, kind, all[current].times[kind]);
   _longjmp(scheduler, 1);
 }
 
@@ -222,51 +260,41 @@ inline void resume(int thread) {
   setcontext(&f.start);
 }
 
-// Threads of a group: a warp, a block or the cluster.
-inline int group(int kind, int threads) { return kind == 0 ? WARP : kind == 1 ? int(blockDim.x) : threads; }
-
-// How often the threads of each group have waited at least; those that have ended count as if they always had.
-inline std::array<std::vector<int>, 3> fewest(int threads) {
-  std::array<std::vector<int>, 3> times;
-  for (int kind = 0; kind < 3; ++kind) {
-    const int size = group(kind, threads);
-    times[kind].assign((threads + size - 1) / size, INT_MAX);
-    for (int i = 0; i < threads; ++i)
-      if (!all[i].done) times[kind][i / size] = std::min(times[kind][i / size], all[i].times[kind]);
-  }
-  return times;
-}
-
 // Whether what a thread waits for has come: all threads of a group as far as it, or something else.
-inline bool ready(int thread, int threads, const std::array<std::vector<int>, 3>& fewest) {
+inline bool ready(int thread) {
   const Fiber& f = all[thread];
+  if (f.done) return false;
   if (f.until) return f.until();
-  return f.waits < 0 || fewest[f.waits][thread / group(f.waits, threads)] >= f.times[f.waits];
+  return f.waits < 0 || group(thread, f.waits).times >= f.times[f.waits];
 }
 
-// Those of a cluster of blocks; one alone is one.
-inline void run_cluster(int threads, int launch) {
-  std::memset(memory, 0xff, size_t(threads) / blockDim.x * SHARED);
-  copies.assign(threads, {{}});
+// Threads that can move on, in their order or in reverse; of the first one's warp alone in every other two launches.
+inline std::vector<int> able(int launch) {
+  std::vector<int> found;
+  for (int k = 0; k < size(2); ++k) {
+    const int i = launch % 2 ? size(2) - 1 - k : k;
+    if (launch / 2 % 2 && !found.empty() && i / WARP != found[0] / WARP) break;
+    if (ready(i)) found.push_back(i);
+  }
+  return found;
+}
+
+// The blocks of a cluster; one alone is one.
+inline void run_cluster(int launch) {
+  std::memset(memory, 0xff, size_t(blocks) * SHARED);
+  copies.assign(size(2), {{}});
   mailboxes.clear();
-  for (int i = 0; i < threads; ++i) {
+  for (int i = 0; i < size(2); ++i) {
     all[i].started = all[i].done = false;
     all[i].waits = -1;
     all[i].times[0] = all[i].times[1] = all[i].times[2] = 0;
     all[i].until = nullptr;
   }
-  for (int left = threads; left > 0;) {
-    std::vector<int> able;  // decided before anyone moves on
-    const auto times = fewest(threads);
-    for (int i = 0; i < threads; ++i)
-      if (!all[i].done && ready(i, threads, times)) able.push_back(i);
-    if (able.empty()) __builtin_trap();  // threads that wait for one another for ever
-    if (launch % 2) std::reverse(able.begin(), able.end());
-    if (launch / 2 % 2) {
-      const int warp = able[0] / WARP;
-      std::erase_if(able, [&](int i) { return i / WARP != warp; });
-    }
-    for (const int i : able) {
+  gather();
+  for (int left = size(2); left > 0;) {
+    const std::vector<int> threads = able(launch);  // decided before anyone moves on
+    if (threads.empty()) __builtin_trap();  // they wait for one another for ever
+    for (const int i : threads) {
       resume(i);
       left -= all[i].done;
     }
@@ -276,17 +304,16 @@ inline void run_cluster(int threads, int launch) {
 // c += a b, as csrc/tensor_cores.h has them in lanes, of numbers that `widen` gives of 16 bits.
 template <class F>
 void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const F& widen) {
-  factors[current] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  Factors& given = factors[all[current].times[0] % 2][current / WARP];
+  const int g = current % WARP / 4, t = current % 4;
+  for (int half = 0; half < 2; ++half) {
+    const auto number = [&](uint32_t word) { return widen(uint16_t(half ? word >> 16 : word)); };
+    for (int i = 0; i < 4; ++i) given.a[g + i % 2 * 8][2 * t + half + i / 2 * 8] = number(a[i]);
+    for (int i = 0; i < 2; ++i) given.b[g][2 * t + half + i * 8] = number(b[i]);
+  }
   wait(WARP);
-  const int warp = current / WARP * WARP, g = current % WARP / 4, t = current % 4;
-  const auto number = [&](int lane, int word, int half) {
-    return widen(uint16_t(half ? factors[warp + lane][word] >> 16 : factors[warp + lane][word]));
-  };
   for (int i = 0; i < 4; ++i)
-    for (int k = 0; k < 16; ++k)
-      c[i] += number(4 * g + k % 8 / 2, i / 2 + k / 8 * 2, k % 2) *
-              number(4 * (2 * t + i % 2) + k % 8 / 2, 4 + k / 8, k % 2);
-  wait(WARP);
+    for (int k = 0; k < 16; ++k) c[i] += given.a[g + i / 2 * 8][k] * given.b[2 * t + i % 2][k];
 }
 
 }  // namespace fibers
@@ -303,11 +330,10 @@ inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 
 inline float __shfl_sync(unsigned, float v, int lane) {
   const int me = fibers::current;
-  fibers::exchanged[me] = v;
+  auto& given = fibers::exchanged[fibers::all[me].times[0] % 2];
+  given[me] = v;
   fibers::wait(fibers::WARP);
-  const float got = fibers::exchanged[me / fibers::WARP * fibers::WARP + lane];
-  fibers::wait(fibers::WARP);
-  return got;
+  return given[me / fibers::WARP * fibers::WARP + lane];
 }
 inline float __shfl_xor_sync(unsigned mask, float v, int lanes) {
   return __shfl_sync(mask, v, fibers::current % fibers::WARP ^ lanes);
@@ -339,10 +365,10 @@ void launch(void (*kernel)(P), unsigned blocks, unsigned cluster, dim3 threads, 
   fibers::blocks = int(cluster);
   const size_t all = size_t(threads.x) * cluster;
   if (fibers::all.size() < all) fibers::all.resize(all);
-  fibers::exchanged.resize(all);
-  fibers::factors.resize(all);
+  for (auto& given : fibers::exchanged) given.resize(all);
+  for (auto& given : fibers::factors) given.resize((all + fibers::WARP - 1) / fibers::WARP);
   fibers::body = [=] { kernel(*static_cast<P*>(argument)); };
-  for (fibers::first = 0; fibers::first < blocks; fibers::first += cluster) fibers::run_cluster(int(all), launches);
+  for (fibers::first = 0; fibers::first < blocks; fibers::first += cluster) fibers::run_cluster(launches);
 }
 
 template <class P>

@@ -1,25 +1,21 @@
-"""Static audit of the CUDA C++ kernels: what nvcc makes of csrc/*.cu, without a GPU."""
+"""Static audit of the CUDA C++ kernels: what nvcc made of them in the extension, without a GPU."""
 
 from __future__ import annotations
 
+import importlib
 import re
-import shutil
 import subprocess
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-SOURCES = Path(__file__).parents[2] / "csrc"
-ARCHITECTURES = ("80", "90a")
+from tbcm_kernels import _dispatch
+
 _TYPES = {"float": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def missing() -> str | None:
-    """Why the sources cannot be compiled here; None where they can."""
-    if not SOURCES.is_dir():
-        return "an installed package has no CUDA sources"
-    return None if shutil.which("nvcc") else "nvcc is not on PATH"
+    """Why there are no CUDA C++ kernels here; None where there are."""
+    return _dispatch.missing("cuda")
 
 
 def cuobjdump(file: str | Path, what: str) -> str:
@@ -30,32 +26,20 @@ def cuobjdump(file: str | Path, what: str) -> str:
     return subprocess.run([tool, what, file], check=True, capture_output=True, text=True).stdout
 
 
-def compile_sources() -> Iterator[dict[str, str | int | float]]:
-    """A row for each kernel and architecture: registers, bytes spilled or on a stack, shared."""
-    start, logs = time.perf_counter(), []
-    with tempfile.TemporaryDirectory() as directory:
-        running = [
-            subprocess.Popen(
-                _command(source, Path(directory, source.stem)), stderr=subprocess.PIPE,
-                text=True,
-            )
-            for source in sorted(SOURCES.glob("*.cu"))
-        ]  # fmt: skip
-        ended = [(process.communicate()[1], time.perf_counter() - start) for process in running]
-        for process, (log, seconds) in zip(running, ended, strict=True):
-            if process.returncode:
-                raise RuntimeError(f"{' '.join(process.args)} failed:\n{log}")
-            logs.append((log, _warps(process.args[-1]), seconds))
-    for log, warps, seconds in logs:
-        for row in _rows(log):
-            name = row["name"]
-            yield row | {"name": _brief(name), "warps": warps.get(name), "seconds": seconds}
-
-
-def _command(source: Path, made: Path) -> list[str]:
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    flags = ["-std=c++20", "-O3", "-Xptxas", "-v", "-t", str(len(targets))]
-    return ["nvcc", *flags, *targets, "-fatbin", str(source), "-o", str(made)]
+def built() -> Iterator[dict[str, str | int | None]]:
+    """A row for each kernel and architecture: registers, bytes on a stack, static shared memory."""
+    extension = importlib.import_module("tbcm_kernels._C").__file__
+    warps = _warps(extension)
+    usage = _demangled(cuobjdump(extension, "--dump-resource-usage"))
+    binaries = re.findall(r"^arch = sm_(\d+)a?\n((?:(?!^arch).*\n)*)", usage, re.M)
+    for architecture, kernels in binaries:
+        for name, numbers in re.findall(r"Function (.+):\n +(REG:.+)", kernels):
+            use = {k: int(n) for k, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", numbers)}
+            yield {
+                "name": _brief(name), "architecture": int(architecture), "registers": use["REG"],
+                "spilled": use["STACK"] + use["LOCAL"], "shared": use["SHARED"], "hgmma": 0,
+                "warps": warps.get(name),
+            }  # fmt: skip
 
 
 def _demangled(text: str) -> str:
@@ -64,33 +48,14 @@ def _demangled(text: str) -> str:
     ).stdout
 
 
-def _warps(fatbin: str) -> dict[str, int]:
+def _warps(extension: str) -> dict[str, int]:
     """Warps of a block of each kernel at most, where it has launch bounds."""
     section = (
         r"^\.nv\.info\.(_Z\w+)\n(?:(?!\.nv\.info).*\n)*?.*EIATTR_MAX_THREADS\n.*\n[^x]*0x(\w+)"
     )
-    found = re.findall(section, cuobjdump(fatbin, "--dump-elf"), re.M)
+    found = re.findall(section, cuobjdump(extension, "--dump-elf"), re.M)
     names = _demangled("\n".join(name for name, _ in found)).splitlines()
     return {n: int(threads, 16) // 32 for n, (_, threads) in zip(names, found, strict=True)}
-
-
-def _rows(log: str) -> Iterator[dict[str, str | int]]:
-    """What ptxas says of each kernel, in three or four lines."""
-    pattern = re.compile(
-        r"Compiling entry function '(?P<name>.*)' for 'sm_(?P<architecture>\d+)a?'\n"
-        r".*\n *(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
-        r"(?P<loads>\d+) bytes spill loads\n.* (?P<registers>\d+) registers(?P<rest>.*)"
-    )
-    for found in pattern.finditer(_demangled(log)):
-        shared = re.search(r"(\d+) bytes smem", found["rest"])
-        yield {
-            "name": found["name"],
-            "architecture": int(found["architecture"]),
-            "registers": int(found["registers"]),
-            "spilled": sum(int(found[k]) for k in ("stack", "stores", "loads")),
-            "shared": int(shared[1]) if shared else 0,
-            "hgmma": 0,
-        }
 
 
 def _brief(name: str) -> str:

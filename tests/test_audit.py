@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,30 +15,46 @@ from bench import audit as table
 from tbcm_kernels.testing import audit
 from tbcm_kernels.testing.audit import Report
 
-# The widest and the most used configs; `python -m tbcm_kernels.testing.audit` compiles all.
+# The widest and the most used configs; `make audit` compiles all that changed.
 PATTERN = (
     r"bf16 C=(1152|2240)( full)? |^attention bf16 D=72 (forward|keys|queries) tangent q "
     r"|linear_attention bf16 D=32 |(tangent_loss|trigflow) (bf16|fp32 loss)"
 )
 
 
-def test_no_spills() -> None:
+def audited(*arguments: str | Path) -> tuple[list[dict], str]:
     """In a process of its own: the interpreter, which these tests choose, compiles nothing."""
     pytest.importorskip("triton")
     run = subprocess.run(
-        [sys.executable, "-m", "tbcm_kernels.testing.audit", PATTERN],
+        [sys.executable, "-m", "tbcm_kernels.testing.audit", *arguments],
         env=os.environ | {"TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    reports = [json.loads(line) for line in run.stdout.splitlines()]
+    return [json.loads(line) for line in run.stdout.splitlines()], run.stderr
+
+
+def test_no_spills() -> None:
+    reports, _ = audited(PATTERN)
     assert {r["architecture"] for r in reports} == {80, 90, 100}
     ops = {r["name"].split()[0] for r in reports}
     assert ops >= {
         "adaln", "attention", "linear_attention", "rms_norm", "tangent_loss", "trigflow",
     }  # fmt: skip
     assert [r for r in reports if r["spilled"]] == []
+
+
+def test_what_is_known_is_not_compiled_again(tmp_path: Path) -> None:
+    """A row of another source, options or Triton has another key."""
+    known, pattern = tmp_path / "audit.jsonl", "rms_norm bf16 C=1152 backward"
+    rows, _ = audited(pattern)
+    assert len(rows) == len({row["key"] for row in rows}) == 3
+    told = [row | {"registers": 1} for row in rows[:2]]  # not what a compiler would say
+    known.write_text("\n".join(json.dumps(row) for row in [*told, rows[2] | {"key": "0"}]))
+    again, said = audited(pattern, "--known", known)
+    assert [row["registers"] for row in again] == [1, 1, rows[2]["registers"]]
+    assert again[2]["key"] == rows[2]["key"] and "1 configs are not in" in said
 
 
 def test_what_fails_is_said(

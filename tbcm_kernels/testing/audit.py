@@ -1,13 +1,17 @@
 """Static audit of the GPU kernels: compile every shipped config without a GPU, read its cubin.
 
-`python -m tbcm_kernels.testing.audit [PATTERN]` prints a JSON line for each config whose name
-matches and each architecture that it ships for, and exits 1 where one spills, asks for more shared
-memory than there is or misses the tensor cores that it is made for, or where none matches. Names
-of the CUDA C++ kernels, which need nvcc and a checkout, start with "cuda".
+`python -m tbcm_kernels.testing.audit [PATTERN] [--known FILE]` prints a JSON line for each config
+whose name matches and each architecture that it ships for, and exits 1 where one spills, asks for
+more shared memory than there is or misses the tensor cores that it is made for, or where none
+matches. FILE has lines of an earlier audit: a config that is there, of the same source, options
+and Triton, is not compiled again. Names of the CUDA C++ kernels, which are read from the installed
+extension, start with "cuda".
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -18,7 +22,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tbcm_kernels.testing import audit_cuda
 
@@ -47,7 +52,9 @@ class Report:
     warps: int | None = None
     """Warps of a program, at most for a kernel in CUDA C++; None where nothing says."""
     seconds: float | None = None
-    """How long it took to compile, or to find in Triton's cache; of CUDA C++ the whole file."""
+    """How long it took to compile, or to find in Triton's cache; None of CUDA C++."""
+    key: str | None = None
+    """Changes with what was compiled and with Triton; None of CUDA C++."""
 
     def occupancy(self) -> int | None:
         """The most warps of 64 that one multiprocessor holds, by registers and shared memory.
@@ -83,13 +90,8 @@ def cases() -> Iterator[AuditCase]:
         yield from module.audit_cases()
 
 
-def compile_case(case: AuditCase, architecture: int, whole: bool = True) -> Report:
-    """Compile for one GPU generation and count registers, spills and shared memory.
-
-    Not `whole`: instructions are counted only where `failure` could depend on them, for without a
-    stack there is no local memory to load from. Small kernels take longer to read than to compile.
-    """
-    import triton
+def _given(case: AuditCase, architecture: int) -> dict[str, Any]:
+    """What Triton's compiler is given."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -99,11 +101,35 @@ def compile_case(case: AuditCase, architecture: int, whole: bool = True) -> Repo
     # The pointer of an operand with strides is aligned, as PyTorch allocates it.
     aligned = [["tt.divisibility", 16]]
     attributes = {(i, 0): aligned for i, v in enumerate(signature.values()) if type(v) is not str}
-    source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes)
-    target = GPUTarget("cuda", architecture, 32)
-    options = {"num_warps": case.warps, "num_stages": case.stages, "maxnreg": case.registers}
+    return {
+        "src": ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes),
+        "target": GPUTarget("cuda", architecture, 32),
+        "options": {
+            "num_warps": case.warps, "num_stages": case.stages, "maxnreg": case.registers,
+        },
+    }  # fmt: skip
+
+
+def _key(case: AuditCase, architecture: int) -> str:
+    """Twelve digits of a hash of a config, the kernel's source and all it calls, and of Triton."""
+    import triton
+
+    given = _given(case, architecture)
+    told = triton.__version__, given["src"].hash(), architecture, given["options"]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
+
+
+def compile_case(case: AuditCase, architecture: int, whole: bool = True) -> Report:
+    """Compile for one GPU generation and count registers, spills and shared memory.
+
+    Not `whole`: instructions are counted only where `failure` could depend on them, for without a
+    stack there is no local memory to load from. Small kernels take longer to read than to compile.
+    """
+    import triton
+
+    given = _given(case, architecture)
     start = time.perf_counter()
-    compiled = triton.compile(source, target=target, options=options)
+    compiled = triton.compile(**given)
     seconds = time.perf_counter() - start
     usage = _cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
     numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
@@ -115,7 +141,7 @@ def compile_case(case: AuditCase, architecture: int, whole: bool = True) -> Repo
         hgmma, hmma = (len(re.findall(rf"\b{n}\b", sass)) for n in ("HGMMA", "(?:UTC)?HMMA"))
     return Report(
         case.name, architecture, int(numbers["REG"]), spilled, compiled.metadata.shared, hgmma,
-        hmma, case.warps, seconds,
+        hmma, case.warps, round(seconds, 1), _key(case, architecture),
     )  # fmt: skip
 
 
@@ -126,32 +152,45 @@ def _cuobjdump(cubin: bytes, what: str) -> str:
         return audit_cuda.cuobjdump(file.name, what)
 
 
-def reports(pattern: str = "", whole: bool = True) -> Iterator[tuple[Report, str | None]]:
+def reports(
+    pattern: str = "", whole: bool = True, known: Path | None = None
+) -> Iterator[tuple[Report, str | None]]:
     """What the compilers make of the configs whose name matches, and what is wrong with it.
 
-    Not `whole`: without counts that say nothing about that. Raises SystemExit under Triton's
-    interpreter.
+    Not `whole`: without counts that say nothing about that. `known` is a file of reports that need
+    no compiling. Raises SystemExit under Triton's interpreter.
     """
     import triton
 
     if triton.knobs.runtime.interpret:
         raise SystemExit("The interpreter compiles nothing: set TRITON_INTERPRET=0.")
-    work = [
-        (case.name, architecture, whole)
-        for case in cases()
-        if re.search(pattern, case.name)
-        for architecture in case.architectures or ARCHITECTURES
-    ]
+    lines = known.read_text().splitlines() if known else []
+    have = {report.key: report for report in (Report(**json.loads(line)) for line in lines)}
+    work = []
     for report in _cuda_reports(pattern):
         yield report, "spills" if report.spilled else None
+    for case in cases():
+        for architecture in case.architectures or ARCHITECTURES:
+            if not re.search(pattern, case.name):
+                continue
+            if known and (report := have.get(_key(case, architecture))):
+                yield report, report.failure(case)
+            else:
+                work.append((case.name, architecture, whole))
+    if known:
+        print(f"{len(work)} configs are not in {known}", file=sys.stderr)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(_audit, work)
 
 
-def main(pattern: str = "") -> int:
+def main(argv: list[str] | None = None) -> int:
     """Audit the configs whose name matches a pattern; 1 where one fails or none matches."""
+    parser = argparse.ArgumentParser("python -m tbcm_kernels.testing.audit", description=__doc__)
+    parser.add_argument("pattern", nargs="?", default="", help="names to match, all by default")
+    parser.add_argument("--known", type=Path, metavar="FILE", help="lines of an earlier audit")
+    args = parser.parse_args(argv)
     failed, none = False, True
-    for report, failure in reports(pattern, whole=False):
+    for report, failure in reports(args.pattern, whole=False, known=args.known):
         none = False
         print(json.dumps(asdict(report)), flush=True)
         if failure:
@@ -161,13 +200,13 @@ def main(pattern: str = "") -> int:
 
 
 def _cuda_reports(pattern: str) -> list[Report]:
-    """Reports of the CUDA C++ kernels whose name matches; compiled only where one can."""
+    """Reports of the CUDA C++ kernels whose name matches, where the extension has them."""
     if not re.search(pattern, "cuda adaln") and not re.match("cuda", pattern):
         return []
     if reason := audit_cuda.missing():
         print(f"no CUDA C++ kernels: {reason}", file=sys.stderr)
         return []
-    reports = (Report(**row) for row in audit_cuda.compile_sources())
+    reports = (Report(**row) for row in audit_cuda.built())
     return [report for report in reports if re.search(pattern, report.name)]
 
 
@@ -182,4 +221,4 @@ def _audit(work: tuple[str, int, bool]) -> tuple[Report, str | None]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(*sys.argv[1:2]))
+    raise SystemExit(main())

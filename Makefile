@@ -1,6 +1,6 @@
 # make train   distil the built-in teacher to one step and print the table
 # make test    run the tests
-# make lint | bench | rows | figures | clean
+# make lint | audit | bench | rows | figures | clean
 # PYTHON chooses the interpreter that makes .venv.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 RUN := runs/digits
 INSTALLED := $(VENV)/installed
 
-.PHONY: train test lint bench rows figures clean
+.PHONY: train test lint audit bench rows figures clean
 
 # A run that is there already is continued; one that is finished is only evaluated again.
 train: $(INSTALLED)
@@ -18,12 +18,19 @@ train: $(INSTALLED)
 	$(PY) -m tbcm sample $(RUN) --steps 1 --out $(RUN)/samples.png
 	$(PY) -m tbcm eval $(RUN) --json $(RUN)/eval.json
 
+# Files share up to four processes, whose threads do not spin: they are more than the cores.
 test: $(INSTALLED)
-	$(PY) -m pytest
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+# Compiles the configs of Triton's kernels that bench/results/audit.jsonl does not have, and puts them there.
+AUDIT := bench/results/audit.jsonl
+audit: $(INSTALLED)
+	$(PY) -W ignore -m tbcm_kernels.testing.audit '^(?!cuda)' --known $(AUDIT) > $(AUDIT).new
+	mv $(AUDIT).new $(AUDIT)
 
 bench: $(INSTALLED)
 	mkdir -p runs

@@ -196,6 +196,14 @@ def fall_back(op: str, device: str, dtype: torch.dtype, reason: str) -> str:
 
 
 @constant_under_compile
+def may_use_tf32() -> bool:
+    """Whether PyTorch is told that its products of fp32 may do with TF32, in either way to say so.
+
+    `torch.get_float32_matmul_precision` raises where the newer of both has been used.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def shared_memory(device: int) -> int:
     """Bytes of shared memory that a block can have on a CUDA device, looked up once."""
     return _shared_memory(device)

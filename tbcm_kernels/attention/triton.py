@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tbcm_kernels._dispatch import may_use_tf32
 from tbcm_kernels._library import fresh_heads
 from tbcm_kernels._triton import AuditCase, device_of, row_config
 from tbcm_kernels.attention import buffers
@@ -426,8 +427,7 @@ def _place(width: int) -> int:
 
 def _precision(dtype: torch.dtype) -> str:
     """fp32 products are exact to fp32 unless PyTorch is told that TF32 will do."""
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+    return "tf32" if dtype == torch.float32 and may_use_tf32() else "ieee"
 
 
 def _options(config: Config) -> dict[str, int]:

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from tbcm_kernels._dispatch import may_use_tf32
 from tbcm_kernels._triton import AuditCase, device_of
 from tbcm_kernels.attention.triton_tiles import Operand, operands
 from tbcm_kernels.linear_attention import buffers
@@ -66,7 +67,7 @@ def _config(kind: str, width: int, dtype: torch.dtype, exact: bool, hopper: bool
     if exact and hopper:
         return _HOPPER[kind]
     if kind.startswith("state"):
-        return Config(16, 1 if exact else 4, 2 if dtype == torch.float32 else 3)
+        return Config(16, 1 if exact else 4, 2 if dtype == torch.float32 and kind != "state" else 3)
     return Config(64 if exact else 32, 4, 1)
 
 
@@ -188,8 +189,9 @@ def _constants(
     config, precision, exact = _INTERPRETED, "ieee", _exact(x.dtype, setting.feature_map)
     if x.is_cuda:
         hopper = torch.cuda.get_device_capability(x.device) == (9, 0)
-        config = _config(kind, max(width, columns - 1), x.dtype, exact, hopper)
-        precision = _precision(x.dtype, exact)
+        widest = max(width, columns - 1)
+        config = _config(kind, widest, x.dtype, exact, hopper)
+        precision = _precision(x.dtype, exact, widest)
     options = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers}
     kinds = {"FEATURE": setting.feature_map, "EXACT": exact, "PRECISION": precision}
     return config, _widths(width, columns - 1) | kinds | _tile(kernel, config) | options
@@ -220,11 +222,17 @@ def _sum(splits: int) -> dict[str, int]:
     return {"SPLITS": parts, "BLOCK": max(2048 // parts, 128), "num_warps": 4}
 
 
-def _precision(dtype: torch.dtype, exact: bool) -> str:
-    """Three products of halves: of bf16, which together have 16 digits, or of TF32, with 22."""
+def _precision(dtype: torch.dtype, exact: bool, width: int) -> str:
+    """Three products of halves: of bf16, which together have 16 digits, or of TF32, with 22.
+
+    Tensor cores cut off what they add, so fp32 does without, as PyTorch's products then do. Wide
+    heads have no registers for the better choice.
+    """
     if exact:
         return "bf16"
-    return "tf32x3" if dtype == torch.float32 else "bf16x3"
+    if dtype == torch.float32:
+        return "ieee" if width <= 32 and not may_use_tf32() else "tf32x3"
+    return "tf32x3" if dtype == torch.float16 and width <= 32 else "bf16x3"
 
 
 def _exact(dtype: torch.dtype, feature_map: str) -> bool:
@@ -251,8 +259,9 @@ def audit_cases() -> Iterator[AuditCase]:
     known |= dict.fromkeys(("batches", "states", "heads", "rows", "span"), "i32")
     known["norm"] = Norm("*fp32", "i32", "fp32")
     for width in (32, 64, 72, 112, 128):
-        for short, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-            if width > 32 and dtype == torch.float32:
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+        for short, dtype in dtypes.items():
+            if width > 32 and short != "bf16":
                 continue
             tensor = Operand(f"*{short}", "i32", "i32", "i32", "i32")
             for tangent in (None, tensor):
@@ -265,7 +274,7 @@ def audit_cases() -> Iterator[AuditCase]:
                 types = {n: None if n in absent else known.get(n, tensor) for n in _names(kernel)}
                 exact, kind = _exact(dtype, "relu"), name.partition(",")[0]
                 constants = _widths(width, width) | {"FEATURE": "relu", "UNIT": 8, "EXACT": exact}
-                constants |= {"PRECISION": _precision(dtype, exact)}
+                constants |= {"PRECISION": _precision(dtype, exact, width)}
                 name = f"linear_attention {short} D={width} {name}"
                 for hopper, architectures in ((True, (90,)), (False, (80, 100))):
                     config = _config(kind, width, dtype, exact, hopper)

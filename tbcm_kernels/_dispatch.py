@@ -195,7 +195,6 @@ def fall_back(op: str, device: str, dtype: torch.dtype, reason: str) -> str:
     return "reference"
 
 
-@constant_under_compile
 def may_use_tf32() -> bool:
     """Whether PyTorch is told that its products of fp32 may do with TF32, in either way to say so.
 
@@ -204,6 +203,7 @@ def may_use_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+@constant_under_compile
 def shared_memory(device: int) -> int:
     """Bytes of shared memory that a block can have on a CUDA device, looked up once."""
     return _shared_memory(device)

@@ -153,19 +153,17 @@ def _cuobjdump(cubin: bytes, what: str) -> str:
 
 
 def reports(
-    pattern: str = "", whole: bool = True, known: Path | None = None
+    pattern: str = "", whole: bool = True, known: dict[str | None, Report] | None = None
 ) -> Iterator[tuple[Report, str | None]]:
     """What the compilers make of the configs whose name matches, and what is wrong with it.
 
-    Not `whole`: without counts that say nothing about that. `known` is a file of reports that need
-    no compiling. Raises SystemExit under Triton's interpreter.
+    Not `whole`: without counts that say nothing about that. `known` are reports by their keys, of
+    configs that need no compiling. Raises SystemExit under Triton's interpreter.
     """
     import triton
 
     if triton.knobs.runtime.interpret:
         raise SystemExit("The interpreter compiles nothing: set TRITON_INTERPRET=0.")
-    lines = known.read_text().splitlines() if known else []
-    have = {report.key: report for report in (Report(**json.loads(line)) for line in lines)}
     work = []
     for report in _cuda_reports(pattern):
         yield report, "spills" if report.spilled else None
@@ -173,21 +171,30 @@ def reports(
         for architecture in case.architectures or ARCHITECTURES:
             if not re.search(pattern, case.name):
                 continue
-            if known and (report := have.get(_key(case, architecture))):
+            if known and (report := known.get(_key(case, architecture))):
                 yield report, report.failure(case)
             else:
                 work.append((case.name, architecture, whole))
-    if known:
-        print(f"{len(work)} configs are not in {known}", file=sys.stderr)
+    if known is not None:
+        print(f"{len(work)} configs are not in the earlier audit", file=sys.stderr)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(_audit, work)
+
+
+def _earlier(path: str) -> dict[str | None, Report]:
+    """Reports of an earlier audit by their keys."""
+    try:
+        found = [Report(**json.loads(line)) for line in Path(path).read_text().splitlines()]
+    except (OSError, TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{path} has no lines of an audit ({error}).") from error
+    return {report.key: report for report in found}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Audit the configs whose name matches a pattern; 1 where one fails or none matches."""
     parser = argparse.ArgumentParser("python -m tbcm_kernels.testing.audit", description=__doc__)
     parser.add_argument("pattern", nargs="?", default="", help="names to match, all by default")
-    parser.add_argument("--known", type=Path, metavar="FILE", help="lines of an earlier audit")
+    parser.add_argument("--known", type=_earlier, metavar="FILE", help="lines of an earlier audit")
     args = parser.parse_args(argv)
     failed, none = False, True
     for report, failure in reports(args.pattern, whole=False, known=args.known):

@@ -18,8 +18,8 @@ CUDA_HEADS = 96
 """A warp each, twelve a block, eight blocks a cluster."""
 CUDA_SHARED = 222 << 10
 """Bytes of shared memory of their blocks at most; every GPU that has them has clusters."""
-TRITON_WIDEST = {2: 128, 4: 32}
-"""Head dims that "auto" gives to Triton, by bytes of an element."""
+TRITON_WIDEST = 128
+"""The widest head dim that "auto" gives to Triton."""
 
 
 def linear_attention(
@@ -146,10 +146,9 @@ def _choose(impl: str, q: Tensor, v: Tensor, feature_map: str) -> str:
     """The implementation; Triton's spill at large head dims."""
     unfit = why_not_cuda(q, v, feature_map)
     chosen = _dispatch.choose("linear_attention", impl, q, unfit=unfit)
-    widest = TRITON_WIDEST[q.dtype.itemsize] if chosen == "triton" else MAX_HEAD_DIM
-    if impl != "auto" or max(q.shape[3], v.shape[3]) <= widest:
+    if impl != "auto" or chosen != "triton" or max(q.shape[3], v.shape[3]) <= TRITON_WIDEST:
         return chosen
-    reason = f"triton: head dims above {widest} spill registers; ask by impl"
+    reason = f"triton: head dims above {TRITON_WIDEST} spill registers; ask by impl"
     return _dispatch.fall_back("linear_attention", q.device.type, q.dtype, reason)
 
 

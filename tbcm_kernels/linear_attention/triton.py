@@ -52,7 +52,7 @@ _HOPPER = {
     "output": Config(32, 2, 3, 8),
     "output tangent": Config(32, 2, 3, 8),
     "queries": Config(64, 4, 3, registers=128),
-    "keys": Config(32, 2, 3, 8),
+    "keys": Config(32, 2, 3, registers=144),
 }
 """Of each kind of kernel, for heads up to 32 wide whose numbers of bf16 are exact in products."""
 
@@ -62,8 +62,10 @@ def _config(kind: str, width: int, dtype: torch.dtype, exact: bool, hopper: bool
 
     A sum over tokens holds all tokens of a step in registers. One warp alone reads no tile twice.
     """
-    if width > 32:
+    if width > 32 and dtype == torch.bfloat16:
         return Config(16, 4 if kind == "queries" else 8, 1)
+    if width > 32:  # ptxas spills a value's state rather than give it more than 80
+        return Config(16, 8, 1, registers=128 if kind == "state" else None)
     if exact and hopper:
         return _HOPPER[kind]
     if kind.startswith("state"):
@@ -194,7 +196,8 @@ def _constants(
         precision = _precision(x.dtype, exact, widest)
     options = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers}
     kinds = {"FEATURE": setting.feature_map, "EXACT": exact, "PRECISION": precision}
-    return config, _widths(width, columns - 1) | kinds | _tile(kernel, config) | options
+    sizes = _widths(width, columns - 1, kind, precision)
+    return config, sizes | kinds | _tile(kernel, config) | options
 
 
 def _tile(kernel: Any, config: Config) -> dict[str, int]:
@@ -202,18 +205,25 @@ def _tile(kernel: Any, config: Config) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if name in kernel.arg_names}
 
 
-def _widths(width: int, v_width: int) -> dict[str, int]:
-    """Head dims, and the block of D and columns of v that a kernel takes at once."""
+def _widths(width: int, v_width: int, kind: str, precision: str) -> dict[str, int]:
+    """Head dims, and the block of D and columns of v that a kernel takes at once.
+
+    Without tensor cores a thread has all of a wide head's row, and room for few columns beside it.
+    """
     block, v_block = (max(triton.next_power_of_2(w), 16) for w in (width, v_width))
     columns = min(v_block, 64 if max(block, v_block) <= 64 else 32)
+    if max(block, v_block) > 32 and precision == "ieee" and not kind.startswith("state"):
+        columns = 16
     return {"D": width, "DV": v_width, "BD": block, "BV": columns}
 
 
 def _rows(heads: int, width: int) -> dict[str, int]:
-    """A token a warp, and as many heads at once as make 256 columns, 8 a thread."""
+    """A token a warp, two for wide heads, and as many heads at once as make 8 columns a thread."""
     block = triton.next_power_of_2(width)
-    together = min(triton.next_power_of_2(heads), max(256 // block, 1))
-    return {"ALL": heads, "D": width, "BD": block, "HEADS": together, "TOKENS": 4, "num_warps": 4}
+    warps = 4 if block <= 64 else 8
+    together = min(triton.next_power_of_2(heads), max(warps * 64 // block, 1))
+    sizes = {"HEADS": together, "TOKENS": 4, "num_warps": warps}
+    return {"ALL": heads, "D": width, "BD": block} | sizes
 
 
 def _sum(splits: int) -> dict[str, int]:
@@ -226,13 +236,13 @@ def _precision(dtype: torch.dtype, exact: bool, width: int) -> str:
     """Three products of halves: of bf16, which together have 16 digits, or of TF32, with 22.
 
     Tensor cores cut off what they add, so fp32 does without, as PyTorch's products then do. Wide
-    heads have no registers for the better choice.
+    heads have no registers for halves of TF32.
     """
-    if exact:
-        return "bf16"
-    if dtype == torch.float32:
-        return "ieee" if width <= 32 and not may_use_tf32() else "tf32x3"
-    return "tf32x3" if dtype == torch.float16 and width <= 32 else "bf16x3"
+    if dtype == torch.bfloat16:
+        return "bf16" if exact else "bf16x3"
+    if width > 32 or (dtype == torch.float32 and not may_use_tf32()):
+        return "ieee"
+    return "tf32x3"
 
 
 def _exact(dtype: torch.dtype, feature_map: str) -> bool:
@@ -261,20 +271,19 @@ def audit_cases() -> Iterator[AuditCase]:
     for width in (32, 64, 72, 112, 128):
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
         for short, dtype in dtypes.items():
-            if width > 32 and short != "bf16":
-                continue
             tensor = Operand(f"*{short}", "i32", "i32", "i32", "i32")
             for tangent in (None, tensor):
                 types = {n: known.get(n, tensor) for n in _names(statistics_kernel)}
-                constants = {n: c for n, c in _rows(36, width).items() if n.isupper()}
-                constants |= {"UNIT": 8}
+                constants = _rows(36, width) | {"UNIT": 8}
+                warps = constants.pop("num_warps")
                 name = f"linear_attention {short} D={width} statistics{' tangent' * bool(tangent)}"
-                yield AuditCase(name, statistics_kernel, types | {"tx": tangent}, constants, 4)
+                yield AuditCase(name, statistics_kernel, types | {"tx": tangent}, constants, warps)
             for name, kernel, absent in _VARIANTS:
                 types = {n: None if n in absent else known.get(n, tensor) for n in _names(kernel)}
                 exact, kind = _exact(dtype, "relu"), name.partition(",")[0]
-                constants = _widths(width, width) | {"FEATURE": "relu", "UNIT": 8, "EXACT": exact}
-                constants |= {"PRECISION": _precision(dtype, exact, width)}
+                precision = _precision(dtype, exact, width)
+                constants = _widths(width, width, kind, precision) | {"PRECISION": precision}
+                constants |= {"FEATURE": "relu", "UNIT": 8, "EXACT": exact}
                 name = f"linear_attention {short} D={width} {name}"
                 for hopper, architectures in ((True, (90,)), (False, (80, 100))):
                     config = _config(kind, width, dtype, exact, hopper)

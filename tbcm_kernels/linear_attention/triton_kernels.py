@@ -418,10 +418,10 @@ def keys_kernel(
             columns = column + tl.arange(0, BV)
             if DV > BV:
                 gs = _state(state, index, columns, D, DV, BD)
-            value = _tile(v, batch, head, first, local, there, columns, DV, UNIT)
-            grad = _dot(value, tl.trans(gs), grad, EXACT, PRECISION)
             zero = tl.zeros((TOKENS, BV), tl.float32)
             value = _dot(y, scale[:, None] * gs, zero, EXACT, PRECISION) * r[:, None]
             _store_tile(gv, value, batch, head, first, local, there, columns, DV, UNIT)
+            value = _tile(v, batch, head, first, local, there, columns, DV, UNIT)
+            grad = _dot(value, tl.trans(gs), grad, EXACT, PRECISION)
         grad = (grad + z[None, :]) * _slope(y, scale, FEATURE)
         _store_tile(gk, grad, batch, head, first, local, there, tl.arange(0, BD), D, UNIT)

@@ -72,24 +72,26 @@ def constant_under_compile(function: Callable[..., T]) -> Callable[..., T]:
 
 
 @constant_under_compile
-def _functorch_levels() -> tuple[int, int]:
-    """How many forward-mode and how many reverse-mode functorch levels surround this call."""
+def _functorch_levels() -> tuple[int, int, bool]:
+    """Levels of functorch around this call, forward and reverse; whether vmap is inside jvp."""
     stack = torch._C._functorch.get_interpreter_stack()
     if not stack:
-        return 0, 0
+        return 0, 0, False
     keys = [level.key() for level in stack]
     kinds = torch._C._functorch.TransformType
-    return keys.count(kinds.Jvp), keys.count(kinds.Grad)
+    forward = keys.count(kinds.Jvp)
+    batched = forward > 0 and kinds.Vmap in keys[keys.index(kinds.Jvp) :]
+    return forward, keys.count(kinds.Grad), batched
 
 
 def guard_levels(op: str, mend: str = "") -> None:
     """Raise where PyTorch would drop or garble the tangents of `op`.
 
     Raises:
-        RuntimeError: under nested forward mode, under `torch.func.grad` and its relatives, or in a
-            compiled function that is called inside `dual_level()`.
+        RuntimeError: under nested forward mode, under `torch.func.grad` and its relatives, under
+            vmap inside jvp, or in a compiled function that is called inside `dual_level()`.
     """
-    forward, reverse = _functorch_levels()
+    forward, reverse, batched = _functorch_levels()
     mend = mend or f'tbcm_kernels.{op}(..., impl="reference")'
     if forward == 0 and fwAD._current_level >= 0 and _under_dynamo():
         raise RuntimeError(
@@ -105,6 +107,11 @@ def guard_levels(op: str, mend: str = "") -> None:
         raise RuntimeError(
             f"tbcm_kernels.{op} does not run under torch.func.grad, vjp or jacrev: use "
             f"torch.autograd.grad or .backward(), or {mend}."
+        )
+    if batched:
+        raise RuntimeError(
+            f"tbcm_kernels.{op} does not run under torch.func.vmap inside jvp: put jvp inside "
+            f"vmap, or use {mend}."
         )
 
 
@@ -156,19 +163,31 @@ def refuse_derivatives(op: str, *tensors: Tensor) -> None:
 
 
 def unpack(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Primals and tangents of the inputs; a tangent is None where an input carries none."""
+    """Primals and tangents of the inputs; a tangent is None where an input carries none.
+
+    PyTorch makes duals of two dtypes, as `F.layer_norm` of bf16 with weights in fp32 does. Kernels
+    read a tangent as they read its primal, so here it takes that dtype.
+    """
     primals: list[Tensor | None] = []
     tangents: list[Tensor | None] = []
     for x in tensors:
         primal, tangent = (None, None) if x is None else fwAD.unpack_dual(x)
         primals.append(primal)
-        tangents.append(tangent)
+        tangents.append(None if tangent is None else tangent.to(primal.dtype))
     return primals, tangents
 
 
 def pack(y: Tensor, ty: Tensor | None) -> Tensor:
     """The dual y + ε ty, or y itself where there is no tangent."""
     return y if ty is None else fwAD.make_dual(y, ty)
+
+
+def settled(y: Tensor) -> Tensor:
+    """y of plain PyTorch, its tangent a constant under `stop_tangent_gradient()`."""
+    if not (_stopped and in_dual_level()):
+        return y
+    (primal,), (tangent,) = unpack(y)
+    return pack(primal, *detached(tangent))
 
 
 def check_tangents(op: str, **pairs: tuple[Tensor | None, Tensor | None]) -> None:

@@ -51,11 +51,22 @@ def _guarded(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
 
     def guarded(ctx: Any, *grads: Tensor | list[Tensor | None] | None) -> Any:
         if in_dual_level():
+            ctx = _ReadOnce(ctx)
             flat = [g for one in grads for g in (one if isinstance(one, list) else [one])]
             refuse_duals(f"{name} in backward", *flat, *ctx.saved_tensors)
         return backward(ctx, *grads)
 
     return guarded
+
+
+class _ReadOnce:
+    """A ctx whose saved tensors are unpacked once, for checkpointing allows no second time."""
+
+    def __init__(self, ctx: Any) -> None:
+        self.ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ctx, name)
 
 
 def _refuse(name: str) -> Callable[..., Any]:

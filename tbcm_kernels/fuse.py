@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import importlib
 import types
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,10 @@ FUSED = {
 
 Other diffusers models keep their forward and get attention from `tbcm_kernels.processors`.
 """
+
+
+_live: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models that a handle can restore; a copy of one is none of them."""
 
 
 @dataclass(repr=False)
@@ -50,6 +55,7 @@ class Fused:
                 delattr(owner, name)
             else:
                 setattr(owner, name, old)
+        _live.discard(self.model)
         self.undone = True
 
     def encode_text(self, encoder_hidden_states: Tensor) -> Any:
@@ -96,15 +102,24 @@ def fuse(model: nn.Module) -> Fused:
 
     Returns:
         A handle that tells what was replaced; `handle.undo()` restores the model, and
-        `with fuse(model):` does at its end.
+        `with fuse(model):` does at its end. A `copy.deepcopy` of a fused model is fused and a
+        pickled one is not; fuse a copy for a handle of its own.
 
     Raises:
-        TypeError: a model that has neither a fused forward nor attention processors.
-        ValueError: a configuration or a processor that is not covered, or a model fused already.
+        TypeError: a model that has neither a fused forward nor attention processors, or that wraps
+            one which has a fused forward.
+        ValueError: a configuration, a layer or a processor that is not covered, a subclass with a
+            forward of its own, or a model fused already.
             The model is then as it was.
     """
-    names = [f"{c.__module__}.{c.__qualname__}" for c in type(model).__mro__]
-    target = next((FUSED[n] for n in names if n in FUSED), None)
+    if model in _live:
+        raise ValueError("fuse: this model is fused already; undo() that first.")
+    target = _target(model)
+    inner = next((n for n, m in model.named_modules() if target is None and _target(m)), None)
+    if inner is not None:
+        raise TypeError(
+            f"fuse: {type(model).__name__} holds a model with a fused forward; fuse its {inner}."
+        )
     if target is None and any(hasattr(m, "get_processor") for m in model.modules()):
         target = "tbcm_kernels.processors"
     if target is None:
@@ -114,7 +129,20 @@ def fuse(model: nn.Module) -> Fused:
             f"there is a forward for {known}, and attention for other models of diffusers."
         )
     module = importlib.import_module(target)
-    swaps = [(*swap, swap[0].__dict__.get(swap[1])) for swap in module.swaps(model)]
+    swaps = [(*swap, _own(*swap)) for swap in module.swaps(model)]
     for owner, name, new, _ in swaps:
         setattr(owner, name, new)
+    _live.add(model)
     return Fused(model, module, swaps)
+
+
+def _target(model: nn.Module) -> str | None:
+    names = (f"{c.__module__}.{c.__qualname__}" for c in type(model).__mro__)
+    return next((FUSED[n] for n in names if n in FUSED), None)
+
+
+def _own(owner: nn.Module, name: str, new: Any) -> Any:
+    """What an instance has in place of its class's; a copy brings the method of what it copied."""
+    old = owner.__dict__.get(name)
+    copied = (getattr(new, "__func__", new), getattr(type(owner), name, None))
+    return None if getattr(old, "__func__", old) in copied else old

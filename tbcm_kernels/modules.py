@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tbcm_kernels._layers import does_more
 from tbcm_kernels.adaln import adaln
 from tbcm_kernels.attention import attention
 from tbcm_kernels.conv_glu import conv_glu
@@ -458,7 +459,13 @@ class Attention(nn.Module):
         q = self._heads(self.to_q(hidden_states))
         k, v = self._heads(self.to_k(context)), self._heads(self.to_v(context))
         if attention_mask is not None:
-            attention_mask = attention_mask.reshape(len(k), 1, -1, attention_mask.shape[-1])
+            if attention_mask.ndim not in (2, 3):
+                raise ValueError(
+                    f"Attention: attention_mask must be [B, S], [B, 1, S] or [B, N, S], got "
+                    f"{list(attention_mask.shape)}."
+                )
+            rows = attention_mask if attention_mask.ndim == 3 else attention_mask[:, None]
+            attention_mask = rows[:, None]
         o = self._attend(q, k, v, attention_mask)
         return self.to_out[1](self.to_out[0](o.transpose(1, 2).flatten(2)))
 
@@ -469,6 +476,11 @@ class Attention(nn.Module):
         if self.norm_q is None:
             return {}
         norms = {"q_norm": self.norm_q, "k_norm": self.norm_k}
+        if any(map(does_more, norms.values())):
+            raise ValueError(
+                f"{type(self).__name__}: norm_q or norm_k has hooks or a replaced forward, which "
+                f"its kernel would pass by; remove them."
+            )
         return {name: (norm.weight, norm.eps) for name, norm in norms.items()}
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, cat, nn
 
+from tbcm_kernels._layers import does_more
 from tbcm_kernels.attention import attention
 from tbcm_kernels.attention.functional import MAX_HEAD_DIM, Norm
 from tbcm_kernels.rms_norm import rms_norm
@@ -54,7 +55,7 @@ class JVPAttnProcessor:
         if encoder_hidden_states is not None and attn.norm_cross is not None:
             context = attn.norm_encoder_hidden_states(context)
         q, k, v = _project(attn, hidden_states, context)
-        o = _attend(attn, q, k, v, _bias(attention_mask, len(k)), self.across_heads)
+        o = _attend(attn, q, k, v, _bias(attention_mask, k.shape[0]), self.across_heads)
         o = attn.to_out[1](attn.to_out[0](o))
         if residual.ndim == 4:
             o = o.transpose(-1, -2).reshape(residual.shape)
@@ -185,9 +186,7 @@ def _kernel_norm(norm: nn.Module | None) -> Norm | None:
     """(weight, eps) of a plain RMSNorm, which says all that it does."""
     if norm is None or _path(norm) not in _RMS_NORMS or norm.weight is None or norm.eps is None:
         return None
-    more = getattr(norm, "bias", None) is not None or "forward" in norm.__dict__
-    more = more or norm._forward_hooks or norm._forward_pre_hooks
-    more = more or norm._backward_hooks or norm._backward_pre_hooks
+    more = getattr(norm, "bias", None) is not None or does_more(norm)
     return None if more else (norm.weight, norm.eps)
 
 
@@ -210,4 +209,12 @@ def _bias(mask: Tensor | None, batch: int) -> Tensor | None:
     """
     if mask is None:
         return None
-    return mask.reshape(batch, len(mask) // batch, -1, mask.shape[-1])
+    rows = mask if mask.ndim == 3 else mask[:, None]
+    if rows.shape[0] == batch:
+        return rows[:, None]
+    if rows.ndim != 3 or rows.shape[0] % batch:
+        raise ValueError(
+            f"attention: attention_mask must be [B, S], [B, N or 1, S] or [B·H, N or 1, S] with "
+            f"B = {batch}, got {list(mask.shape)}."
+        )
+    return rows.unflatten(0, (batch, -1))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tbcm_kernels import _dispatch, _dual
+from tbcm_kernels._layers import does_more
 from tbcm_kernels.adaln import adaln_jvp
 from tbcm_kernels.attention import attention_jvp
 from tbcm_kernels.attention.functional import MAX_HEAD_DIM
@@ -56,8 +57,14 @@ def swaps(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
         ValueError: naming it, a setting or layer with which the fused forward would differ from the
             stock, or a forward that is replaced already.
     """
-    if "forward" in model.__dict__:
+    own = model.__dict__.get("forward", model.forward)
+    if getattr(own, "__func__", None) not in (forward, type(model).forward):
         raise ValueError("fuse: this model's forward is replaced already; undo() that first.")
+    if not _is_plain(type(model).forward):
+        raise ValueError(
+            f"fuse: {type(model).__name__} has a forward of its own, which the fused one would "
+            f"pass by; put a diffusers model inside, and fuse that."
+        )
     _check(model)
     return [(model, "forward", types.MethodType(forward, model))]
 
@@ -77,28 +84,45 @@ def _check(model: nn.Module) -> None:
             raise ValueError(
                 f"fuse: {name}={getattr(config, name)!r} has no fused forward; use the stock model."
             )
+    for i, block in enumerate(model.transformer_blocks):
+        for kind in ("1", "2"):
+            norm, attn = (getattr(block, name + kind) for name in ("norm", "attn"))
+            plain = type(norm) is nn.LayerNorm and not norm.elementwise_affine
+            plain &= not attn.residual_connection and attn.rescale_output_factor == 1
+            if not plain or attn.to_out[1].p > 0:
+                raise ValueError(
+                    f"fuse: norm{kind} or attn{kind} of transformer_blocks.{i} is not as diffusers "
+                    f"makes it; use the stock model."
+                )
     _check_layers(model)
 
 
 def _check_layers(model: nn.Module) -> None:
-    """Also on every call: a layer that gets a hook or an adapter later would be passed by."""
+    """Also on every call: what a layer gets later, as a hook or adapter, would be passed by."""
     queue = list(model._modules.values())
     for layer in queue:  # it grows under the loop, at a tenth of what modules() takes
         if layer is None:
             continue
         queue += layer._modules.values()
-        own, kind = layer.__dict__, type(layer)
-        hooks = any(map(own.__getitem__, _HOOKS)) or "forward" in own
-        if hooks or not _is_plain(kind.forward):
+        own, reason = layer.__dict__, None
+        if does_more(layer):
+            reason = "has hooks or a replaced forward"
+        elif not _is_plain(type(layer).forward):
+            reason = f"is a {type(layer).__name__}"
+        elif "is_cross_attention" in own:
+            processor = type(own.get("processor")).__name__
+            if processor != _PROCESSORS[own["is_cross_attention"]]:
+                reason = f"has a {processor}"
+        if reason:
             name = next(n for n, m in model.named_modules() if m is layer)
-            reason = "has hooks or a replaced forward" if hooks else f"is a {kind.__name__}"
             raise ValueError(
                 f"fuse: {name} {reason}, which the fused forward would pass by; use the stock "
                 f"model."
             )
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PROCESSORS = ("SanaLinearAttnProcessor2_0", "SanaAttnProcessor2_0")
+"""Of self-attention and of cross-attention."""
 
 
 @functools.cache

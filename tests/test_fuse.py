@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -300,6 +302,75 @@ def test_refuses_layers_that_do_more_than_their_weights_say() -> None:
             tk.fuse(model)
 
 
+class Doubled(SanaTransformer2DModel):
+    """A subclass that wraps the forward."""
+
+    def forward(self, *args, **options):
+        return 2 * super().forward(*args, **options)
+
+
+class Zero:
+    """An attention processor of one's own."""
+
+    def __call__(self, attn, hidden_states, *args, **options):
+        return 0 * hidden_states
+
+
+CHANGES = {
+    r"attn1 has a Zero": lambda block: block.attn1.set_processor(Zero()),
+    r"attn2 has a SanaLinearAttnProcessor2_0": lambda block: block.attn2.set_processor(
+        block.attn1.processor
+    ),
+    r"attn1 of transformer_blocks\.1": lambda block: setattr(
+        block.attn1, "rescale_output_factor", 2.0
+    ),
+    r"attn2 of transformer_blocks\.1": lambda block: setattr(
+        block.attn2, "residual_connection", True
+    ),
+    r"norm2 or attn2 .*\.1 is not": lambda block: setattr(block.attn2.to_out[1], "p", 0.5),
+    r"norm1 or .*\.1 is not": lambda block: setattr(block, "norm1", torch.nn.LayerNorm(32)),
+    r"norm2 or .*\.1 is not": lambda block: setattr(block, "norm2", torch.nn.RMSNorm(32)),
+}
+
+
+@pytest.mark.parametrize("named", CHANGES)
+def test_refuses_blocks_that_are_not_as_diffusers_makes_them(named: str) -> None:
+    model = _model(TINY)
+    CHANGES[named](model.transformer_blocks[1])
+    with pytest.raises(ValueError, match=named):
+        tk.fuse(model)
+
+
+def test_refuses_a_forward_of_a_subclass_and_a_wrapper() -> None:
+    with pytest.raises(ValueError, match="Doubled has a forward of its own"):
+        tk.fuse(Doubled(**TINY))
+    for wrapper in (torch.nn.DataParallel(_model(TINY)), torch.compile(_model(TINY))):
+        with pytest.raises(TypeError, match=r"fuse its (module|_orig_mod)"):
+            tk.fuse(wrapper)
+    class_alone = type("Named", (SanaTransformer2DModel,), {})
+    assert "1 forward" in repr(tk.fuse(class_alone(**TINY)))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_of_a_fused_model_are_fused_anew(copied: Callable) -> None:
+    model = _model(TINY)
+    inputs, handle = _inputs(model), tk.fuse(model)
+    want, other = model(**inputs).sample, copied(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    torch.testing.assert_close(other(**inputs).sample, want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="fused already"):
+        tk.fuse(model)
+    handle.undo()
+    with tk.fuse(other):
+        assert other.forward.__func__ is not type(other).forward
+        assert torch.equal(other(**inputs).sample, want)
+        with pytest.raises(ValueError, match="fused already"):
+            tk.fuse(other)
+    assert other.forward.__func__ is type(other).forward
+
+
 def test_refuses_a_layer_that_changes_after_fuse() -> None:
     model = _model(TINY)
     inputs = _inputs(model)
@@ -309,6 +380,10 @@ def test_refuses_a_layer_that_changes_after_fuse() -> None:
             model(**inputs)
         hook.remove()
         model(**inputs)
+        attn = model.transformer_blocks[1].attn1
+        attn.set_processor(Zero())
+        with pytest.raises(ValueError, match=r"1\.attn1 has a Zero"):
+            model(**inputs)
 
 
 def test_what_makes_no_whole_patch_is_left_out_or_refused() -> None:

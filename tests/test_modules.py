@@ -360,6 +360,33 @@ def test_masks_of_attention(shape: tuple[int, ...], boolean: bool) -> None:
         new(*inputs, torch.zeros(2, 3, 5))
 
 
+def test_what_attention_would_pass_by_or_cannot_broadcast_is_named() -> None:
+    layer, x = (
+        modules.Attention(32, heads=2, dim_head=16, qk_norm="rms_norm"),
+        torch.randn(2, 6, 32),
+    )
+    with pytest.raises(ValueError, match=r"attention_mask must be .* got \[6\]"):
+        layer(x, attention_mask=torch.ones(6, dtype=torch.bool))
+    with pytest.raises(ValueError, match="mask"):
+        layer(x, attention_mask=torch.ones(3, 6, dtype=torch.bool))
+    alone = layer(x, attention_mask=torch.ones(1, 6, dtype=torch.bool))
+    torch.testing.assert_close(alone, layer(x))
+    assert layer(x[:0], attention_mask=torch.ones(0, 6, dtype=torch.bool)).shape == (0, 6, 32)
+    layer.norm_k.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="norm_q or norm_k has hooks"):
+        layer(x)
+
+
+def test_attention_is_exported_for_every_batch() -> None:
+    layer, auto = modules.Attention(32, heads=2, dim_head=16), torch.export.Dim.AUTO
+    shapes = ({0: auto, 1: auto},)
+    program = torch.export.export(
+        layer, (torch.randn(2, 6, 32),), dynamic_shapes=shapes, strict=False
+    )
+    x = torch.randn(3, 9, 32)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
 def test_grouped_heads_are_repeated_heads() -> None:
     torch.manual_seed(0)
     grouped = modules.Attention(32, heads=4, kv_heads=2, dim_head=8)

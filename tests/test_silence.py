@@ -11,6 +11,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import tbcm_kernels as tk
 
@@ -223,6 +224,66 @@ def test_stop_tangent_gradient_saves_nothing_for_the_tangent() -> None:
     with tk.stop_tangent_gradient():
         assert saved(dual) == plain
     assert saved(dual) > plain
+
+
+@pytest.mark.parametrize("through", [torch.bfloat16, torch.float64])
+def test_a_dual_of_two_dtypes_keeps_its_tangent(through: torch.dtype) -> None:
+    """As `F.layer_norm` makes it of bf16 with weights in fp32."""
+    primals, tangents = _inputs()
+    tangents = [t.bfloat16().to(through) for t in tangents]
+    with fwAD.dual_level():
+        duals = [fwAD.make_dual(p, t) for p, t in zip(primals, tangents, strict=True)]
+        pair = fwAD.unpack_dual(stack(*duals))
+    exact = [[t.detach().double() for t in kind] for kind in (primals, tangents)]
+    for got, want in zip(pair, torch.func.jvp(_plain, *map(tuple, exact)), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    x, w = torch.randn(4, 16).bfloat16(), torch.ones(16)
+
+    def normed(x: Tensor) -> Tensor:
+        return tk.rms_norm(F.layer_norm(x, (16,), w.double() if x.itemsize == 8 else w))
+
+    _, tangent = torch.func.jvp(normed, (x,), (x.cos(),))
+    _, want = torch.func.jvp(normed, (x.double(),), (x.cos().double(),))
+    torch.testing.assert_close(tangent.double(), want, rtol=0.02, atol=0.02)
+
+
+def test_the_reference_takes_the_tangent_as_a_constant_too() -> None:
+    primals, tangents = _inputs()
+    t = torch.rand(B)
+    x, w = primals[0], primals[5]
+    calls = {
+        "rms_norm": lambda x, impl: tk.rms_norm(x, w, impl=impl),
+        "adaln": lambda x, impl: sum(tk.adaln(x, primals[1], *primals[2:5], impl=impl)),
+        "conv_glu": lambda x, impl: tk.conv_glu(
+            F.pad(x, (0, C)), primals[7], height=2, width=3, impl=impl
+        ),
+        "flow_input": lambda x, impl: tk.flow_input(x, t, impl=impl)[0],
+        "flow_output": lambda x, impl: tk.flow_output(x, x.sin(), t, impl=impl),
+    }
+    for name, call in calls.items():
+        grads = []
+        for impl in ("auto", "reference"):
+            with tk.stop_tangent_gradient():
+                y, ty = torch.func.jvp(lambda x: call(x, impl), (x,), (tangents[0],))  # noqa: B023
+            assert not ty.requires_grad, (name, impl)
+            grads.append(torch.autograd.grad(y.square().sum() + ty.sum(), x)[0])
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_backward_of_a_checkpoint_inside_a_dual_level() -> None:
+    x = torch.randn(2, 6, requires_grad=True)
+    with fwAD.dual_level():
+        y = checkpoint(tk.rms_norm, x, use_reentrant=False)
+        (got,) = torch.autograd.grad(y.square().sum(), x)
+    (want,) = torch.autograd.grad(tk.rms_norm(x).square().sum(), x)
+    assert torch.equal(got, want)
+
+
+def test_vmap_inside_jvp_raises_with_the_mend() -> None:
+    x, tx = torch.randn(2, 3, 4, 6)
+    for f in (tk.rms_norm, lambda x: tk.linear(x, torch.ones(6, 6))):
+        with pytest.raises(RuntimeError, match="put jvp inside vmap"):
+            torch.func.jvp(torch.func.vmap(f), (x,), (tx,))
 
 
 def test_vmap_over_tangents() -> None:

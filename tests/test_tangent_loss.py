@@ -259,6 +259,16 @@ def test_only_f_and_the_log_variance_have_gradients() -> None:
     assert [g is not None for g in grads] == [True, *[False] * 6, True]
 
 
+def test_the_reference_takes_the_tangent_as_a_constant_too() -> None:
+    x, velocity = torch.randn(2, 4, 3)
+    theta, t = torch.randn(4, 3, requires_grad=True), torch.rand(4)
+    grads = []
+    for impl in ("auto", "reference"):
+        loss, _ = tk.tangent_loss(theta.sin(), theta * theta, velocity, x, t, 1.0, impl=impl)
+        grads += torch.autograd.grad(loss, theta)
+    torch.testing.assert_close(*grads)
+
+
 def test_f_alone_and_log_variance_alone() -> None:
     values = inputs()
     whole = loss_and_gradients(fused(), values)[2:]

@@ -57,7 +57,7 @@ def adaln(
     _check(*inputs, dtype)
     if impl == "reference":
         out, y, _, _ = reference.forward(*inputs, *[None] * 5, eps, dtype)
-        return (x if out is None else out), y
+        return (x if out is None else _dual.settled(out)), _dual.settled(y)
     _dual.guard_levels("adaln")
     primals, tangents = _dual.unpack(*inputs)
     out, y, tout, ty = _pair(primals, tangents, eps, dtype, impl)

@@ -253,7 +253,7 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool, exact: bo
                 f"{op}: {name} must have q's number of dimensions, dtype and device, got "
                 f"{describe(x)} for {describe(q)}."
             )
-    if k.shape[-1] != q.shape[-1] or k.shape[:-1] != v.shape[:-1] or len(q) != len(k):
+    if k.shape[-1] != q.shape[-1] or k.shape[:-1] != v.shape[:-1] or q.shape[0] != k.shape[0]:
         raise ValueError(
             f"{op}: k must be [B, Hk, S, D] and v [B, Hk, S, Dv] with q's B and D, got "
             f"{list(k.shape)} and {list(v.shape)} for q {list(q.shape)}; expand them where they "

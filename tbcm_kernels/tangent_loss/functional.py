@@ -61,8 +61,9 @@ def tangent_loss(
     """
     tensors, numbers = (out, jvp, velocity, x), (t, keep, weight, log_variance)
     _check(out, tensors, numbers)
+    constants = _dual.detached(*tensors[1:], *numbers[:3])
     if impl == "reference":
-        loss, norm = reference.loss(*tensors, *numbers, r, c, sigma_data)
+        loss, norm = reference.loss(out, *constants, log_variance, r, c, sigma_data)
         return loss, norm.detach()
     _dual.guard_levels("tangent_loss")
     if _dual.any_dual(*tensors, *numbers):
@@ -70,7 +71,6 @@ def tangent_loss(
             "tbcm_kernels.tangent_loss has no forward-mode derivative: unpack the student's dual "
             "and pass its value as out and its tangent as jvp."
         )
-    constants = _dual.detached(*tensors[1:], *numbers[:3])
     chosen = _dispatch.choose("tangent_loss", impl, out)
     loss, norm, _, _ = tangent_loss_op(out, *constants, log_variance, r, c, sigma_data, chosen)
     return loss, norm.detach()

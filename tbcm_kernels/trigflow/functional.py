@@ -34,7 +34,8 @@ def flow_input(x: Tensor, t: Tensor, *, impl: str = "auto") -> tuple[Tensor, Ten
     """
     _check("flow_input", x, t=t)
     if impl == "reference":
-        return reference.flow_input(x, t, None, None)[:2]
+        x_fm, t_fm, _, _ = reference.flow_input(x, t, None, None)
+        return _dual.settled(x_fm), _dual.settled(t_fm)
     _dual.guard_levels("flow_input")
     primals, tangents = _dual.unpack(x, t)
     x_fm, t_fm, tx_fm, tt_fm = _input(*primals, *tangents, impl)
@@ -88,7 +89,7 @@ def flow_output(v: Tensor, x: Tensor, t: Tensor, *, impl: str = "auto") -> Tenso
     """
     _check("flow_output", x, v=v, t=t)
     if impl == "reference":
-        return reference.flow_output(v, x, t, None, None, None)[0]
+        return _dual.settled(reference.flow_output(v, x, t, None, None, None)[0])
     _dual.guard_levels("flow_output")
     primals, tangents = _dual.unpack(v, x, t)
     return _dual.pack(*_output(*primals, *tangents, impl))

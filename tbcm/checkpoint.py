@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from tbcm.config import MAY_CHANGE, TrainConfig, changed_fields
+from tbcm.config import MAY_CHANGE, TrainConfig, changed_fields, read_config
 from tbcm.errors import UserError
 
 TMP = ".tmp"
@@ -71,7 +71,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def checkpoints(run: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
     found = (run / "checkpoints").glob("step-*")
-    return sorted(path for path in found if path.name[5:].isdigit())
+    return sorted((path for path in found if path.name[5:].isdigit()), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step after which a checkpoint was made."""
+    return int(path.name[5:])
 
 
 def save(run: Path, step: int, state: dict[str, Any], limit: int | None) -> None:
@@ -87,7 +92,7 @@ def save(run: Path, step: int, state: dict[str, Any], limit: int | None) -> None
 def read(path: Path) -> dict[str, Any]:
     """The state in a checkpoint folder, and its path. Raises UserError if it cannot be read."""
     try:
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
         return {**state, "path": str(path)}
     except Exception as error:  # a damaged archive raises half a dozen types
         reason = "it is missing" if not path.exists() else "it is half-written or damaged"
@@ -124,24 +129,44 @@ def _stopped_early(run: Path) -> bool:
         return False
     steps = metrics.read_text().count("\n") if metrics.exists() else 0
     # The first checkpoint follows the metrics of its step.
-    return steps <= yaml.safe_load(config.read_text())["checkpointing_steps"]
+    return steps <= read_config(run).checkpointing_steps
 
 
-def open_run(config: TrainConfig) -> dict[str, Any] | None:
-    """Check the run folder and return the state to continue from, None for a start at step 0.
+def find_start(config: TrainConfig) -> Path | None:
+    """The checkpoint that a run is to continue from, None for a start at step 0; nothing is made.
 
-    Raises UserError if the folder cannot be written, holds another run, or has no such checkpoint.
+    Raises:
+        UserError: a new run's folder is not empty; or there is no such checkpoint, it is of another
+            run or past max_train_steps, or metrics.jsonl lacks its steps.
     """
     run = Path(config.output_dir)
     if not config.resume_from_checkpoint:
-        _claim(run)
+        check_free(run)
         return None
     state = _resumed_state(run, config.resume_from_checkpoint)
-    if state is not None:
-        _check_same_run(state["config"], config)
-    else:
-        _check_same_run(yaml.safe_load((run / "config.yaml").read_text()), config)
-    return state
+    if state is None:
+        _check_same_run(vars(read_config(run)), config)
+        return None
+    if state["step"] > config.max_train_steps:
+        raise UserError(
+            f"The checkpoint {state['path']} is past max_train_steps {config.max_train_steps}; "
+            "raise it, or resume from an earlier checkpoint."
+        )
+    _check_same_run(state["config"], config)
+    kept_metrics(run / "metrics.jsonl", state["step"])
+    return Path(state["path"])
+
+
+@contextmanager
+def alone(run: Path) -> Iterator[None]:
+    """Within, a run is this process's own. Raises UserError if another process is at it."""
+    try:
+        with FileLock(run / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise UserError(
+            f"Another process is at the run in output_dir {run}; let it end, or stop it."
+        ) from error
 
 
 def check_free(run: Path) -> None:
@@ -160,8 +185,11 @@ def check_free(run: Path) -> None:
         )
 
 
-def _claim(run: Path) -> None:
-    """Make the folder of a new run; nothing that is there already is touched."""
+def claim(run: Path) -> None:
+    """Make the folder of a new run; nothing that is there already is touched.
+
+    Raises UserError if it cannot be made or written, or is not empty.
+    """
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -178,8 +206,15 @@ def _unwritable(run: Path, reason: str | None) -> UserError:
 def _resumed_state(run: Path, name: str) -> dict[str, Any] | None:
     if name == "latest":
         return latest(run)
-    inside = run / "checkpoints" / name
-    return read(inside if inside.exists() else Path(name))
+    own = run / "checkpoints"
+    path = own / name if (own / name).exists() else Path(name)
+    state = read(path)
+    if path.resolve().parent != own.resolve():
+        raise UserError(
+            f"The checkpoint {path} is not of the run in output_dir {run}; give that run's own "
+            "folder as --output_dir."
+        )
+    return state
 
 
 def _check_same_run(old: dict[str, Any], config: TrainConfig) -> None:
@@ -197,7 +232,7 @@ def _check_same_run(old: dict[str, Any], config: TrainConfig) -> None:
 def set_aside_newer(run: Path, step: int) -> None:
     """After going back to an older checkpoint, `latest` must not find the abandoned future."""
     for path in checkpoints(run):
-        if int(path.name[5:]) > step:
+        if step_of(path) > step:
             aside = path.with_name(path.name + ".replaced")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)

@@ -61,15 +61,18 @@ def add_sample(parser: ArgumentParser) -> None:
     parser.add_argument("--prompts", help="Prompts file; else the run's own prompts.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the first image's noise.")
     parser.add_argument("--geneval", help="GenEval's evaluation_metadata.jsonl, to be drawn.")
-    parser.add_argument("--images_per_prompt", type=int, default=4, help="With --geneval.")
+    parser.add_argument("--images_per_prompt", type=int, help="With --geneval: 4 by default.")
 
 
 def sample(args: Namespace) -> None:
     if args.geneval:
+        if args.prompts:
+            raise UserError("--geneval brings its own prompts; leave --prompts out.")
         from tbcm.geneval import sample_geneval
 
-        images = args.images_per_prompt
+        images = 4 if args.images_per_prompt is None else args.images_per_prompt
         return sample_geneval(args.run, args.geneval, args.out, args.steps, args.seed, images)
+    only_with("geneval", args, images_per_prompt=None)
     from tbcm.sampling import sample_run
 
     sample_run(args.run, args.steps, args.out, args.prompts, args.seed)
@@ -102,9 +105,11 @@ def add_eval(parser: ArgumentParser) -> None:
 
 def evaluate(args: Namespace) -> None:
     if not args.images:
+        only_with("images", args, out=None, inception=None, clip=None, steps=1, seed=0)
         from tbcm.evaluate import evaluate_run
 
-        return evaluate_run(Path(args.run), Path(args.json), samples=args.samples or 2000)
+        samples = 2000 if args.samples is None else args.samples
+        return evaluate_run(Path(args.run), Path(args.json), samples=samples)
     if not args.out:
         raise UserError("--images needs --out, a folder for the images to be drawn.")
     from tbcm.scores import CLIP, score_run
@@ -164,6 +169,13 @@ COMMANDS: dict[str, tuple[str, Adds, Runs]] = {
 }
 
 
+def only_with(option: str, args: Namespace, **defaults: Any) -> None:
+    """Raises UserError for an option that was given without the one that it belongs to."""
+    for name, default in defaults.items():
+        if args[name] != default:
+            raise UserError(f"--{name} is for --{option} alone; give that too, or leave it out.")
+
+
 def settings(args: Namespace, config: type) -> dict[str, Any]:
     """The parsed values of a config's fields."""
     return {f.name: args[f.name] for f in fields(config)}
@@ -206,11 +218,11 @@ def config_first(argv: list[str]) -> list[str]:
 
 
 def preset_of(args: Namespace) -> Path | None:
-    """The preset asked for; else a built-in teacher's own, unless there is a --config."""
+    """The preset asked for; else a built-in teacher's own."""
     from tbcm.config import PRESETS
 
     name = args.preset
-    if not (name or args.config or args.pretrained_model_name_or_path):
+    if not (name or args.pretrained_model_name_or_path):
         name = (args.teacher or "digits") + ("" if args.method == "tbcm" else "_baselines")
     path = PRESETS / f"{name}.yaml"
     return path if path.exists() else None

@@ -17,6 +17,7 @@ import yaml
 from tbcm.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
+BUILT_IN = sorted(path.parent.name for path in PRESETS.parent.glob("assets/*/model_index.json"))
 
 
 @dataclass
@@ -52,8 +53,9 @@ class TrainConfig:
     """On a GPU, replay a fused teacher's whole route as one CUDA graph."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes the GPU if there is one."""
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """bf16 runs the networks under autocast; weights, optimiser and loss stay in fp32."""
+    mixed_precision: Literal["no", "bf16", False] = "no"
+    """bf16 runs the networks under autocast; weights, optimiser and loss stay in fp32. YAML reads a
+    plain no as false, which is taken for it."""
     seed: int = 0
     """Seed of every random draw of the run."""
     resume_from_checkpoint: str | None = None
@@ -162,12 +164,20 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError, naming the field and its range, for the first value out of range."""
+        check_set(self)
+        check_seed(self.seed)
+        self.mixed_precision = self.mixed_precision or "no"
         for says, holds, names in RANGES:
             for name in names.split():
                 if not _within(getattr(self, name), holds):
                     raise UserError(f"{name} must be {says}, not {getattr(self, name)}.")
         if self.teacher and self.pretrained_model_name_or_path:
             raise UserError("Give --teacher or --pretrained_model_name_or_path, not both.")
+        if self.teacher not in (None, *BUILT_IN):
+            raise UserError(
+                f"teacher names a built-in one ({', '.join(BUILT_IN)}), not {self.teacher!r}; give "
+                "a folder or Hub id as --pretrained_model_name_or_path."
+            )
         if not self.pretrained_model_name_or_path:
             self.teacher = self.teacher or "digits"
         self._check_method()
@@ -199,8 +209,22 @@ class TrainConfig:
         return self.pretrained_model_name_or_path or self.teacher
 
     def dump(self) -> str:
-        """The settings as YAML that --config reads."""
-        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+        """The settings as YAML that --config reads, for a run of its own."""
+        kept = {name: v for name, v in asdict(self).items() if name != "resume_from_checkpoint"}
+        return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+
+
+def check_set(config: Any) -> None:
+    """Raises UserError for a None in a dataclass where the field's annotation has none."""
+    for f in fields(config):
+        if getattr(config, f.name) is None and "None" not in f.type:
+            raise UserError(f"{f.name} must have a value, not null; leave it out for its default.")
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError for a seed that PyTorch's generators would not take."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed must be between 0 and 2**63 − 1, not {seed}.")
 
 
 def _within(value: Any, holds: Callable[[Any], bool]) -> bool:
@@ -214,7 +238,6 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("at least 1", lambda v: v >= 1, "train_batch_size gradient_accumulation_steps "
      "points_per_pass lora_rank max_train_steps checkpointing_steps "
      "checkpoints_total_limit validation_samples logging_steps max_skipped_steps resolution"),
-    ("between 0 and 2**63 − 1", lambda v: 0 <= v < 2**63, "seed"),
     ("at least 0", lambda v: v >= 0, "validation_steps lr_warmup_steps adam_weight_decay "
      "tangent_warmup_steps tangent_calm_start tangent_calm_steps adv_lambda head_block_ids"),
     ("finite", lambda v: True, "logit_mean logit_mean_discriminator"),

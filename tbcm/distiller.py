@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from tbcm import distributed, objective
 from tbcm.config import TrainConfig
 from tbcm.embeddings import prompt_embeddings
-from tbcm.errors import UserError, package
+from tbcm.errors import UserError
 from tbcm.graphed import Graphed
 from tbcm.lora import build_lora_student, learnt, merged
 from tbcm.models import Teacher
@@ -78,8 +78,6 @@ class Distiller:
         self.device = self.accelerator.device
         self.generator = torch.Generator().manual_seed(config.seed)
         self.step = self.skipped = self.skipped_in_row = 0
-        if config.lora_rank:
-            package("peft", "lora_rank")
         self.transformer = transformer = teacher.transformer.to(self.device)
         self.teacher_digest = digest(transformer)
         self.student = make_student(transformer, config).train()
@@ -115,10 +113,10 @@ class Distiller:
         self.optimizer = make_optimizer(self.parameters, config)
         self.route = route(config.route_steps, config.flow_shift)
         self.filter_latent = load_filter(config, teacher)
-        # Last: what else is wrong is said before the long work.
+        # Last, the few before the many: what else is wrong is said before the long work.
         shown = read_prompts(config.validation_prompts) if config.validation_prompts else prompts
-        self.embeddings = self.embed(teacher, prompts, self.device)
         self.shown = self.embed(teacher, shown, self.device)
+        self.embeddings = self.embed(teacher, prompts, self.device)
         self.null = self.embeddings.null().to(self.device)
 
     @property

@@ -23,7 +23,10 @@ from tbcm.config import TrainConfig
 from tbcm.errors import UserError, package
 
 Result = TypeVar("Result")
-TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
+PACKAGES = {
+    "report_to": {"tensorboard": "tensorboard", "wandb": "wandb"},
+    "optimizer": {"adamw_8bit": "bitsandbytes", "came": "came_pytorch"},
+}
 
 
 def check_device(config: TrainConfig) -> torch.device:
@@ -38,11 +41,15 @@ def check_device(config: TrainConfig) -> torch.device:
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """This process among the others, and the trackers.
 
-    Raises UserError where the settings and the number of processes do not go together.
+    Raises UserError where the settings need a package that is not installed, or do not go together
+    with the number of processes.
     """
     cpu = check_device(config).type == "cpu"
-    if config.report_to:
-        package(TRACKERS[config.report_to], f"report_to {config.report_to}")
+    for option, names in PACKAGES.items():
+        if (value := getattr(config, option)) in names:
+            package(names[value], f"{option} {value}")
+    if config.lora_rank:
+        package("peft", "lora_rank")
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise UserError(f"Leave {name} out of accelerate's own settings; give tbcm --fsdp.")

@@ -18,9 +18,9 @@ from tbcm.sampling import draw_images, load_drawing_run, save_image, write_whole
 
 
 def read_metadata(path: str | Path) -> list[tuple[str, str]]:
-    """(line, prompt) of every line. Raises UserError if one is not JSON with a "prompt"."""
+    """(line, prompt) of every line. Raises UserError if one is not JSON with a "prompt" string."""
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
+        lines = [line for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line]
         found = [(line, json.loads(line)["prompt"]) for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -29,6 +29,9 @@ def read_metadata(path: str | Path) -> list[tuple[str, str]]:
         ) from error
     if not found:
         raise UserError(f"{path} holds no prompt.")
+    for line, prompt in found:
+        if not isinstance(prompt, str):
+            raise UserError(f'"prompt" is no string in {path}: {line}; make it one.')
     return found
 
 
@@ -45,9 +48,12 @@ def sample_geneval(
     """
     if images < 1:
         raise UserError(f"images_per_prompt must be at least 1, not {images}.")
-    entries, run = read_metadata(metadata), load_drawing_run(run_dir, steps)
+    entries, run = read_metadata(metadata), load_drawing_run(run_dir, steps, seed)
     student = scores.digest(Path(run_dir) / "student")
-    settings = {"student": student, "steps": steps, "seed": seed, "images_per_prompt": images}
+    settings = {
+        "student": student, "steps": steps, "seed": seed, "images_per_prompt": images,
+        "prompts": scores.prompts_digest([prompt for _, prompt in entries]),
+    }  # fmt: skip
     # Beside the images: the scorer takes every entry of OUT for a prompt.
     scores.claim(Path(out).with_name(f"{Path(out).name}.settings"), settings)
     shown = track(entries, "prompts", disable=not Console().is_terminal)

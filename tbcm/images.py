@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.progress import track
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -53,7 +55,7 @@ def captioned(folder: str | Path) -> list[tuple[Path, str]]:
 
 def _caption(path: Path) -> str:
     try:
-        text = " ".join(path.read_text(encoding="utf-8").split())
+        text = " ".join(path.read_text(encoding="utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"Cannot read the caption {path} ({error}); write it as UTF-8.") from error
     if not text:
@@ -72,9 +74,15 @@ def open_latents(
     """The images of a run; those that are not in the cache are encoded first.
 
     Raises:
-        UserError: there is no folder of images, no VAE for them, or an image that cannot be read.
+        UserError: there is no folder of images, no VAE for them, or an image that cannot be read;
+            or a resolution that the built-in images have not.
     """
     if config.images is None:
+        if config.resolution not in (None, 8):
+            raise UserError(
+                f"The built-in images have 8 pixels a side, not resolution {config.resolution}; "
+                "leave it out."
+            )
         return built_in(prompts)
     pairs = captioned(config.images)
     files = encoded([path for path, _ in pairs], config, teacher, accelerator)
@@ -82,9 +90,16 @@ def open_latents(
     digest = hashlib.sha256("".join(file.name for file in files).encode()).hexdigest()
 
     def load(picks: Tensor) -> Tensor:
-        return torch.stack([load_file(files[i])["latent"] for i in picks.tolist()])
+        return torch.stack([_latent(files[i]) for i in picks.tolist()])
 
     return Latents(torch.tensor([rows[caption] for _, caption in pairs]), load, digest)
+
+
+def _latent(file: Path) -> Tensor:
+    try:
+        return load_file(file)["latent"]
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"Cannot read {file}; delete it ({error}).") from error
 
 
 def built_in(prompts: list[str]) -> Latents:
@@ -138,11 +153,25 @@ def encode(pairs: list[tuple[Path, Path]], teacher: Teacher, device: torch.devic
     processor = VaeImageProcessor(vae_scale_factor=ratio)
     height, width = (ratio * side for side in teacher.latent_shape[1:])
     for path, file in track(pairs, "latents", disable=len(pairs) < 2):
-        try:
-            image = Image.open(path).convert("RGB")
-        except (OSError, Image.DecompressionBombError) as error:
-            raise UserError(f"Cannot read the image {path} ({error}); remove it.") from error
-        pixels = processor.preprocess(image, height, width, resize_mode="crop").to(device)
+        pixels = processor.preprocess(opened(path), height, width, resize_mode="crop").to(device)
         latent = vae.encode(pixels).latent[0] * vae.config.scaling_factor
         write_whole(file, save({"latent": latent.cpu().contiguous()}))
     teacher.free("vae")
+
+
+def opened(path: Path) -> Image.Image:
+    """An image file in RGB: upright, 16-bit greys in 8 bits, on white where it is transparent.
+
+    Raises UserError if it cannot be read.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"Cannot read the image {path} ({error}); put it back, or remove it."
+        ) from error
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tbcm import digits
-from tbcm.config import TrainConfig, read_config
+from tbcm.config import TrainConfig, check_seed, read_config
 from tbcm.errors import UserError
 from tbcm.models import Teacher, load_transformer, teacher_of
 from tbcm.text import read_prompts
@@ -201,9 +201,10 @@ def load_run(run_dir: str | Path, device: str = "cpu") -> Run:
     return Run(teacher, student, config, scales[len(scales) // 2], torch.device(device))
 
 
-def load_drawing_run(run_dir: str | Path, steps: int) -> Run:
-    """`load_run` on the GPU, if there is one. Raises UserError if it cannot draw in `steps`."""
+def load_drawing_run(run_dir: str | Path, steps: int, seed: int = 0) -> Run:
+    """`load_run` on the GPU, if there is one. Raises UserError for steps or a seed out of range."""
     check_steps(steps)
+    check_seed(seed)
     run = load_run(run_dir, "cuda" if torch.cuda.is_available() else "cpu")
     if not run.teacher.drawable:
         raise UserError(
@@ -257,6 +258,6 @@ def sample_run(
         UserError: an unreadable run or prompts file, or latents that need a VAE to become images.
     """
     check_writable(out)
-    run = load_drawing_run(run_dir, steps)
+    run = load_drawing_run(run_dir, steps, seed)
     prompts = read_prompts(prompts_file) if prompts_file else run_prompts(run.config)
     grid(draw_images(run, prompts, [seed + i for i in range(len(prompts))], steps), out)

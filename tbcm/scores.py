@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from tbcm.errors import UserError
+from tbcm.images import opened
 from tbcm.sampling import (
     Run,
     check_writable,
@@ -114,13 +115,16 @@ def read_items(folder: str | Path) -> list[Item]:
     Images may lie in subfolders, as MJHQ-30K's lie in one for each category.
 
     Raises:
-        UserError: the file is missing or unreadable, or a prompt has no image.
+        UserError: the file is missing or unreadable, or a prompt is no string or has no image.
     """
     file = Path(folder) / "meta_data.json"
     try:
         prompts = {name: entry["prompt"] for name, entry in json.loads(file.read_text()).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is not like MJHQ-30K: cannot read {file} ({error}).") from error
+    for name, prompt in prompts.items():
+        if not isinstance(prompt, str):
+            raise UserError(f"The prompt of {name} in {file} is {prompt!r}; make it a string.")
     images = {p.stem: p for p in Path(folder).rglob("*") if p.suffix in (".jpg", ".jpeg", ".png")}
     missing = [name for name in prompts if name not in images]
     if missing or not prompts:
@@ -184,15 +188,15 @@ def score_run(
     """
     check_writable(json_path)
     items = read_items(images)[:samples]
-    if len(items) < 2:
+    if len(items) < 2 or (samples is not None and samples < 2):
         raise UserError("FID needs at least two images; raise --samples.")
-    run = load_drawing_run(run_dir, steps)
+    run = load_drawing_run(run_dir, steps, seed)
     run.teacher.text.check([item.prompt for item in items])
     judges = load_judges(inception, clip, run.device)
     settings = {
         "student": digest(student_folder(run_dir)), "images_of": str(Path(images).resolve()),
         "steps": steps, "seed": seed, "inception": digest(Path(inception)), "clip_model": clip,
-        "images": len(items),
+        "images": len(items), "prompts": prompts_digest([item.prompt for item in items]),
     }  # fmt: skip
     out = Path(out)
     claim(out, settings)
@@ -226,15 +230,6 @@ def drawn(
     return [opened(path) for path in paths]
 
 
-def opened(path: Path) -> Image.Image:
-    """An image file in RGB. Raises UserError if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise UserError(f"Cannot read the image {path} ({error}); put it back.") from error
-
-
 def claim(out: Path, settings: dict[str, Any]) -> None:
     """Note what `out` is of. Raises UserError if it is of something else."""
     file = out / "settings.json"
@@ -260,6 +255,11 @@ def save_progress(out: Path, judges: Judges) -> None:
     buffer = io.BytesIO()
     torch.save(judges.state(), buffer)
     write_whole(out / "progress.pt", buffer.getvalue())
+
+
+def prompts_digest(prompts: list[str]) -> str:
+    """SHA-256 of prompts, in their order."""
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
 
 
 def digest(path: Path) -> str:

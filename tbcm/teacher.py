@@ -7,6 +7,7 @@ given s itself as its timestep. x0 is the image in [−1, 1], which is x0/σ_d i
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from tbcm import digits
+from tbcm.config import check_seed, check_set
 from tbcm.errors import UserError
 from tbcm.text import TextEncoder
 
@@ -80,9 +82,13 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError for a value out of range."""
+        check_set(self)
         for name in POSITIVE:
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0 and finite.")
+        if self.lr_warmup_steps < 0:
+            raise UserError(f"lr_warmup_steps is {self.lr_warmup_steps}; it must be at least 0.")
+        check_seed(self.seed)
         for name in SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be between 0 and 1.")

@@ -109,12 +109,12 @@ def read_prompts(path: str | Path) -> list[str]:
         UserError: the file cannot be read, is not UTF-8, or holds no prompt.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as e:
         raise UserError(f"Cannot read the prompts file {path}: {e.strerror}.") from e
     except UnicodeDecodeError as e:
         raise UserError(f"The prompts file {path} is not UTF-8 text; save it as UTF-8.") from e
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"The prompts file {path} holds no prompt; write one per line.")
     return prompts

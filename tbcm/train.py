@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from tbcm import checkpoint, digits, images, plots
 from tbcm.config import TrainConfig
 from tbcm.distiller import Distiller
-from tbcm.distributed import check_device, on_main
+from tbcm.distributed import check_device, make_accelerator, on_main
 from tbcm.errors import UserError
 from tbcm.models import teacher_of
 from tbcm.progress import Log, peak_memory_mb
@@ -24,22 +24,22 @@ def train(config: TrainConfig) -> None:
     """Run `tbcm train`. Raises UserError for whatever the user can mend."""
     check_device(config)
     teacher = teacher_of(config)
-    if not config.resume_from_checkpoint:
-        checkpoint.check_free(Path(config.output_dir))
-    distiller = METHODS[config.method](config, teacher, load_prompts(config))
-    open_run(distiller)
-    if distiller.main:
-        announce(distiller)
-    with Log(config, distiller.accelerator, distiller.step) as log:
-        while distiller.step < config.max_train_steps:
-            log.write(distiller.train_step())
-            if due(distiller.step, config.checkpointing_steps, config):
-                log.flush()
-                save_checkpoint(distiller)
-            if due(distiller.step, config.validation_steps, config):
-                save_grid(distiller, log)
-    finish(distiller)
-    distiller.accelerator.end_training()
+    with ExitStack() as held:
+        start = find_start(config, held)
+        distiller = METHODS[config.method](config, teacher, load_prompts(config))
+        open_run(distiller, start, held)
+        if distiller.main:
+            announce(distiller)
+        with Log(config, distiller.accelerator, distiller.step) as log:
+            while distiller.step < config.max_train_steps:
+                log.write(distiller.train_step())
+                if due(distiller.step, config.checkpointing_steps, config):
+                    log.flush()
+                    save_checkpoint(distiller)
+                if due(distiller.step, config.validation_steps, config):
+                    save_grid(distiller, log)
+        finish(distiller)
+        distiller.accelerator.end_training()
 
 
 def announce(distiller: Distiller) -> None:
@@ -58,22 +58,33 @@ def announce(distiller: Distiller) -> None:
         print(f"{path} holds no vae/ to draw its latents with, so no grids are drawn.")
 
 
-def open_run(distiller: Distiller) -> None:
+def find_start(config: TrainConfig, held: ExitStack) -> Path | None:
+    """The checkpoint to continue from, found before any long work; its run is held from here on."""
+
+    def find() -> Path | None:
+        found = checkpoint.find_start(config)
+        if config.resume_from_checkpoint:
+            held.enter_context(checkpoint.alone(Path(config.output_dir)))
+        return found
+
+    return on_main(make_accelerator(config), find)
+
+
+def open_run(distiller: Distiller, start: Path | None, held: ExitStack) -> None:
     """Start or continue the run in its folder, which the main process alone writes to."""
-    config = distiller.config
-    found: dict[str, Any] = {}
+    config, run = distiller.config, Path(distiller.config.output_dir)
 
-    def claim() -> str | None:
-        found.update(checkpoint.open_run(config) or {})
-        return found.get("path")
+    def claim() -> None:
+        checkpoint.claim(run)
+        held.enter_context(checkpoint.alone(run))
 
-    path = on_main(distiller.accelerator, claim)
-    if path:
-        distiller.load_state(found or checkpoint.read(Path(path)))
-        if distiller.main:
-            checkpoint.set_aside_newer(Path(config.output_dir), distiller.step)
+    if not config.resume_from_checkpoint:
+        on_main(distiller.accelerator, claim)
+    if start:
+        distiller.load_state(checkpoint.read(start))
     if distiller.main:
-        write_whole(Path(config.output_dir) / "config.yaml", config.dump().encode())
+        checkpoint.set_aside_newer(run, distiller.step)
+        write_whole(run / "config.yaml", config.dump().encode())
 
 
 def save_checkpoint(distiller: Distiller) -> None:

@@ -263,6 +263,26 @@ def test_a_folder_of_images_trains(teacher: Path, folder: Path, tmp_path: Path):
     assert (tmp_path / "run" / "student" / "config.json").exists()
 
 
+def test_an_emptied_latent_is_named(teacher: Path, folder: Path, tmp_path: Path):
+    config = of_folder(tmp_path / "run", teacher, folder)
+    opened(config, teacher)
+    for file in (folder / "tbcm_latents").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match=r"Cannot read .*safetensors; delete it"):
+        opened(config, teacher).load(torch.tensor([0]))
+
+
+def test_images_are_read_upright_on_white_and_in_eight_bits(tmp_path: Path):
+    path, turned = tmp_path / "i.png", Image.Exif()
+    Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16)).save(path)
+    assert np.asarray(images.opened(path))[0, :, 0].tolist() == [0, 100, 255]
+    Image.fromarray(np.array([[[9, 9, 9, 0], [9, 8, 7, 255]]], np.uint8)).save(path)
+    assert np.asarray(images.opened(path)).tolist() == [[[255, 255, 255], [9, 8, 7]]]
+    turned[274] = 6  # the orientation: a quarter turn
+    Image.new("RGB", (3, 2)).save(path, exif=turned)
+    assert images.opened(path).size == (2, 3)
+
+
 def without_caption(folder: Path) -> None:
     (folder / "2.txt").unlink()
 
@@ -275,6 +295,11 @@ def torn_image(folder: Path) -> None:
     (folder / "2.png").write_bytes(b"torn")
 
 
+def wrong_length(folder: Path) -> None:
+    whole = (folder / "2.png").read_bytes()
+    (folder / "2.png").write_bytes(whole[:33] + b"\x00\x00\x00\x05IDAT" + whole[41:])
+
+
 def no_image(folder: Path) -> None:
     for image in folder.glob("*.png"):
         image.unlink()
@@ -284,7 +309,8 @@ def no_image(folder: Path) -> None:
     ("harm", "says"),
     [
         (without_caption, r"Cannot read the caption .*2\.txt"), (empty_caption, r"2\.txt is empty"),
-        (torn_image, r"Cannot read the image .*2\.png"), (no_image, r"holds no \.jpg"),
+        (torn_image, r"Cannot read the image .*2\.png"),
+        (wrong_length, r"Cannot read the image .*2\.png"), (no_image, r"holds no \.jpg"),
     ],
 )  # fmt: skip
 def test_bad_images_are_named(

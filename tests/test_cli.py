@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,15 +55,18 @@ def test_preset_by_name_under_config_under_line(tmp_path: Path):
     assert (config.route_steps, config.learning_rate) == (9, 3.5e-6)
 
 
-def test_config_file_replaces_the_preset_and_round_trips(tmp_path: Path):
+def test_config_file_goes_over_the_preset_and_round_trips(tmp_path: Path):
     path = tmp_path / "c.yaml"
     path.write_text("route_steps: 5\noutput_dir: there\nfused: true\n")
     for line in (("--config", str(path), "--seed", "3"), ("--seed", "3", f"--config={path}")):
         config = parsed(*line)
         assert (config.route_steps, config.output_dir, config.seed) == (5, "there", 3)
-    assert config.fused and config.learning_rate == TrainConfig("x").learning_rate
-    path.write_text(config.dump())
-    assert parsed("--config", str(path)) == config
+    assert config.fused and config.learning_rate == 4e-4
+    for run in (config, TrainConfig("there")):
+        path.write_text(replace(run, resume_from_checkpoint="latest").dump())
+        assert parsed("--config", str(path)) == run
+    path.write_text("mixed_precision: no\n")
+    assert parsed("--output_dir", "o", "--config", str(path)).mixed_precision == "no"
 
 
 def test_every_field_is_documented(capsys: pytest.CaptureFixture[str]):
@@ -75,9 +79,10 @@ def test_every_field_is_documented(capsys: pytest.CaptureFixture[str]):
 
 
 BAD_FILES = {
+    "rate.yaml": "learning_rate: null\n", "kind.yaml": "optimizer: null\n",
     "key.yaml": "lerning_rate: 1\n", "type.yaml": "learning_rate: fast\n", "torn.yaml": "a: [1\n",
     "empty.txt": "\n \n", "latin.txt": b"\xff\xfe caf\xe9", "long.txt": "seven " * 400,
-    "file": "not a folder",
+    "file": "not a folder", "number.jsonl": '{"prompt": 5}',
 }  # fmt: skip
 
 
@@ -101,12 +106,17 @@ BAD_FILES = {
         ("train --output_dir {d}/o --config {d}/key.yaml", "lerning_rate"),
         ("train --output_dir {d}/o --config {d}/type.yaml", "learning_rate"),
         ("train --output_dir {d}/o --config {d}/torn.yaml", "torn.yaml"),
+        ("train --output_dir {d}/o --config {d}/rate.yaml", "learning_rate must have a value"),
+        ("train --output_dir {d}/o --config {d}/kind.yaml", "optimizer must have a value"),
         ("train --output_dir {d}/o --preset sana", "preset.*'sana'.*sana_sprint_0.6b_1024"),
         ("train --output_dir {d}/o --resolution 0", "resolution must be at least 1"),
         ("train --output_dir {d}/o --resolution 9", "resolution 9 is not a multiple of 2"),
         ("train --output_dir {d}/o --variant bf16", "variant"),
         ("train --output_dir {d}/o --revision main", "no revision main"),
         ("train --output_dir {d}/o --teacher letters", "letters"),
+        ("train --output_dir {d}/o --teacher {d}", r"teacher names a built-in one \(digits\)"),
+        ("train --output_dir {d}/o --teacher=", r"built-in one \(digits\), not ''"),
+        ("train --output_dir {d}/o --method scm --resolution 16", "8 pixels a side"),
         ("train --output_dir {d}/o --pretrained_model_name_or_path {d}/none", "none"),
         ("train --output_dir {d}/o --teacher digits --pretrained_model_name_or_path x", "not both"),
         ("train --output_dir {d}/o --prompts {d}/none.txt", "none.txt"),
@@ -120,10 +130,20 @@ BAD_FILES = {
         ("train --output_dir {d}/o --resume_from_checkpoint latest", "no checkpoint"),
         ("sample {d}/none --out {d}/x.png", "none"),
         ("sample {d}/none --geneval {d}/none.jsonl --out {d}/x", "none.jsonl"),
+        ("sample {d}/none --geneval {d}/number.jsonl --out {d}/x", '"prompt" is no string'),
+        ("sample {d}/none --geneval {d}/x --out {d}/x --prompts {d}/y", "leave --prompts out"),
+        ("sample {d}/none --out {d}/x.png --images_per_prompt 3", "is for --geneval alone"),
         ("sample {d}/none --out {d}/x.png --steps 3", "no 3-step sampler"),
+        ("sample {d}/none --out {d}/x.png --seed 99999999999999999999", "seed must be between"),
+        ("teacher --output_dir {d}/o --learning_rate .nan", "learning_rate .* above 0 and finite"),
+        ("teacher --output_dir {d}/o --lr_warmup_steps -1", "lr_warmup_steps .* at least 0"),
+        ("teacher --output_dir {d}/o --seed -1", "seed must be between"),
         ("export {d}/none {d}/x", "none"),
         ("eval {d}/none --json {d}/x.json", "none"),
         ("eval {d}/none --json {d}/x.json --images {d}/none", "--out"),
+        ("eval {d}/none --json {d}/x.json --samples 0", "two samples"),
+        ("eval {d}/none --json {d}/x.json --clip c", "--clip is for --images alone"),
+        ("eval {d}/none --json {d}/x.json --seed 1", "--seed is for --images alone"),
         ("bench loss --json {d}/x.json", "invalid choice: 'loss'"),
     ],
 )

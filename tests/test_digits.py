@@ -53,6 +53,8 @@ def test_prompts_file(tmp_path):
         read_prompts(path)
     path.write_text("a seven\n\n  the digit 7 \n", encoding="utf-8")
     assert read_prompts(path) == ["a seven", "the digit 7"]
+    path.write_bytes("\ufeffa seven\r\nthe\u2028digit\f7\r\n".encode())
+    assert read_prompts(path) == ["a seven", "the\u2028digit\f7"]
 
 
 def test_text_encoder_pads_right_and_gives_the_null_prompt_its_own_mask(teacher):

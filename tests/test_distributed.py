@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -100,13 +101,12 @@ def test_two_processes_do_what_one_does(runs: Path, name: str):
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp_fused"])
 def test_one_process_continues_what_two_began(runs: Path, name: str):
-    checkpoint = str(runs / name / "checkpoints/step-000002")
     (runs / "metrics").mkdir(exist_ok=True)
     kept = (runs / name / "metrics.jsonl").read_text().splitlines(keepends=True)[:2]
     run = runs / f"{name}_on_one"
-    run.mkdir()
+    shutil.copytree(runs / name / "checkpoints/step-000002", run / "checkpoints/step-000002")
     (run / "metrics.jsonl").write_text("".join(kept))
-    train(settings(run, resume_from_checkpoint=checkpoint))
+    train(settings(run, resume_from_checkpoint="step-000002"))
     assert_same_run(run, runs / "one")
 
 

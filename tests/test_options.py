@@ -85,6 +85,7 @@ def test_each_prompt_has_its_own_jitter(tmp_path: Path):
 
 
 def test_a_missing_package_is_named_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tbcm.train.load_prompts", lambda config: pytest.fail("too late"))
     options = (
         ("optimizer", "came", "came_pytorch"),
         ("optimizer", "adamw_8bit", "bitsandbytes"),
@@ -160,6 +161,15 @@ def test_a_lora_student_learns_continues_and_is_saved_merged(tmp_path: Path):
         teachers = straight.teacher_net(x, t, *text)
         torch.testing.assert_close(saved(x, t, *text, torch.ones(2)), want, rtol=1e-4, atol=1e-5)
     assert (want - teachers).abs().max() > 1e-3
+
+
+def test_long_validation_prompts_are_refused_before_the_prompts_are_encoded(tmp_path: Path):
+    shown, prompts = tmp_path / "shown.txt", tmp_path / "prompts.txt"
+    shown.write_text("seven " * 40)
+    prompts.write_text("also " * 50)
+    config = settings(tmp_path, prompts=str(prompts), validation_prompts=str(shown))
+    with pytest.raises(UserError, match="41 tokens"):
+        distiller(config)
 
 
 def test_grids_show_the_validation_prompts(tmp_path: Path):

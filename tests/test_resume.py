@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from filelock import FileLock
 
 from tbcm import checkpoint
 from tbcm.config import TrainConfig
@@ -59,7 +59,7 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 def test_kill_9_and_resume_gives_the_same_losses(tmp_path: Path):
     """In the fused mode, which is the one that long runs use; the other tests run plain."""
     run, config = tmp_path / "run", tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(QUICK))
+    config.write_text(settings(run, fused=True).dump())
     command = [sys.executable, "-m", "tbcm", "train", "--config", str(config)]
     process = subprocess.Popen(
         [*command, "--output_dir", str(run), "--max_train_steps", "5000", "--fused"],
@@ -135,6 +135,7 @@ def snapshot(run: Path) -> dict[str, bytes]:
         ({"resume": None}, "is not empty"),
         ({"resume": "latest", "learning_rate": 2e-3}, "learning_rate = 0.001, not 0.002"),
         ({"resume": "step-000099"}, "step-000099: it is missing"),
+        ({"resume": "latest", "steps": 7}, "is past max_train_steps 7"),
     ],
 )
 def test_wrong_start_is_refused_and_touches_nothing(copy: Path, changes: dict, says: str):
@@ -142,6 +143,45 @@ def test_wrong_start_is_refused_and_touches_nothing(copy: Path, changes: dict, s
     with pytest.raises(UserError, match=says):
         train(settings(copy, **changes))
     assert snapshot(copy) == before
+
+
+def test_another_run_s_checkpoint_is_refused_and_touches_nothing(whole: Path, copy: Path):
+    before = snapshot(copy.parent)
+    for out in (copy, copy.with_name("new")):
+        with pytest.raises(UserError, match=r"step-000003 is not of the run in output_dir"):
+            train(settings(out, resume=str(whole / "checkpoints" / "step-000003")))
+    assert snapshot(copy.parent) == before and not copy.with_name("new").exists()
+
+
+def test_a_run_that_another_process_is_at_is_refused(copy: Path):
+    before = snapshot(copy)
+    with FileLock(copy / ".lock"), pytest.raises(UserError, match="Another process is at the run"):
+        train(settings(copy, steps=9, resume="latest"))
+    assert snapshot(copy) == before
+    train(settings(copy, steps=9, resume="latest"))
+
+
+def test_a_wrong_start_is_refused_before_long_work(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from tbcm import train as trainer
+
+    monkeypatch.setattr(trainer, "load_prompts", lambda config: pytest.fail("too late"))
+    (copy / "metrics.jsonl").unlink()
+    for out, changes, says in (
+        (tmp_path / "none", {}, "There is no checkpoint"),
+        (copy, {"learning_rate": 2e-3}, "not 0.002"),
+        (copy, {}, "does not hold every step"),
+    ):
+        with pytest.raises(UserError, match=says):
+            train(settings(out, resume="latest", **changes))
+
+
+def test_an_empty_config_file_is_said(copy: Path):
+    shutil.rmtree(copy / "checkpoints")
+    (copy / "config.yaml").write_text("")
+    with pytest.raises(UserError, match="is not a run of"):
+        train(settings(copy, resume="latest"))
 
 
 def test_changed_prompts_are_refused(tmp_path: Path):
@@ -170,14 +210,18 @@ def test_latest_without_a_run_is_refused(tmp_path: Path):
 
 def test_metrics_that_lost_steps_are_refused(copy: Path):
     (copy / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
-    with pytest.raises(UserError, match="does not hold every step up to 8"):
-        train(settings(copy, resume="latest"))
+    before = snapshot(copy)
+    for resume, step in (("latest", 8), ("step-000003", 3)):
+        with pytest.raises(UserError, match=f"does not hold every step up to {step}"):
+            train(settings(copy, resume=resume))
+    assert snapshot(copy) == before
 
 
 def test_limit_removes_the_oldest_after_a_save(tmp_path: Path):
-    for step in (1, 2, 3):
+    for step in (1, 999999, 1000000):
         checkpoint.save(tmp_path, step, {"step": step}, limit=2)
-    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-000002", "step-000003"]
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-999999", "step-1000000"]
+    assert checkpoint.latest(tmp_path)["step"] == 1000000
 
 
 def test_failed_save_leaves_the_older_ones_and_names_the_file(

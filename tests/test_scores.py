@@ -112,6 +112,7 @@ def test_fid_is_the_frechet_distance_of_the_features(report: tuple, real: Path):
     want = frechet(features(made), features([*real.rglob("*.png")]))
     assert figures["fid"] == pytest.approx(want, rel=1e-4) and figures["fid"] > 0.01
     assert figures["images"] == N and figures["steps"] == 1
+    assert figures["prompts"] == scores.prompts_digest([*PROMPTS.values()])
 
 
 def test_clip_score_is_the_mean_cosine_of_image_and_prompt(report: tuple, judges: Path):
@@ -171,7 +172,8 @@ def test_missing_weights_are_named_all_at_once(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"samples": 1}, "at least two images"),
+        *(({"samples": n}, "at least two images") for n in (1, 0, -1)),
+        ({"seed": 2**64}, "seed must be between"),
         ({"images": "nowhere"}, "not like MJHQ-30K"),
         ({"run_dir": "nowhere"}, "nowhere is not a run"),
     ],
@@ -186,6 +188,12 @@ def test_bad_input(
     with pytest.raises(scores.UserError, match=says):
         score_run(**{**settings, **changes})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_that_is_no_string_is_named(tmp_path: Path):
+    (tmp_path / "meta_data.json").write_text('{"00": {"prompt": 5}}')
+    with pytest.raises(scores.UserError, match=r"prompt of 00 in .* is 5"):
+        scores.read_items(tmp_path)
 
 
 def test_geneval_gets_the_layout_its_scorer_reads(tiny_run: Path, tmp_path: Path, capsys):
@@ -205,5 +213,8 @@ def test_geneval_gets_the_layout_its_scorer_reads(tiny_run: Path, tmp_path: Path
     assert {p: p.read_bytes() for p in out.rglob("*.png")} == images
     assert cli.main(f"{line} --steps 2".split()) == 2  # would mix two samplers' images
     assert "begun with steps = 1" in capsys.readouterr().err
+    metadata.write_text("\n".join(reversed(lines)))
+    assert cli.main(line.split()) == 2  # would put the old images under new prompts
+    assert "begun with prompts = " in capsys.readouterr().err
     metadata.write_text('{"tag": "no prompt"}')
     assert cli.main(line.split()) == 2 and "evaluation_metadata" in capsys.readouterr().err

@@ -269,8 +269,12 @@ def forward(
 
 
 def _lanes_at_once(q: Tensor, v: Tensor) -> int:
-    """Tangent lanes that one launch carries; each has accumulators of its own."""
-    return 2 if max(q.shape[3], v.shape[3]) <= _WIDTHS[0] else 1
+    """Tangent lanes that one launch carries; each has accumulators of its own.
+
+    Two in fp32, which would spill, stop Triton 3.9 in an assertion of its compiler.
+    """
+    fits = max(q.shape[3], v.shape[3]) <= _WIDTHS[0] and q.dtype != torch.float32
+    return 2 if fits else 1
 
 
 def _forward(

@@ -1,4 +1,4 @@
-"""Prove CUDA kernels that were compiled for the host: prove_on_host.py LIBRARY DTYPE...
+"""Prove CUDA kernels that were compiled for the host: prove_on_host.py LIBRARY all|few DTYPE...
 
 In a process of its own, where the library takes the place of the compiled extension.
 """
@@ -60,12 +60,13 @@ def takes(op: str, dtype: torch.dtype) -> bool:
     return _dispatch.refusal(op, "cuda", "cpu", dtype) is None
 
 
-for dtype in (getattr(torch, name) for name in sys.argv[2:]):
+few = sys.argv[2] == "few"
+for dtype in (getattr(torch, name) for name in sys.argv[3:]):
     for op in _dispatch.OPS:
         if takes(op, dtype):
-            proof = prove(op, "cuda", "cpu", dtype)
+            proof = prove(op, "cuda", "cpu", dtype, few)
             print(proof, *proof.faults, sep="\n")
     for what in SPREADING:
-        if takes(what[0], dtype):
+        if not few and takes(what[0], dtype):
             for fault in spread(*what, dtype):
                 print(fault)

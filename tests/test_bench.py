@@ -41,8 +41,10 @@ def off(function: Callable) -> Callable:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Sizes for a test: few input sets, no large copy, one thread."""
-    monkeypatch.setattr(bench.timing, "beyond_cache", lambda device: 1)
+    """Sizes for a test: few input sets and rounds, no large copy, one thread."""
+    monkeypatch.setattr(timing, "beyond_cache", lambda device: 1)
+    monkeypatch.setattr(timing, "MIN_ROUNDS", 2)
+    monkeypatch.setattr(timing, "WARM_UP", 1)
     monkeypatch.setattr(peaks, "copy_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(peaks, "matmul_peak", lambda device, dtype: 1e12)
     threads = torch.get_num_threads()
@@ -64,7 +66,7 @@ def test_rows_of_every_pass_and_variant(op: str, tmp_path: Path) -> None:
     pairs = {(p, v) for p in ops.passes(op) for v in {*kernels, *plain[p]}}
     assert {(r["pass"], r["variant"]) for r in rows} == pairs
     for row in rows:
-        assert row["p20_us"] <= row["us"] <= row["p80_us"] and row["rounds"] >= 7
+        assert row["p20_us"] <= row["us"] <= row["p80_us"] and row["rounds"] == 2
         assert row["baseline"] in plain[row["pass"]]
         assert row["bytes"] > 0 and len(row["source"]) == 12
         assert row["variant"] != row["baseline"] or row["speedup"] == 1

@@ -147,7 +147,7 @@ def test_images_are_encoded_once_in_a_step(method: str) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["tbcm", "sana_sprint"])
 def test_a_compiled_step_is_the_eager_one(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Teacher and student are captured whole; to compile their C++ would take a minute."""
     tangents = []

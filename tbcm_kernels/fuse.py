@@ -16,7 +16,7 @@ FUSED = {
 }
 """Model class -> the module whose `swaps(model)` says what to replace by what.
 
-Other diffusers models keep their forward and get attention from `tbcm_kernels.processors`.
+Other diffusers models keep their forward; `tbcm_kernels.layers` says what is replaced in them.
 """
 
 
@@ -73,11 +73,14 @@ class Fused:
         return encode(self.model, encoder_hidden_states)
 
     def __repr__(self) -> str:
-        counts = collections.Counter(
-            getattr(new, "__name__", type(new).__name__) for _, _, new, _ in self.swaps
-        )
+        counts = collections.Counter(self._label(*swap[:3]) for swap in self.swaps)
         replaced = ", ".join(f"{n} {name}" for name, n in counts.items())
         return f"Fused({type(self.model).__name__}: {'undone' if self.undone else replaced})"
+
+    def _label(self, owner: Any, name: str, new: Any) -> str:
+        if owner is self.model:
+            return name
+        return type(new if name == "processor" else owner).__name__
 
     def __enter__(self) -> nn.Module:
         return self.model
@@ -87,7 +90,7 @@ class Fused:
 
 
 def fuse(model: nn.Module) -> Fused:
-    """Replace the forward of `model`, or its attention, on this instance alone, by a fused one.
+    """Replace the forward of `model`, or of parts of it, on this instance alone, by a fused one.
 
     Parameters keep their names and identity, so optimizers, state dicts and `save_pretrained` see
     no difference. The fused model takes ordinary tensors or forward-AD duals, so
@@ -95,15 +98,15 @@ def fuse(model: nn.Module) -> Fused:
 
     Args:
         model: a diffusers `SanaTransformer2DModel`, whose whole forward is fused, or any diffusers
-            model whose attention processors are known (`tbcm_kernels.processors.PROCESSORS`), as
-            those of PixArt and SD3 are. The layers around its attention stay PyTorch's, so there a
-            gradient through the tangent is wrong where `F.layer_norm`'s is (pytorch#196700); a
-            loss that detaches the tangent, as sCM's does, is not concerned.
+            model whose attention processors are known, as those of PixArt, SD3, Flux and Wan are:
+            `tbcm_kernels.processors.PROCESSORS` and all that call `dispatch_attention_fn`. There
+            attention, linear layers and norms (`tbcm_kernels.layers.LAYERS`) are fused, and what is
+            around them stays PyTorch's.
 
     Returns:
         A handle that tells what was replaced; `handle.undo()` restores the model, and
-        `with fuse(model):` does at its end. A `copy.deepcopy` of a fused model is fused and a
-        pickled one is not; fuse a copy for a handle of its own.
+        `with fuse(model):` does at its end. A `copy.deepcopy` of a fused model is fused, and fusing
+        it gives it a handle of its own; pickle a model after `undo()`.
 
     Raises:
         TypeError: a model that has neither a fused forward nor attention processors, or that wraps
@@ -115,13 +118,13 @@ def fuse(model: nn.Module) -> Fused:
     if model in _live:
         raise ValueError("fuse: this model is fused already; undo() that first.")
     target = _target(model)
-    inner = next((n for n, m in model.named_modules() if target is None and _target(m)), None)
-    if inner is not None:
-        raise TypeError(
-            f"fuse: {type(model).__name__} holds a model with a fused forward; fuse its {inner}."
-        )
-    if target is None and any(hasattr(m, "get_processor") for m in model.modules()):
-        target = "tbcm_kernels.processors"
+    if target is None:
+        inner = next((n for n, m in model.named_modules() if _target(m)), None)
+        if inner is not None:
+            kind = type(model).__name__
+            raise TypeError(f"fuse: {kind} holds a model with a fused forward; fuse its {inner}.")
+        if any(hasattr(m, "get_processor") for m in model.modules()):
+            target = "tbcm_kernels.layers"
     if target is None:
         known = ", ".join(n.rpartition(".")[2] for n in FUSED)
         raise TypeError(
@@ -144,5 +147,6 @@ def _target(model: nn.Module) -> str | None:
 def _own(owner: nn.Module, name: str, new: Any) -> Any:
     """What an instance has in place of its class's; a copy brings the method of what it copied."""
     old = owner.__dict__.get(name)
+    old = getattr(old, "stock", old)
     copied = (getattr(new, "__func__", new), getattr(type(owner), name, None))
     return None if getattr(old, "__func__", old) in copied else old

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tbcm_kernels._layers import does_more
+from tbcm_kernels._layers import does_more, over_heads
 from tbcm_kernels.adaln import adaln
 from tbcm_kernels.attention import attention
 from tbcm_kernels.conv_glu import conv_glu
@@ -452,21 +452,13 @@ class Attention(nn.Module):
             hidden_states: what queries are made of.
             encoder_hidden_states: what keys and values are made of, [B, S, cross_attention_dim];
                 None is hidden_states.
-            attention_mask: [B, S], [B, 1, S] or [B, N, S]; True takes part, floats are added to the
-                logits.
+            attention_mask: [B, S], [B, N or 1, S], [B, 1, N or 1, S] or [B·H, N or 1, S]; True
+                takes part, floats are added to the logits.
         """
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q = self._heads(self.to_q(hidden_states))
         k, v = self._heads(self.to_k(context)), self._heads(self.to_v(context))
-        if attention_mask is not None:
-            if attention_mask.ndim not in (2, 3):
-                raise ValueError(
-                    f"Attention: attention_mask must be [B, S], [B, 1, S] or [B, N, S], got "
-                    f"{list(attention_mask.shape)}."
-                )
-            rows = attention_mask if attention_mask.ndim == 3 else attention_mask[:, None]
-            attention_mask = rows[:, None]
-        o = self._attend(q, k, v, attention_mask)
+        o = self._attend(q, k, v, over_heads(attention_mask, q.shape[0]))
         return self.to_out[1](self.to_out[0](o.transpose(1, 2).flatten(2)))
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor, cat, nn
 
-from tbcm_kernels._layers import does_more
+from tbcm_kernels._layers import does_more, over_heads
 from tbcm_kernels.attention import attention
 from tbcm_kernels.attention.functional import MAX_HEAD_DIM, Norm
+from tbcm_kernels.backend import backend
 from tbcm_kernels.rms_norm import rms_norm
 
 
@@ -23,14 +24,16 @@ class JVPAttnProcessor:
     """What diffusers' `AttnProcessor2_0` does, correct under forward AD: self- or cross-attention.
 
     An RMSNorm of queries or keys, over each head or over all, runs inside the kernel. Spatial,
-    group, cross and other norms, projections and dropout run as the modules that they are.
+    group, cross and other norms, projections and dropout run as the modules that they are. Not for
+    SANA's self-attention, which is linear; `fuse` tells attentions apart.
 
     Args:
         across_heads: call norms other than RMSNorm on all heads at once, as SANA's processor does.
 
     Raises:
-        ValueError: on call, what `tbcm_kernels.attention` does not take, such as a head dim that is
-            no multiple of 8 or a mask that does not fit.
+        ValueError: on call, rotary embeddings, added keys (`add_k_proj`), and what
+            `tbcm_kernels.attention` does not take, such as a head dim that is no multiple of 8 or a
+            mask that does not fit.
     """
 
     def __init__(self, across_heads: bool = False) -> None:
@@ -43,7 +46,16 @@ class JVPAttnProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        rotary_emb: Any = None,
     ) -> Tensor:
+        if image_rotary_emb is not None or rotary_emb is not None:
+            raise ValueError("JVPAttnProcessor: it applies no rotary embedding; set the stock one.")
+        if getattr(attn, "add_k_proj", None) is not None:
+            raise ValueError(
+                "JVPAttnProcessor: it takes no keys beside those of hidden_states and the text, "
+                "for which this attention has add_k_proj; set the stock processor."
+            )
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -55,7 +67,7 @@ class JVPAttnProcessor:
         if encoder_hidden_states is not None and attn.norm_cross is not None:
             context = attn.norm_encoder_hidden_states(context)
         q, k, v = _project(attn, hidden_states, context)
-        o = _attend(attn, q, k, v, _bias(attention_mask, k.shape[0]), self.across_heads)
+        o = _attend(attn, q, k, v, over_heads(attention_mask, k.shape[0]), self.across_heads)
         o = attn.to_out[1](attn.to_out[0](o))
         if residual.ndim == 4:
             o = o.transpose(-1, -2).reshape(residual.shape)
@@ -107,6 +119,7 @@ PROCESSORS: dict[str, Callable[[], Any] | None] = {
     "diffusers.models.attention_processor.AttnProcessor2_0": JVPAttnProcessor,
     "diffusers.models.attention_processor.JointAttnProcessor2_0": JVPJointAttnProcessor,
     "diffusers.models.attention_processor.SanaLinearAttnProcessor2_0": None,
+    "diffusers.models.transformers.transformer_sana_video.SanaLinearAttnProcessor3_0": None,
     "diffusers.models.transformers.sana_transformer.SanaAttnProcessor2_0": functools.partial(
         JVPAttnProcessor, across_heads=True
     ),
@@ -116,8 +129,8 @@ PROCESSORS: dict[str, Callable[[], Any] | None] = {
 _RMS_NORMS = ("diffusers.models.normalization.RMSNorm", "torch.nn.modules.normalization.RMSNorm")
 
 
-def swaps(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """(attention, "processor", new) for every attention of the model; changes nothing.
+def swaps(model: nn.Module) -> list[tuple[Any, str, Any]]:
+    """(attention, "processor", new) or (processor, "_attention_backend", new) for every attention.
 
     Raises:
         ValueError: an attention whose processor or head dim is not covered, or fused already.
@@ -128,8 +141,14 @@ def swaps(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
             continue
         if reason := _refusal(attn):
             raise ValueError(f"fuse: {name} {reason}.")
-        if make := PROCESSORS[_path(attn.get_processor())]:
-            found.append((attn, "processor", make()))
+        processor = attn.get_processor()
+        if _dispatches(processor):
+            shared = any(owner is processor for owner, _, _ in found)
+            found += [] if shared else [(processor, "_attention_backend", backend())]
+        elif make := PROCESSORS[_path(_stock(processor))]:
+            new = make()
+            new.stock = _stock(processor)
+            found.append((attn, "processor", new))
     if not found:
         raise ValueError(f"fuse: {type(model).__name__} has no softmax attention to replace.")
     return found
@@ -137,17 +156,36 @@ def swaps(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
 
 def _refusal(attn: nn.Module) -> str | None:
     """Why the attention cannot take a new processor, in one clause; None where it can."""
-    processor = attn.get_processor()
+    processor = _stock(attn.get_processor())
     kind = type(processor).__name__
     if isinstance(processor, JVPAttnProcessor | JVPJointAttnProcessor):
         return f"has a {kind} already; undo() the earlier fuse first"
+    if _dispatches(processor):
+        return None
     if _path(processor) not in PROCESSORS:
         known = ", ".join(path.rpartition(".")[2] for path in PROCESSORS)
-        return f"has a {kind}, for which there is no counterpart; there is one for {known}"
+        return (
+            f"has a {kind}, for which there is no counterpart; there is one for {known} and for "
+            f"diffusers' own that call dispatch_attention_fn without asking for a backend"
+        )
     width = attn.inner_dim // attn.heads
     if PROCESSORS[_path(processor)] and (width % 8 or width > MAX_HEAD_DIM):
         return f"has head dim {width}; it must be a multiple of 8 up to {MAX_HEAD_DIM}"
     return None
+
+
+def _stock(processor: Any) -> Any:
+    """What a processor has taken the place of, where a copy of a fused model brings one along."""
+    return getattr(processor, "stock", processor)
+
+
+def _dispatches(processor: Any) -> bool:
+    """Whether it is one of diffusers' that leave attention to the backend that they are told."""
+    kind = type(processor)
+    if not kind.__module__.startswith("diffusers.") or getattr(kind, "_attention_backend", 0):
+        return False
+    code = getattr(kind.__call__, "__code__", None)
+    return code is not None and "_attention_backend" in code.co_names
 
 
 def _path(x: object) -> str:
@@ -200,21 +238,3 @@ def _normalized(norm: nn.Module | None, x: Tensor) -> Tensor:
         return x
     plain = _kernel_norm(norm)
     return norm(x) if plain is None else rms_norm(x, plain[0], eps=plain[1])
-
-
-def _bias(mask: Tensor | None, batch: int) -> Tensor | None:
-    """A mask [B, S], [B, N or 1, S] or [B·H, N or 1, S] to broadcast over [B, H, N, S].
-
-    The last is what `Attention.prepare_attention_mask` makes of the second, by copying it.
-    """
-    if mask is None:
-        return None
-    rows = mask if mask.ndim == 3 else mask[:, None]
-    if rows.shape[0] == batch:
-        return rows[:, None]
-    if rows.ndim != 3 or rows.shape[0] % batch:
-        raise ValueError(
-            f"attention: attention_mask must be [B, S], [B, N or 1, S] or [B·H, N or 1, S] with "
-            f"B = {batch}, got {list(mask.shape)}."
-        )
-    return rows.unflatten(0, (batch, -1))

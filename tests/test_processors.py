@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
-    FluxTransformer2DModel,
+    HunyuanDiT2DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -149,7 +149,7 @@ def test_undo_and_state(name: str) -> None:
     before, names = dict(model.attn_processors), list(model.state_dict())
     parameters = [id(p) for p in model.parameters()]
     handle = tk.fuse(model)
-    assert repr(handle) == f"Fused({type(model).__name__}: {MODELS[name][2]})"
+    assert repr(handle).startswith(f"Fused({type(model).__name__}: {MODELS[name][2]}, ")
     assert list(model.state_dict()) == names
     assert [id(p) for p in model.parameters()] == parameters
     assert not any("JVP" in type(p).__name__ for p in other.attn_processors.values())
@@ -184,12 +184,13 @@ def test_refusals_change_nothing() -> None:
     with pytest.raises(ValueError, match=r"1\.attn2 has a AttnProcessor, .* no counterpart"):
         tk.fuse(model)
     assert all(model.attn_processors[n] is p for n, p in before.items())
-    flux = FluxTransformer2DModel(
-        num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=8, pooled_projection_dim=8, in_channels=4, axes_dims_rope=(4, 4, 8),
+    rotary = HunyuanDiT2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, patch_size=2, num_layers=1,
+        hidden_size=32, cross_attention_dim=8, cross_attention_dim_t5=8, pooled_projection_dim=8,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="FluxAttnProcessor"):
-        tk.fuse(flux)
+    with pytest.raises(ValueError, match=r"HunyuanAttnProcessor2_0, .* no counterpart"):
+        tk.fuse(rotary)
+    assert not any("forward" in m.__dict__ for m in rotary.modules())
     odd = PixArtTransformer2DModel(**PIXART | {"attention_head_dim": 12, "cross_attention_dim": 24})
     with pytest.raises(ValueError, match="attn1 has head dim 12"):
         tk.fuse(odd)
@@ -394,3 +395,26 @@ def test_semi_gradient_saves_no_matrix_of_probabilities() -> None:
         _, tangent = torch.func.jvp(attn, (x,), (x.cos(),))
     assert 0 < max(sizes) < 200 * 200 * 4
     assert tangent.requires_grad  # to_out is the model's own layer
+
+
+def test_what_a_processor_would_pass_by_is_refused() -> None:
+    """Rotary embeddings and added keys, which diffusers hands over or leaves with the module."""
+    x = torch.randn(2, 6, 32)
+    attn = Attention(query_dim=32, heads=4, dim_head=8, processor=JVPAttnProcessor())
+    for name in ("image_rotary_emb", "rotary_emb"):
+        with pytest.raises(ValueError, match="no rotary embedding"):
+            attn(x, **{name: (x, x)})
+    attn = Attention(query_dim=32, heads=4, dim_head=8, added_kv_proj_dim=32)
+    attn.set_processor(JVPAttnProcessor())
+    with pytest.raises(ValueError, match="add_k_proj"):
+        attn(x)
+
+
+def test_a_mask_of_four_dimensions() -> None:
+    torch.manual_seed(0)
+    attn = _randomized(Attention(query_dim=32, heads=4, dim_head=8))
+    x, keep = torch.randn(2, 6, 32), torch.rand(2, 1, 6, 6) < 0.6
+    keep[..., 0] = True
+    want = attn(x, attention_mask=keep)
+    attn.set_processor(JVPAttnProcessor())
+    assert _worst(attn(x, attention_mask=keep), want) < 1e-5

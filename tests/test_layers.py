@@ -1,0 +1,305 @@
+"""Attention, linear layers and norms fused in diffusers models whose forward stays their own."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+import unittest.mock
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models import normalization
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import tbcm_kernels as tk
+from tbcm_kernels import layers, modules
+from tbcm_kernels.backend import NAME, backend
+
+HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
+TEXT = {"in_channels": 4, "joint_attention_dim": 8, "axes_dims_rope": (4, 4, 8)} | HEADS
+WAN = {
+    "in_channels": 4, "out_channels": 4, "text_dim": 8, "freq_dim": 16, "ffn_dim": 32,
+    "num_layers": 2, "rope_max_seq_len": 16,
+} | HEADS  # fmt: skip
+MASK = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
+VIDEO = (2, 4, 2, 4, 4)
+"""Batch, channels, frames, height, width."""
+
+
+def _flux() -> tuple[nn.Module, Tensor, dict]:
+    model = diffusers.FluxTransformer2DModel(
+        num_layers=1, num_single_layers=1, pooled_projection_dim=8, **TEXT
+    )
+    places = {"img_ids": torch.randint(0, 4, (12, 3)).float(), "txt_ids": torch.zeros(5, 3)}
+    return model, torch.randn(2, 12, 4), places | {"pooled_projections": torch.randn(2, 8)}
+
+
+def _wan(**image: int) -> tuple[nn.Module, Tensor, dict]:
+    model = diffusers.WanTransformer3DModel(**WAN | image)
+    return model, torch.randn(VIDEO), {"timestep": torch.tensor([3, 9])}
+
+
+def _wan_of_an_image() -> tuple[nn.Module, Tensor, dict]:
+    model, x, options = _wan(image_dim=8, added_kv_proj_dim=32)
+    text, image = torch.randn(2, 512, 8), torch.randn(2, 5, 8)
+    return model, x, options | {"encoder_hidden_states": text, "encoder_hidden_states_image": image}
+
+
+def _qwen() -> tuple[nn.Module, Tensor, dict]:
+    model = diffusers.QwenImageTransformer2DModel(out_channels=1, num_layers=2, **TEXT)
+    options = {"encoder_hidden_states_mask": MASK.bool(), "img_shapes": [[(1, 3, 4)]] * 2}
+    return model, torch.randn(2, 12, 4), options
+
+
+def _sana_video() -> tuple[nn.Module, Tensor, dict]:
+    model = diffusers.SanaVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_layers=2, num_cross_attention_heads=2,
+        cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=8, sample_size=4,
+        qk_norm="rms_norm_across_heads", rope_max_seq_len=16, patch_size=(1, 1, 1), **HEADS,
+    )  # fmt: skip
+    return model, torch.randn(VIDEO), {"timestep": torch.tensor([3, 9])}
+
+
+def _hunyuan_video() -> tuple[nn.Module, Tensor, dict]:
+    model = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, num_refiner_layers=1,
+        text_embed_dim=8, pooled_projection_dim=8, rope_axes_dim=(4, 4, 8), **HEADS,
+    )  # fmt: skip
+    options = {"pooled_projections": torch.randn(2, 8), "guidance": torch.tensor([1e3, 1e3])}
+    return model, torch.randn(VIDEO), options | {"encoder_attention_mask": MASK}
+
+
+def _ltx() -> tuple[nn.Module, Tensor, dict]:
+    model = diffusers.LTXVideoTransformer3DModel(
+        in_channels=4, out_channels=4, cross_attention_dim=32, num_layers=2, caption_channels=8,
+        **HEADS,
+    )  # fmt: skip
+    options = {"encoder_attention_mask": MASK, "num_frames": 1, "height": 3, "width": 4}
+    return model, torch.randn(2, 12, 4), options
+
+
+MODELS = {
+    f.__name__[1:]: f
+    for f in (_flux, _wan, _wan_of_an_image, _qwen, _sana_video, _hunyuan_video, _ltx)
+}
+
+
+def _made(name: str) -> tuple[nn.Module, Callable[[Tensor], Tensor], Tensor]:
+    """Model, its output as a function of x, and x."""
+    torch.manual_seed(0)
+    model, x, options = MODELS[name]()
+    for norm in (m for m in model.modules() if "RMSNorm" in type(m).__name__):
+        if norm.weight is not None:
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+    common = {"timestep": torch.tensor([0.3, 0.7]), "encoder_hidden_states": torch.randn(2, 5, 8)}
+    common |= options
+    return model, lambda x: model(hidden_states=x, return_dict=False, **common)[0], x
+
+
+def _step(model: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
+    """Value, tangent, and all gradients of a projection of both."""
+    value, tangent = torch.func.jvp(function, (x,), (x.cos(),))
+    torch.manual_seed(1)
+    weights = torch.randn(2, *value.shape)
+    loss = (value * weights[0]).sum() + (tangent * weights[1]).sum()
+    used = [p for n, p in model.named_parameters() if not n.endswith(("to_k.bias", "k_proj.bias"))]
+    grads = torch.autograd.grad(loss, used, allow_unused=True)
+    return [value.detach(), tangent.detach(), *(g for g in grads if g is not None)]
+
+
+def _layer_norm(
+    x: Tensor, shape: list[int], weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    """`F.layer_norm`, whose gradient through the tangent is wrong (pytorch#196700)."""
+    center = x - x.mean(-1, keepdim=True)
+    y = center * torch.rsqrt(center.square().mean(-1, keepdim=True) + eps)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def _worst(got: Tensor, want: Tensor) -> float:
+    return ((got - want).abs().max() / want.abs().max().clamp_min(1e-4)).item()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_agrees_with_stock(name: str) -> None:
+    """Value, tangent and gradients through both; without fuse PyTorch refuses forward mode."""
+    model, function, x = _made(name)
+    before = {n: dict(m.__dict__) for n, m in model.named_modules()}
+    with sdpa_kernel(SDPBackend.MATH), unittest.mock.patch.object(F, "layer_norm", _layer_norm):
+        want = _step(model, function, x)
+    with pytest.raises(NotImplementedError, match="forward AD"):
+        torch.func.jvp(function, (x,), (x,))
+    with tk.fuse(model):
+        got = _step(model, function, x)
+    assert len(got) == len(want)
+    assert max(map(_worst, got, want)) < 2e-5
+    assert {n: dict(m.__dict__) for n, m in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("default_device", [None])  # in its scope Dynamo knows no Tensor.unflatten
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_compiles_in_one_graph(name: str) -> None:
+    """Wan's stock layer norms do not: Dynamo cannot trace F.layer_norm of a dual with weights."""
+    model, function, x = _made(name)
+
+    def dual(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(function, (x,), (torch.ones_like(x),))
+
+    with tk.fuse(model):
+        want = dual(x)
+        got = torch.compile(dual, backend="aot_eager", fullgraph=True)(x)
+    torch.compiler.reset()
+    assert max(map(_worst, got, want)) < 1e-5
+
+
+def test_what_was_replaced_is_told() -> None:
+    model, _, _ = _made("flux")
+    told = repr(tk.fuse(model))
+    assert told.startswith("Fused(FluxTransformer2DModel: 2 FluxAttnProcessor, ")
+    for layer in ("Linear", "RMSNorm", "AdaLayerNormZero", "AdaLayerNormZeroSingle", "LayerNorm"):
+        assert f" {layer}" in told
+
+
+def test_copies_and_pickles(tmp_path: Path) -> None:
+    """A copy is fused and can be given a handle; a pickle loads where nobody has fused before."""
+    model, function, x = _made("flux")
+    want = function(x)
+    handle = tk.fuse(model)
+    twin = copy.deepcopy(model)
+    assert twin.transformer_blocks[0].attn.processor._attention_backend == NAME
+    assert twin.proj_out.forward.__self__ is twin.proj_out
+    tk.fuse(twin).undo()
+    assert not any("forward" in m.__dict__ for m in twin.modules())
+    assert twin.transformer_blocks[0].attn.processor._attention_backend is None
+    file = tmp_path / "model.pickle"
+    file.write_bytes(pickle.dumps(model))
+    loads = (
+        f"import pickle; m = pickle.load(open({str(file)!r}, 'rb')); "
+        "print(m.transformer_blocks[0].attn.processor._attention_backend.value)"
+    )
+    run = subprocess.run([sys.executable, "-c", loads], capture_output=True, text=True)
+    assert run.stdout.strip() == NAME, run.stderr
+    handle.undo()
+    assert torch.equal(function(x), want)
+
+
+def test_copies_of_models_with_processors() -> None:
+    from test_processors import PIXART
+
+    model = diffusers.PixArtTransformer2DModel(**PIXART)
+    handle = tk.fuse(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        tk.fuse(twin).undo()
+        stock = twin.transformer_blocks[0].attn1.processor
+        assert type(stock).__name__ == "AttnProcessor2_0"
+    handle.undo()
+
+
+def test_layers_that_do_more_keep_their_forward() -> None:
+    """A forward of its own, a subclass, two dimensions, a bias; hooks run as before."""
+
+    class Twice(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model, function, x = _made("flux")
+    model.proj_out = Twice(32, 4)
+    own = model.context_embedder.forward
+    model.context_embedder.forward = lambda x: 3 * own(x)
+    block = model.transformer_blocks[0]
+    block.norm1.norm.register_forward_hook(lambda module, args, y: 4 * y)
+    block.norm1.linear.register_forward_hook(lambda module, args, y: 5 * y)
+    model.wide = nn.LayerNorm((2, 3))
+    model.biased = normalization.RMSNorm(8, 1e-6, bias=True)
+    want = function(x)
+    with tk.fuse(model):
+        for kept in (model.proj_out, block.norm1, model.wide, model.biased):
+            assert "forward" not in kept.__dict__
+        assert "forward" in block.norm1.linear.__dict__
+        assert _worst(function(x), want) < 1e-5
+
+
+NORMS = {
+    "FP32LayerNorm": {},
+    "RMSNorm": {"eps": 1e-6},
+    "RMSNorm without weight": {"eps": 1e-6, "elementwise_affine": False},
+    "AdaLayerNormContinuous": {
+        "conditioning_embedding_dim": 24, "elementwise_affine": False, "eps": 1e-3,
+    },
+    "AdaLayerNormZeroSingle": {},
+    "AdaLayerNormZero": {},
+}  # fmt: skip
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("kind", "of_x", "of_weights"),
+    [
+        (kind, x, weights)
+        for kind in NORMS
+        for x, weights in ((FP32, FP32), (BF16, BF16), (FP32, BF16), (BF16, FP32))
+        if x == weights or not kind.startswith("Ada")  # which PyTorch's linear layers refuse
+    ],
+)
+def test_dtypes_are_those_of_stock(
+    kind: str, of_x: torch.dtype, of_weights: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layer = getattr(normalization, kind.split()[0])(24, **NORMS[kind]).to(of_weights)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, 0.5, 0.3)
+    x = torch.randn(2, 5, 24).to(of_x)
+    emb = {"conditioning_embedding": x[:, 0]} if "Continuous" in kind else {"emb": x[:, 0]}
+    emb = emb if kind.startswith("Ada") else {}
+    want = layer(x, **emb)
+    monkeypatch.setattr(layers.processors, "swaps", lambda model: [])
+    for owner, name, new in layers.swaps(layer):
+        setattr(owner, name, new)
+    assert "forward" in layer.__dict__
+    got = layer(x, **emb)
+    close = 1e-5 if of_x == of_weights == FP32 else 0.03
+    for a, b in zip(*(v if isinstance(v, tuple) else (v,) for v in (got, want)), strict=True):
+        assert a.dtype == b.dtype and _worst(a.float(), b.float()) < close
+
+
+def test_what_the_backend_does_not_do_is_named() -> None:
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    q = torch.randn(2, 6, 2, 16)
+    for options, says in (
+        ({"dropout_p": 0.1}, "dropout_p"),
+        ({"attention_kwargs": {"return_lse": True}}, "return_lse"),
+        ({"parallel_config": object()}, "context parallelism"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            dispatch_attention_fn(q, q, q, backend=backend(), **options)
+    mask = torch.tensor([[True] * 4 + [False] * 2, [True] * 6])
+    for options in ({}, {"attn_mask": mask}, {"is_causal": True}, {"scale": 0.3}):
+        got = dispatch_attention_fn(q, q, q, backend=backend(), **options)
+        torch.testing.assert_close(got, dispatch_attention_fn(q, q, q, **options))
+    shared = [torch.randn(2, 6, 1, 16) for _ in "kv"]
+    got = dispatch_attention_fn(q, *shared, enable_gqa=True, backend=backend())
+    torch.testing.assert_close(got, dispatch_attention_fn(q, *shared, enable_gqa=True))
+
+
+def test_processors_that_ask_for_a_backend_of_their_own_are_refused() -> None:
+    model, _, _ = _made("wan")
+    processor = model.blocks[1].attn2.processor
+
+    class Own(type(processor)):
+        """A subclass may do without dispatch_attention_fn."""
+
+    model.blocks[1].attn2.processor = Own()
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn2 has a Own.*no counterpart"):
+        tk.fuse(model)
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    assert modules.Linear not in map(type, model.modules())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -26,9 +26,11 @@ def stop_tangent_gradient() -> Iterator[None]:
     """Treat every tangent as a constant in backward, and save nothing for it.
 
     This is the semi-gradient of sCM, TBCM and MeanFlow, whose losses use the tangent without
-    differentiating it. Inside, tangents that the ops return do not require grad. It applies to the
-    whole process. A checkpointed function runs again in backward, when the scope has been left:
-    enter it inside that function.
+    differentiating it. Inside, tangents that the ops return do not require grad. PyTorch's own
+    layers know nothing of it: what they do to a tangent after the last op has a graph again, so
+    detach the tangent that `torch.func.jvp` returns. It applies to the whole process. A
+    checkpointed function runs again in backward, when the scope has been left: enter it inside that
+    function.
 
     Raises:
         RuntimeError: another thread is inside already.
@@ -47,7 +49,9 @@ def stop_tangent_gradient() -> Iterator[None]:
 
 def _claim() -> None:
     thread = threading.get_ident()
-    if _owners and _owners[-1] != thread:
+    # Backward on CUDA is a thread of PyTorch's, in which a checkpointed function enters again.
+    again = _stopped and torch._C._current_graph_task_id() != -1
+    if _owners and _owners[-1] != thread and not again:
         raise RuntimeError(
             "stop_tangent_gradient() applies to the whole process and another thread is inside; "
             "enter it in one thread, or in one process each."
@@ -175,6 +179,23 @@ def unpack(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | 
         primals.append(primal)
         tangents.append(None if tangent is None else tangent.to(primal.dtype))
     return primals, tangents
+
+
+def number(op: str, name: str, value: Any) -> float:
+    """An argument that is a number and nothing to differentiate by.
+
+    Raises:
+        ValueError: what is no number, or a tensor whose gradient or tangent would be lost.
+    """
+    if isinstance(value, Tensor) and (value.requires_grad or unpack(value)[1][0] is not None):
+        raise ValueError(
+            f"{op}: {name} is a number, and the gradient or tangent of a tensor would be lost; "
+            f"detach it, or multiply by what is learned outside of the op."
+        )
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{op}: {name} must be a number, got {value!r:.80}.") from None
 
 
 def pack(y: Tensor, ty: Tensor | None) -> Tensor:

@@ -74,8 +74,9 @@ def _refuse(name: str) -> Callable[..., Any]:
 
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(
-            f"tbcm_kernels: {name} has no second derivative; for a double backward use "
-            f'tbcm_kernels.{op}(..., impl="reference"), which PyTorch differentiates to any order.'
+            f"tbcm_kernels: {name} has no second derivative; for a JVP use torch.func.jvp, for a "
+            f'double backward tbcm_kernels.{op}(..., impl="reference"), which PyTorch '
+            f"differentiates to any order, or the layer that a module of ours has replaced."
         )
 
     return backward

@@ -264,3 +264,11 @@ def test_every_16_bit_number_goes_through_the_cpu_kernel(
     want = (0.5 * pairs.double().sum(2, keepdim=True)).to(dtype)
     keys = torch.zeros_like(pairs)
     assert torch.equal(tk.attention(q, keys, pairs, impl="cpu"), want)
+
+
+def test_arguments_by_place_are_those_of_sdpa() -> None:
+    q, k, v = torch.randn(3, 2, 2, 6, 8)
+    mask = torch.rand(6, 6) < 0.6
+    mask[:, 0] = True
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, 0.0, False, scale=0.3)
+    torch.testing.assert_close(tk.attention(q, k, v, mask, 0.0, False, scale=0.3), want)

@@ -433,6 +433,42 @@ def test_two_threads_inside_the_semi_gradient_raise() -> None:
         pass
 
 
+def test_a_checkpoint_enters_again_from_a_thread_of_autograd() -> None:
+    """As backward on CUDA is, while the thread that called it stays inside."""
+    x, done = torch.randn(3, 8).requires_grad_(), []
+
+    def pair(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with tk.stop_tangent_gradient():
+            return torch.func.jvp(tk.rms_norm, (x,), (torch.ones_like(x),))
+
+    with tk.stop_tangent_gradient():
+        y, _ = checkpoint(pair, x, use_reentrant=False)
+        thread = threading.Thread(target=lambda: done.append(y.sum().backward()))
+        thread.start()
+        thread.join()
+    (want,) = torch.autograd.grad(tk.rms_norm(x).sum(), x)
+    assert done and torch.equal(x.grad, want)
+
+
+def test_a_tensor_that_learns_is_no_number() -> None:
+    """As an argument that the ops take for a number, its gradient and tangent would vanish."""
+    x = torch.randn(2, 2, 4, 8)
+    calls = {
+        "scale": lambda s: tk.attention(x, x, x, scale=s),
+        "eps": lambda s: tk.rms_norm(x, eps=s),
+        " eps": lambda s: tk.adaln(x[0], eps=s),
+        "  eps": lambda s: tk.linear_attention(x, x, x, eps=s),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"{name.strip()} is a number, and the gradient"):
+            call(torch.tensor(0.5, requires_grad=True))
+        with pytest.raises(ValueError, match=f"{name.strip()} is a number, and the gradient"):
+            torch.func.jvp(call, (torch.tensor(0.5),), (torch.tensor(1.0),))
+        assert call(torch.tensor(0.5)) is not None
+        with pytest.raises(ValueError, match=f"{name.strip()} must be a number, got 'half'"):
+            call("half")
+
+
 def test_outputs_never_alias_inputs() -> None:
     x, h = torch.randn(2, 2, 3, 4).double()
     tangent = torch.ones_like(x)
@@ -465,4 +501,6 @@ def test_autocast_casts_pairs_alike() -> None:
     primals, tangents = _inputs()
     with torch.autocast(primals[0].device.type, torch.bfloat16):
         y, ty = tk.linear_jvp(primals[0], primals[6], None, tangents[0])
-    assert y.dtype == ty.dtype == torch.bfloat16
+        bias, moving = torch.randn(2, len(primals[6])).to(primals[0])
+        z, tz = tk.linear_jvp(primals[0], primals[6], bias, None, primals[6], moving)
+    assert y.dtype == ty.dtype == z.dtype == tz.dtype == torch.bfloat16

@@ -292,6 +292,13 @@ def test_no_grad_and_empty_batch() -> None:
     assert loss.isnan() and norm.shape == (0,)
 
 
+def test_one_number_a_sample() -> None:
+    out, jvp, velocity, x, t = torch.rand(5, 4)
+    losses = [tk.tangent_loss(out, jvp, velocity, x, t, R, impl=i) for i in ("auto", "reference")]
+    for got, want in zip(*losses, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compile_fullgraph_forward_and_backward(backend: str) -> None:
     torch._dynamo.reset()

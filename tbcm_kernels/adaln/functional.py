@@ -121,6 +121,7 @@ def _pair(
     if stopped := _dual.tangent_gradient_stopped():
         tangents = _dual.detached(*tangents)
     chosen = _dispatch.choose_for_rows("adaln", impl, x)
+    eps = _dual.number("adaln", "eps", eps)
     out, y, tout, ty = adaln_op(*primals, *tangents, eps, dtype, not stopped, chosen)
     residual_tangent = _dual.present(tangents[:3])
     if stopped:

@@ -23,10 +23,10 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
     scale: float | None = None,
     enable_gqa: bool = False,
     key_mask: Tensor | None = None,
@@ -36,7 +36,7 @@ def attention(
     return_lse: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention with the arguments of `F.scaled_dot_product_attention`, by keyword.
+    """Softmax attention with the arguments of `F.scaled_dot_product_attention`.
 
         S = scale · q kᵀ + bias,  P = softmax S,  o = P v
 
@@ -187,7 +187,7 @@ def _run(
             f"{op}: causal_alignment must be upper_left or lower_right, got {alignment!r}."
         )
     causal = (k.shape[2] - q.shape[2] if alignment == "lower_right" else 0) if is_causal else None
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[3] ** -0.5 if scale is None else _dual.number(op, "scale", scale)
     setting = (attn_mask, key_mask, scale, causal, norms[0][1], norms[1][1])
     inputs = (q, k, v, norms[0][0], norms[1][0])
     values = _pair(inputs, tangents, setting, impl)

@@ -71,7 +71,7 @@ def _pair(
         if tweight is not None:
             terms.append(_rows(x, tweight))
         if tbias is not None:
-            terms.append(tbias.expand_as(y))
+            terms.append(tbias.to(y.dtype).expand_as(y))
         ty = sum(terms[1:], terms[0]) if terms else None
     return y, ty
 

@@ -83,6 +83,7 @@ def _pair(
     if stopped := _dual.tangent_gradient_stopped():
         tx, tweight = _dual.detached(tx, tweight)
     chosen = _dispatch.choose_for_rows("rms_norm", impl, x)
+    eps = _dual.number("rms_norm", "eps", eps)
     y, ty = rms_norm_op(x, weight, tx, tweight, eps, not stopped, chosen)
     if stopped:
         ty = ty.detach()

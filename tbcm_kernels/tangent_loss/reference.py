@@ -24,7 +24,7 @@ def loss(
     norm, finite, keep, weight, lv = _samples(g, keep, weight, log_variance)
     residual = out.to(g.dtype) - out.detach().to(g.dtype) - g / per_sample(norm + c, g)
     residual = torch.where(per_sample(finite, g).bool(), residual, 0)
-    terms = weight * torch.exp(-lv) * residual.flatten(1).square().mean(1) + lv
+    terms = weight * torch.exp(-lv) * _flat(residual).square().mean(1) + lv
     return _mean(keep * terms, finite), norm
 
 
@@ -67,10 +67,15 @@ def direction(
 
 def _samples(g: Tensor, *numbers: Tensor | None) -> tuple[Tensor, ...]:
     """n, whether it is finite, and keep, w, lv in g's dtype, which are 1, 1, 0 by default."""
-    norm = g.flatten(1).square().sum(1).sqrt()
+    norm = _flat(g).square().sum(1).sqrt()
     defaults = torch.ones_like(norm), torch.ones_like(norm), torch.zeros_like(norm)
     filled = (d if a is None else a.to(norm.dtype) for a, d in zip(numbers, defaults, strict=True))
     return norm, norm.isfinite(), *filled
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[B, ...] as [B, M], also where ... is nothing."""
+    return x.unsqueeze(-1).flatten(1)
 
 
 def _mean(terms: Tensor, finite: Tensor) -> Tensor:

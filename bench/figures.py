@@ -5,6 +5,7 @@ All of it comes from the rows in bench/results; of rows measured again the last 
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -67,7 +68,7 @@ def speed(step: dict[str, Any]) -> list[str]:
     return [
         f"One step of it, in turns on {step['threads']} CPU threads: {eager['ms']:.0f} ms plain, "
         f"{fused['ms']:.0f} ms fused, **{step['speedup']:.2f} times faster**; peak memory "
-        f"{eager['peak_mb']:.0f} and {fused['peak_mb']:.0f} MB (`tbcm bench step`)."
+        f"{eager['peak_mb']:.0f} and {fused['peak_mb']:.0f} MiB (`tbcm bench step`)."
     ]
 
 
@@ -139,7 +140,7 @@ def models(rows: list[Row]) -> list[str]:
         f"gradient; what it saves for backward is in tensors of the residual stream:",
         "",
         "| model | value | value and tangent | of the value's time | step | | "
-        "MiB in a step | saved for each block |",
+        "MiB in a step | saved, per block |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for (model, layers, latent, batch), row in last.items():
@@ -179,8 +180,8 @@ def steps(rows: list[Row]) -> list[str]:
 
 COUNTED: list[tuple[str, str, Callable[[float], str]]] = [
     ("samples/s", "samples_s", "{:.3g}".format),
-    ("peak MB", "peak_mb", "{:.0f}".format),
-    ("saved MB", "saved_mb", "{:.0f}".format),
+    ("peak MiB", "peak_mb", "{:.0f}".format),
+    ("saved MiB", "saved_mb", "{:.0f}".format),
     ("launches", "launches", str),
     ("TFLOP", "flops", lambda n: f"{n / 1e12:.2f}"),
     ("GB", "bytes", lambda n: f"{n / 1e9:.1f}"),
@@ -283,4 +284,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser("python -m bench.figures", description=__doc__).parse_args()
     main()

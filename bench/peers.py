@@ -22,7 +22,7 @@ def absent(case: Case, device: str) -> str | None:
     Its limits are those of release 0.14, which asserts some of them and miscomputes beyond others.
     """
     if find_spec(NAME) is None:
-        return "is not installed: pip install 'tbcm-kernels[peers]'"
+        return "is not installed: in the checkout run pip install --no-build-isolation '.[peers]'"
     if device != "cuda":
         return "runs on CUDA only"
     q, k = case.primals[:2]

@@ -1,4 +1,7 @@
-"""The plots of docs/img, from the rows of bench/results; the same rows give the same bytes."""
+"""The plots of docs/img, from the rows of bench/results.
+
+The same rows give the same bytes with the same Matplotlib and fonts.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,9 @@ import torch
 
 from bench import ops
 
-pytest.importorskip("pytest_benchmark", reason="pip install 'tbcm-kernels[bench]'")
+pytest.importorskip(
+    "pytest_benchmark", reason="in the checkout run pip install --no-build-isolation '.[bench]'"
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 SHAPES = ("digits", "sana-0.6b-512")

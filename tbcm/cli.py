@@ -25,7 +25,11 @@ def add_train(parser: ArgumentParser) -> None:
     from tbcm.config import PRESETS, TrainConfig
 
     presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
-    parser.add_argument("--preset", choices=presets, help="Settings that ship with tbcm.")
+    parser.add_argument(
+        "--preset", choices=presets, help="Settings that ship with tbcm. Default: digits, or "
+        "digits_baselines, with the built-in teacher; the defaults below hold where a preset sets "
+        "nothing.",
+    )  # fmt: skip
     parser.add_argument("--config", action="config", help="YAML file of settings.")
     parser.add_class_arguments(TrainConfig, skip=set(FLAGS))
     for name, says in FLAGS.items():
@@ -196,16 +200,40 @@ def build_parser(command: str) -> ArgumentParser:
 
 def parse(argv: list[str]) -> Namespace:
     """Parsed arguments, over the defaults of a preset."""
-    parser = build_parser(argv[0] if argv else "")
-    argv = config_first(argv)
+    command = argv[0] if argv else ""
+    parser = build_parser(command)
+    argv = line = config_first(argv)
+    if printing := command == "train" and any(map(prints_config, argv)):
+        # Printing ends the parsing, so the preset is found without; no folder is needed.
+        line = [*(word for word in argv if not prints_config(word)), "--output_dir="]
     try:
-        args = parser.parse_args(argv)
+        args = parser.parse_args(line)
     except ArgumentError as error:
+        says = as_typed(command, str(error))
         files = " ".join(word for word in argv if word.endswith((".yaml", ".yml")))
-        raise UserError(f"{error} (reading {files})" if files else str(error)) from error
+        raise UserError(f"{says} (reading {files})" if files else says) from error
     preset = preset_of(args.train) if args.subcommand == "train" else None
+    if not (preset or printing):
+        return args
     # Before the rest of the line, which overrides it.
-    return parser.parse_args(["train", "--config", str(preset), *argv[1:]]) if preset else args
+    return parser.parse_args(["train", *(["--config", str(preset)] if preset else []), *argv[1:]])
+
+
+def prints_config(word: str) -> bool:
+    """Whether a word of the line asks for the settings in place of a run."""
+    return word.partition("=")[0] == "--print_config"
+
+
+def as_typed(command: str, says: str) -> str:
+    """A message of the parser with missing arguments as they are typed: --json for bench.json."""
+    known, found, missing = says.partition("arguments are required: ")
+    if not found:
+        return says
+    parser = ArgumentParser(exit_on_error=False)
+    COMMANDS[command][1](parser)
+    names = [name.removeprefix(f"{command}.") for name in missing.split(", ")]
+    usage = parser.format_usage()
+    return known + found + ", ".join(f"--{n}" if f"--{n} " in usage else n for n in names)
 
 
 def config_first(argv: list[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Every setting of a distillation run, in one dataclass read from YAML and the command line.
 
-Names follow diffusers' Sana-Sprint training script where it has them. The defaults are the released
-TBCM settings for SANA 0.6B; `presets/` holds the settings for the built-in teachers.
+Names follow diffusers' Sana-Sprint training script where it has them. `presets/` holds the
+settings for SANA-Sprint and for the built-in digits; a default holds where a preset sets nothing.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class TrainConfig:
     """Prompts of a whole step, over all processes and accumulation steps, so that a run does not
     depend on their number; each gives route_steps − 1 student samples."""
     gradient_accumulation_steps: int = 1
-    """Parts in which each process works off its share of the batch, to save memory."""
+    """Micro-batches into which each process splits its share of the batch; `train_batch_size` must
+    be a multiple of this times the processes."""
     points_per_pass: int | None = None
     """Points of a prompt's trajectory in one student pass, to save memory (none: all)."""
     gradient_checkpointing: bool = False

@@ -36,7 +36,7 @@ def versions_table() -> Table:
 
 def implementations_table() -> Table:
     """One row per op of tbcm_kernels: what runs on this machine, and why."""
-    table = Table("op", "implementation", "reason")
+    table = Table("op", "in float32", "reason")
     for row in tbcm_kernels.implementations():
         table.add_row(*map(str, row))
     return table

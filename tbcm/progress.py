@@ -31,7 +31,7 @@ from tbcm.sampling import write_whole
 
 
 def peak_memory_mb() -> float:
-    """Peak memory of this process: of the GPU if it has been used, else resident."""
+    """Peak memory of this process in MiB: of the GPU if it has been used, else resident."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
@@ -92,7 +92,7 @@ class Display:
         """One step's record."""
         says = (
             f"loss {record['loss']:.5f}  ‖g‖ {record['g_norm']:.3f}  r {record['r']:.2f}  "
-            f"{record['images_per_s']:.1f} images/s  {peak_memory_mb():.0f} MB"
+            f"{record['images_per_s']:.1f} images/s  {peak_memory_mb():.0f} MiB"
         )
         step = record["step"]
         if self.live:

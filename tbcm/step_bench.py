@@ -526,8 +526,8 @@ def lines(result: dict[str, Any]) -> list[str]:
             launches = row["launches"] or "uncounted"
             found.append(
                 f"{name}: {row['ms']:.1f} ms ({phases}), {row['samples_s']:.1f} samples/s, peak "
-                f"{row['peak_mb']:.0f} MB, {launches} {row['launches_are']}, "
-                f"{row['saved_mb']:.0f} MB saved for backward; {row['flops'] / 1e12:.2f} TFLOP, "
+                f"{row['peak_mb']:.0f} MiB, {launches} {row['launches_are']}, "
+                f"{row['saved_mb']:.0f} MiB saved for backward; {row['flops'] / 1e12:.2f} TFLOP, "
                 f"{row['bytes'] / 1e9:.1f} GB, {row['roofline']:.0%} of the roofline"
             )
     found.append(

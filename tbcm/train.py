@@ -109,7 +109,7 @@ def finish(distiller: Distiller) -> None:
     plots.loss_plot(run / "metrics.jsonl", run / "loss.png")
     print(
         f"{run / 'student'}: the student after {distiller.step} steps, {distiller.skipped} of them "
-        f"skipped as not finite; peak memory {peak_memory_mb():.0f} MB."
+        f"skipped as not finite; peak memory {peak_memory_mb():.0f} MiB."
     )
 
 

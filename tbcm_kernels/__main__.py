@@ -18,6 +18,7 @@ def main() -> None:
         f"torch {torch.__version__}, triton {_installed('triton')}, "
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}"
     )
+    print(f"{'op':<16} {'in float32':<18} reason")
     for op, implementation, reason in tbcm_kernels.implementations():
         print(f"{op:<16} {implementation:<18} {reason}")
     if reason := _dispatch.missing("cpu"):

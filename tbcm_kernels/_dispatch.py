@@ -38,6 +38,10 @@ _ONLY_ASKED_FOR = {
     ("attention", "triton", torch.float32): "exact fp32 products spill registers; ask by impl",
 }
 """What "auto" leaves out, and why."""
+_TO_RECORD = (
+    "to have that remembered, in a checkout add --record bench/results/NAME/proofs.jsonl, then run "
+    "`python -m bench.proofs`"
+)
 OPS: dict[str, tuple[str, ...]] = {
     "adaln": ("cuda", "triton", "cpu"),
     "rms_norm": ("cuda", "triton", "cpu"),
@@ -59,13 +63,13 @@ def missing(impl: str) -> str | None:
             extension = importlib.import_module("tbcm_kernels._C")
         except ImportError as error:
             return (
-                f"the compiled extension is not there ({error}); install a C++ compiler and run "
-                f"pip install --no-build-isolation tbcm-kernels"
+                f"the compiled extension is not there ({error}); install a C++ compiler and in the "
+                f"checkout run `pip install --no-build-isolation .`"
             )
         if impl == "cuda" and not hasattr(extension, "cuda"):
             return (
-                "the compiled extension was built without CUDA; with nvcc on PATH run "
-                "TBCM_BUILD_CUDA=1 pip install --no-build-isolation tbcm-kernels"
+                "the compiled extension was built without CUDA; with nvcc on PATH run in the "
+                "checkout `TBCM_BUILD_CUDA=1 pip install --no-build-isolation .`"
             )
     if impl == "triton":
         try:
@@ -124,7 +128,7 @@ def _unproved(op: str, impl: str, dtype: torch.dtype) -> str | None:
         return None
     return (
         "its source has not passed on a GPU in this dtype yet; `python -m tbcm_kernels.testing` "
-        f'tries it on yours and impl="{impl}" runs it'
+        f'tries it on yours and impl="{impl}" runs it; {_TO_RECORD}'
     )
 
 
@@ -180,7 +184,7 @@ def _choice(
             return candidate, "available"
         why_not[candidate] = reason
     reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in why_not.items())
-    if reasons:
+    if reasons and device != "meta":
         _notice_fallback(op, device, dtype, reasons)
     return "reference", reasons or "PyTorch's own GEMM is the implementation"
 
@@ -235,7 +239,7 @@ def _notice_unproved() -> None:
     warnings.warn(
         "tbcm_kernels: these Triton kernels passed the interpreter and the static audit but have "
         "not yet passed on a GPU; `python -m tbcm_kernels.testing` proves them on yours in "
-        "minutes.",
+        f"minutes; {_TO_RECORD}.",
         stacklevel=2,
     )
 

@@ -69,6 +69,25 @@ def test_config_file_goes_over_the_preset_and_round_trips(tmp_path: Path):
     assert parsed("--output_dir", "o", "--config", str(path)).mixed_precision == "no"
 
 
+@pytest.mark.parametrize(
+    ("line", "rate"),
+    [
+        ("--preset sana_sprint_0.6b_1024 --output_dir o --print_config", 3.5e-6),
+        ("--print_config --preset sana_sprint_0.6b_1024", 3.5e-6),
+        ("--print_config= --preset sana_sprint_0.6b_1024 --learning_rate 2", 2.0),
+        ("--output_dir o --print_config", 4e-4),
+        ("--pretrained_model_name_or_path p --print_config", 1e-5),
+    ],
+)
+def test_printed_settings_are_those_of_the_run(
+    line: str, rate: float, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", *line.split()])
+    assert stop.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["learning_rate"] == rate
+
+
 def test_every_field_is_documented(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", "--help"])
@@ -91,7 +110,10 @@ BAD_FILES = {
     [
         ("", "train,teacher,sample,export,eval"),
         ("distil", "invalid choice: 'distil'"),
-        ("train", "output_dir"),
+        ("train", "required: --output_dir$"),
+        ("bench step", "required: --json$"),
+        ("sample", "required: run, --out$"),
+        ("export {d}/none", "required: out$"),
         ("train --output_dir {d}/o --lerning_rate 1", "--lerning_rate"),
         ("train --output_dir {d}/o --learning_rate fast", '"learning_rate".*fast'),
         ("train --output_dir {d}/o --learning_rate -1", "learning_rate must be above 0"),
@@ -172,4 +194,4 @@ def test_preset_is_valid():
 def test_info_lists_versions_and_ops(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["info"]) == 0
     said = capsys.readouterr().out
-    assert "torch" in said and "adaln" in said
+    assert "torch" in said and "adaln" in said and "in float32" in said

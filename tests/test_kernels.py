@@ -27,7 +27,7 @@ SMALL = {
 }  # fmt: skip
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-# The interpreter truncates where a GPU rounds to bf16, so without a GPU Triton is tested in fp16.
+# Without a GPU, Triton's interpreter, which conftest.py makes round to bf16; fp16 needs a GPU.
 TRITON_DTYPES = [torch.float32, torch.bfloat16, *([torch.float16] if GPU else [])]
 COMBINATIONS = [
     *(

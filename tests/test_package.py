@@ -103,6 +103,28 @@ def test_module_prints_a_row_for_each_op() -> None:
     printed = python("import runpy; runpy.run_module('tbcm_kernels', run_name='__main__')")
     assert printed.startswith(f"tbcm_kernels {tbcm_kernels.__version__}")
     assert {line.split()[0] for line in printed.splitlines()} >= set(_dispatch.OPS)
+    assert "in float32" in printed.splitlines()[1]
+
+
+def test_a_record_makes_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = importlib.import_module("tbcm_kernels.testing.__main__")
+    monkeypatch.setattr(main, "proofs", lambda *_: iter(()))
+    with warnings.catch_warnings():
+        main.main(["--record", str(tmp_path / "new" / "proofs.jsonl")])
+    assert (tmp_path / "new" / "proofs.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["figures", "proofs"])
+def test_help_writes_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.setattr(Path, "write_text", lambda *_: pytest.fail("wrote"))
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "bench" / f"{name}.py"), run_name="__main__")
+    assert f"python -m bench.{name}" in capsys.readouterr().out
 
 
 def test_absent_extension_is_said_and_falls_back() -> None:

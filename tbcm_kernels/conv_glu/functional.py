@@ -12,7 +12,7 @@ from tbcm_kernels._library import or_none
 from tbcm_kernels.conv_glu import reference
 from tbcm_kernels.conv_glu.autograd import conv_glu_op
 
-_SHARED = 126 << 10
+_SHARED = 124 << 10
 """Bytes of shared memory that a block of the CUDA kernel's backward takes in fp32."""
 
 

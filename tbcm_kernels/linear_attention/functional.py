@@ -61,7 +61,8 @@ def linear_attention(
 
     Precision: arithmetic and state in fp32 (fp64 for fp64), also under autocast; rounded once at
     the end, and but for CUDA, where a norm is fused, its output's gradient on the way. Products
-    have the digits of fp32; Triton's have 16 for fp16 and with "elu+1" for bf16, 22 for fp32.
+    have the digits of fp32; Triton's have 16 for bf16 with "elu+1", and 22 for fp16 in heads up to
+    32, and for fp32 there where TF32 is allowed.
     Cost: 4·B·H·N·D·Dv FLOPs; reads q, k, v, writes o. Saves q, k, v and S, fp32 [B, H, D, Dv + 1].
     Source: arXiv 2006.16236; with ReLU, arXiv 2205.14756 and SANA, arXiv 2410.10629.
     """
@@ -130,7 +131,7 @@ def _run(
     if stopped := _dual.tangent_gradient_stopped():
         tangents = _dual.detached(*tangents)
     inputs = (*primals, q_weight, k_weight, *tangents)
-    setting = (feature_map, float(eps), q_eps, k_eps)
+    setting = (feature_map, _dual.number(op, "eps", eps), q_eps, k_eps)
     if impl == "reference":
         o, to, _ = reference.forward(*inputs, Setting(*setting))
         return o, to.detach() if stopped and to is not None else to

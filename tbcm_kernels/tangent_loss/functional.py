@@ -52,7 +52,8 @@ def tangent_loss(
 
     Raises:
         ValueError: a shape or device that does not fit, or an `impl` that cannot run here.
-        RuntimeError: a forward-AD dual, torch.func.grad, or a double backward.
+        RuntimeError: a forward-AD dual, torch.func.grad, or a double backward, each but with
+            impl="reference".
 
     Precision: fp32 arithmetic (fp64 for an fp64 F); the gradient of F is rounded once.
     Cost: reads F, J, V, x once, and in backward again, where it writes gF: g is not stored. Saves

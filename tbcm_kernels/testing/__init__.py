@@ -1,7 +1,7 @@
 """How every op is proved, shipped so that a user can prove it on a machine of their own.
 
     python -m tbcm_kernels.testing         every implementation that this machine can run
-    python -m tbcm_kernels.testing.audit   registers and spills of the Triton kernels, without a GPU
+    python -m tbcm_kernels.testing.audit   registers and spills of the GPU kernels, without a GPU
 
 `proofs` does the former from Python; `faults` judges one tensor by the error policy, which
 `compare.py` explains. `cases.py` holds the inputs and `check.py` runs one case.

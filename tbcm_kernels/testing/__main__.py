@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("few shapes prove nothing: --few and --record exclude each other")
     if args.jobs < 1:
         parser.error("--jobs must be at least 1")
+    if args.record:
+        args.record.parent.mkdir(parents=True, exist_ok=True)
     # The notice that kernels are unproved here would only say to run this.
     warnings.simplefilter("ignore")
     tried = failed = 0

@@ -48,6 +48,7 @@ rows: $(INSTALLED)
 	$(MODEL) $(CPU)/model.jsonl
 	for size in "" "--latent 8" "--latent 32" "--layers 2" "--layers 4" "--batch 2" "--batch 4" "--model sana-1.6b"; do \
 		$(MODEL) $(CPU)/growth.jsonl --seed 1 --layers 1 --latent 16 $$size || exit 1; done
+	$(PY) -m bench.others --device cpu --seconds 20 --json $(CPU)/others.jsonl
 	$(PY) -m tbcm bench step --json $(CPU)/digits-step.json --methods tbcm scm sana_sprint
 	$(PY) -m tbcm bench step --json $(CPU)/sana-step.json --model sana-0.6b --steps 4
 

@@ -131,20 +131,38 @@ def _memory(row: Row) -> str:
     return "?" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
 
 
+PASSES_OF_A_MODEL = [
+    "",
+    "| model | value | value and tangent | of the value's time | step | | "
+    "MiB in a step | saved, per block |",
+    "|---|---|---|---|---|---|---|---|",
+]
+
+
 def models(rows: list[Row]) -> list[str]:
-    """Whole models, fused against stock."""
+    """SANA as a whole, fused against stock."""
     last = {(r["model"], r["layers"], r["latent"], r["batch"]): r for r in rows}
     lines = [
         f"SANA's transformer at reduced depth in {rows[0]['dtype']} on {rows[0]['threads']} CPU "
         f"threads, stock → fused in turns (`python -m bench.model`). A step is a tangent and a "
         f"gradient; what it saves for backward is in tensors of the residual stream:",
-        "",
-        "| model | value | value and tangent | of the value's time | step | | "
-        "MiB in a step | saved, per block |",
-        "|---|---|---|---|---|---|---|---|",
+        *PASSES_OF_A_MODEL,
     ]
     for (model, layers, latent, batch), row in last.items():
         lines.append(f"| {model}, {layers} layers, {latent}², B = {batch} | {_cells(row)} |")
+    return lines
+
+
+def others(rows: list[Row]) -> list[str]:
+    """Models whose attention, linear layers and norms are fused, against stock."""
+    last = {(r["model"], r["layers"], r["side"], r["batch"]): r for r in rows}
+    lines = [
+        "The same of models in which `fuse` replaces attention, linear layers and norms, with "
+        "one block, Flux one of either sort (`python -m bench.others`):",
+        *PASSES_OF_A_MODEL,
+    ]
+    for (model, _, side, batch), row in last.items():
+        lines.append(f"| {model}, {side}² tokens, B = {batch} | {_cells(row)} |")
     return lines
 
 
@@ -248,6 +266,8 @@ def machine(folder: Path) -> list[str]:
         lines += ["", about, "", f"![length]({plots.length(rows, f'length-{name}')})"]
     if rows := read(folder / "model.jsonl"):
         lines += ["", *models(rows)]
+    if rows := read(folder / "others.jsonl"):
+        lines += ["", *others(rows)]
     files = sorted(folder.glob("*step*.json"))
     if found := [json.loads(file.read_text()) for file in files]:
         about = WHOLE_STEPS + (ROOFLINE if any("copy_gb_s" in step for step in found) else "")
@@ -265,6 +285,8 @@ def readme() -> list[str]:
     lines += [f"![speed-ups of the ops](docs/img/ops-{HOME.name}.svg)"]
     if rows := read(HOME / "model.jsonl"):
         lines += ["", *models(rows)]
+    if rows := read(HOME / "others.jsonl"):
+        lines += ["", *others(rows)]
     for folder in sorted(RESULTS.iterdir()):
         if folder != HOME and (rows := ops_of(folder)):
             lines += ["", *best(rows), "", f"![speed-ups](docs/img/ops-{folder.name}.svg)"]

@@ -115,6 +115,8 @@ if [[ $DEVICE == cuda ]]; then
     bench attention-others --op attention --shape sana-1.6b-1024 --shape dit-xl-512 --shape pixart-1024
     bench 512 --shape sana-0.6b-512
     bench compiled --op adaln --op rms_norm --shape sana-0.6b-1024 --compile
+    others=(--layers 4 --side 64 --text 300 --dtype bfloat16 --seconds 3)
+    has diffusers && step bench-others 120 "$PYTHON" -m bench.others "${others[@]}" --json "$out/others.jsonl"
     bench wan --op attention --shape wan-1.3b-480p --pass jvp --pass step
     has diffusers && tbcm_step sana-1.6b 8
 fi

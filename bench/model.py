@@ -135,9 +135,10 @@ def disagreement(stock: Student, fused: Student) -> list[str]:
     """Where the fused model is more than twice as far from stock in fp64 as stock itself is."""
     few = [v[:2] for v in stock.inputs]
     model = copy.deepcopy(stock.model_forward.__self__).double()
-    exact = Student(
-        partial(type(model).forward, model), objective.two_passes, dict(model.named_parameters()),
-        [v.double() if v.is_floating_point() else v for v in few], torch.float64,
+    exact = replace(
+        stock, model_forward=partial(type(model).forward, model), dtype=torch.float64,
+        weights=dict(model.named_parameters()),
+        inputs=[v.double() if v.is_floating_point() else v for v in few],
     )  # fmt: skip
     with fp64_stays():
         truth = exact.step()
@@ -164,21 +165,21 @@ def fp64_stays() -> Iterator[None]:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """‖a − b‖ / ‖b‖."""
-    return float((a - b).norm() / b.norm())
+    """‖a − b‖ / ‖b‖, or ‖a‖ where b is zero."""
+    return float((a - b).norm() / (b.norm() if b.any() else 1))
 
 
-def measure(models: dict[str, Student], args: argparse.Namespace) -> Row:
+def measure(models: dict[str, Student], stream: int, args: argparse.Namespace) -> Row:
     """Time and peak memory of every pass, all in turns, and what a step keeps for backward.
 
-    That is in units u = B · N · C numbers of the dtype, a tensor of the residual stream.
+    That is in units u of `stream` = B · N · C numbers of the dtype, a tensor of the residual
+    stream.
     """
     passes = {(m, what): getattr(s, what) for m, s in models.items() for what in PASSES}
     peaks = {key: timing.peak_memory(call, args.device) for key, call in passes.items()}
     clocks = {k: partial(timing.seconds, call, args.device) for k, call in passes.items()}
     samples = timing.interleave(clocks, args.seconds)
-    width = 32 * HEADS[args.model][0]
-    unit = args.batch * args.latent**2 * width * models["stock"].dtype.itemsize
+    unit = stream * models["stock"].dtype.itemsize
     return {
         name: {
             **{
@@ -237,7 +238,8 @@ def main(argv: list[str] | None = None) -> int:
         print("The fused model is wrong here and is not timed.", *found, sep="\n")
     else:
         row |= environment(args.device, models["stock"].dtype)
-        figures = measure(models, args)
+        stream = args.batch * args.latent**2 * 32 * HEADS[args.model][0]
+        figures = measure(models, stream, args)
         row |= {**figures, **ratios(figures)}
         roofline(row)
         print(report(row))

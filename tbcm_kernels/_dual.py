@@ -19,6 +19,8 @@ from torch import Tensor
 T = TypeVar("T")
 _stopped = False
 _owners: list[int] = []
+"""A thread's number for each scope that it is in."""
+_owning = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -37,26 +39,35 @@ def stop_tangent_gradient() -> Iterator[None]:
     """
     global _stopped
     if not torch.compiler.is_compiling():
-        _claim()
+        _enter()
     before, _stopped = _stopped, True
     try:
         yield
     finally:
-        _stopped = before
-        if not torch.compiler.is_compiling():
-            _owners.pop()
+        if torch.compiler.is_compiling():
+            _stopped = before
+        else:
+            _leave()
 
 
-def _claim() -> None:
+def _enter() -> None:
     thread = threading.get_ident()
-    # Backward on CUDA is a thread of PyTorch's, in which a checkpointed function enters again.
+    # Backward on CUDA is threads of PyTorch's, in which a checkpointed function enters again.
     again = _stopped and torch._C._current_graph_task_id() != -1
-    if _owners and _owners[-1] != thread and not again:
-        raise RuntimeError(
-            "stop_tangent_gradient() applies to the whole process and another thread is inside; "
-            "enter it in one thread, or in one process each."
-        )
-    _owners.append(thread)
+    with _owning:
+        if not again and any(owner != thread for owner in _owners):
+            raise RuntimeError(
+                "stop_tangent_gradient() applies to the whole process and another thread is "
+                "inside; enter it in one thread, or in one process each."
+            )
+        _owners.append(thread)
+
+
+def _leave() -> None:
+    global _stopped
+    with _owning:
+        _owners.remove(threading.get_ident())
+        _stopped = bool(_owners)
 
 
 def tangent_gradient_stopped() -> bool:

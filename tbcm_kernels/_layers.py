@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+COUNTERPARTS: set[Callable[..., Any]] = set()
+"""Forwards of ours that `fuse` gives to layers: they do what those of the classes do."""
+
+
 def does_more(layer: nn.Module) -> bool:
     """Whether hooks or a forward of its own make an instance more than its class and parameters."""
-    return "forward" in layer.__dict__ or has_hooks(layer)
+    return has_other_forward(layer) or has_hooks(layer)
+
+
+def has_other_forward(layer: nn.Module) -> bool:
+    """Whether an instance's forward is neither its class's nor a counterpart of that."""
+    own = function_of(layer.__dict__.get("forward"))
+    return own is not None and own is not type(layer).forward and own not in COUNTERPARTS
+
+
+def function_of(x: Any) -> Any:
+    """What a bound method or a partial calls; else x itself."""
+    return getattr(x, "__func__", getattr(x, "func", x))
 
 
 def has_hooks(layer: nn.Module) -> bool:
@@ -34,3 +53,15 @@ def over_heads(mask: Tensor | None, batch: int) -> Tensor | None:
             f"[B·H, N or 1, S] with B = {batch}, got {list(mask.shape)}."
         )
     return rows.unflatten(0, (batch, -1))
+
+
+def refuse_modes() -> None:
+    """Raise where diffusers waits for a call of `F.scaled_dot_product_attention`, to replace it."""
+    if torch.compiler.is_compiling():
+        return
+    for mode in torch.overrides._get_current_function_mode_stack():
+        if type(mode).__module__.startswith("diffusers."):
+            raise ValueError(
+                f"attention: diffusers' {type(mode).__name__} replaces "
+                f"F.scaled_dot_product_attention, which is not called here; undo() fuse for it."
+            )

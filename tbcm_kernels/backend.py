@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tbcm_kernels._layers import refuse_modes
 from tbcm_kernels.attention import attention
 
 NAME = "tbcm_kernels"
@@ -46,7 +47,8 @@ def _attend(
     """Attention of [B, N, H, D], as diffusers' native backend has it: o in the same layout.
 
     Raises:
-        ValueError: return_lse, context parallelism, and what `attention` does not take.
+        ValueError: return_lse, context parallelism, diffusers' skipping of attention scores, and
+            what `attention` does not take.
     """
     if return_lse:
         raise ValueError("attention: return_lse is not for this backend; undo() fuse for it.")
@@ -54,6 +56,7 @@ def _attend(
         raise ValueError("attention: context parallelism is not built; undo() fuse for it.")
     if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):
         attn_mask = attn_mask[:, None, None]
+    refuse_modes()
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     o = attention(
         q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tbcm_kernels._layers import function_of
+
 FUSED = {
     "diffusers.models.transformers.sana_transformer.SanaTransformer2DModel": "tbcm_kernels.sana",
 }
@@ -20,8 +22,8 @@ Other diffusers models keep their forward; `tbcm_kernels.layers` says what is re
 """
 
 
-_live: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Models that a handle can restore; a copy of one is none of them."""
+_live: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Models, and what was changed in them, that a handle can restore; a copy is none of them."""
 
 
 @dataclass(repr=False)
@@ -45,12 +47,16 @@ class Fused:
         if self.undone:
             return
         for owner, name, new, _ in self.swaps:
-            if owner.__dict__.get(name) is not new:
+            # Whoever has called set_attention_backend() since keeps what that has set.
+            if owner.__dict__.get(name) is not new and name != "_attention_backend":
                 raise ValueError(
                     f"undo: the {name} of {type(owner).__name__} was replaced after fuse(); "
                     f"restore that first."
                 )
-        for owner, name, _, old in self.swaps:
+        for owner, name, new, old in self.swaps:
+            _live.discard(owner)
+            if owner.__dict__.get(name) is not new:
+                continue
             if old is None:
                 delattr(owner, name)
             else:
@@ -106,14 +112,14 @@ def fuse(model: nn.Module) -> Fused:
     Returns:
         A handle that tells what was replaced; `handle.undo()` restores the model, and
         `with fuse(model):` does at its end. A `copy.deepcopy` of a fused model is fused, and fusing
-        it gives it a handle of its own; pickle a model after `undo()`.
+        it gives it a handle of its own. A pickle is too, but one of SANA has the stock forward.
 
     Raises:
         TypeError: a model that has neither a fused forward nor attention processors, or that wraps
             one which has a fused forward.
         ValueError: a configuration, a layer or a processor that is not covered, a subclass with a
-            forward of its own, or a model fused already.
-            The model is then as it was.
+            forward of its own, or a model that is fused already, as a whole or in part. The model
+            is then as it was.
     """
     if model in _live:
         raise ValueError("fuse: this model is fused already; undo() that first.")
@@ -133,8 +139,14 @@ def fuse(model: nn.Module) -> Fused:
         )
     module = importlib.import_module(target)
     swaps = [(*swap, _own(*swap)) for swap in module.swaps(model)]
+    if shared := next((owner for owner, *_ in swaps if owner in _live), None):
+        raise ValueError(
+            f"fuse: a {type(shared).__name__} in this model is fused already, by the fuse() of "
+            f"another that holds it; undo() that first."
+        )
     for owner, name, new, _ in swaps:
         setattr(owner, name, new)
+        _live.add(owner)
     _live.add(model)
     return Fused(model, module, swaps)
 
@@ -148,5 +160,5 @@ def _own(owner: nn.Module, name: str, new: Any) -> Any:
     """What an instance has in place of its class's; a copy brings the method of what it copied."""
     old = owner.__dict__.get(name)
     old = getattr(old, "stock", old)
-    copied = (getattr(new, "__func__", new), getattr(type(owner), name, None))
-    return None if getattr(old, "__func__", old) in copied else old
+    copied = (function_of(new), getattr(type(owner), name, None))
+    return None if function_of(old) in copied else old

@@ -6,16 +6,23 @@ of LAYERS: hooks, parameters and the calls of the model stay as they are.
 
 from __future__ import annotations
 
-import types
+import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tbcm_kernels import modules, processors
-from tbcm_kernels._layers import has_hooks
+from tbcm_kernels._layers import COUNTERPARTS, does_more, has_other_forward
 from tbcm_kernels.adaln import adaln
+from tbcm_kernels.rms_norm import rms_norm
+
+
+class FP32LayerNorm:
+    """diffusers' `FP32LayerNorm`."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return modules.LayerNorm.forward(self, inputs).to(inputs.dtype)
 
 
 class RMSNorm:
@@ -23,9 +30,9 @@ class RMSNorm:
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.weight is None:
-            return modules.RMSNorm.forward(self, hidden_states)
+            return rms_norm(hidden_states, eps=self.eps)
         dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
-        y = modules.RMSNorm.forward(self, hidden_states.to(dtype))
+        y = rms_norm(hidden_states.to(dtype), self.weight, eps=self.eps)
         return y.to(self.weight.dtype) if self.weight.dtype.itemsize == 2 else y
 
 
@@ -40,7 +47,7 @@ class AdaLayerNormZero:
         hidden_dtype: torch.dtype | None = None,
         emb: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        shift, scale, *others = self.linear(F.silu(emb)).chunk(6, dim=1)
+        shift, scale, *others = self.linear(self.silu(emb)).chunk(6, dim=1)
         return _modulated(self.norm, x, scale, shift), *others
 
 
@@ -48,7 +55,7 @@ class AdaLayerNormZeroSingle:
     """diffusers' `AdaLayerNormZeroSingle`."""
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        shift, scale, gate = self.linear(F.silu(emb)).chunk(3, dim=1)
+        shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
         return _modulated(self.norm, x, scale, shift), gate
 
 
@@ -56,7 +63,7 @@ class AdaLayerNormContinuous:
     """diffusers' `AdaLayerNormContinuous`."""
 
     def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
-        emb = self.linear(F.silu(conditioning_embedding).to(x.dtype))
+        emb = self.linear(self.silu(conditioning_embedding).to(x.dtype))
         scale, shift = emb.chunk(2, dim=1)
         return _modulated(self.norm, x, scale, shift)
 
@@ -66,14 +73,14 @@ LAYERS = {
     "torch.nn.modules.linear.Linear": modules.Linear,
     "torch.nn.modules.normalization.LayerNorm": modules.LayerNorm,
     "torch.nn.modules.normalization.RMSNorm": modules.RMSNorm,
-    _DIFFUSERS + "FP32LayerNorm": modules.LayerNorm,
+    _DIFFUSERS + "FP32LayerNorm": FP32LayerNorm,
     _DIFFUSERS + "RMSNorm": RMSNorm,
     _DIFFUSERS + "AdaLayerNormZero": AdaLayerNormZero,
     _DIFFUSERS + "AdaLayerNormZeroSingle": AdaLayerNormZeroSingle,
     _DIFFUSERS + "AdaLayerNormContinuous": AdaLayerNormContinuous,
 }
 """Layer class -> the class whose forward takes its place."""
-_FORWARDS = {kind.forward for kind in LAYERS.values()}
+COUNTERPARTS.update(kind.forward for kind in LAYERS.values())
 
 
 def swaps(model: nn.Module) -> list[tuple[Any, str, Any]]:
@@ -88,32 +95,30 @@ def swaps(model: nn.Module) -> list[tuple[Any, str, Any]]:
     for layer in model.modules():
         new = LAYERS.get(f"{type(layer).__module__}.{type(layer).__qualname__}")
         if new is not None and _is_covered(layer):
-            found.append((layer, "forward", types.MethodType(new.forward, layer)))
+            # A partial is copied and pickled with its layer; a method's pickle is the class's own.
+            found.append((layer, "forward", functools.partial(new.forward, layer)))
     return found
-
-
-def _has_other_forward(layer: nn.Module) -> bool:
-    """Whether its forward is neither its class's nor, where it was copied, a counterpart's."""
-    own = layer.__dict__.get("forward")
-    return own is not None and getattr(own, "__func__", None) not in _FORWARDS
 
 
 def _is_covered(layer: nn.Module) -> bool:
     """Whether the counterpart does all that the layer does."""
-    if _has_other_forward(layer):
+    if has_other_forward(layer):
         return False
     if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
         return len(layer.normalized_shape) == 1
     if type(layer).__name__ == "RMSNorm":
-        return layer.bias is None and len(layer.dim) == 1
+        return layer.bias is None and len(layer.dim) == 1 < layer.dim[0]
     norm = getattr(layer, "norm", None)
     if norm is None:
-        return isinstance(layer, nn.Linear)
+        return isinstance(layer, nn.Linear) and layer.in_features > 0
     plain = isinstance(norm, nn.LayerNorm) and norm.weight is None and norm.bias is None
-    plain &= not (has_hooks(norm) or _has_other_forward(norm))
     return plain and getattr(layer, "emb", None) is None
 
 
 def _modulated(norm: nn.Module, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x [B, N, C] after a LayerNorm and the modulations [B, C]."""
-    return adaln(x, scale=scale[:, None], shift=shift[:, None], eps=norm.eps)[1]
+    scale, shift = scale[:, None], shift[:, None]
+    if x.ndim != 3 or x.shape[0] != scale.shape[0] or does_more(norm):
+        return norm(x) * (1 + scale) + shift
+    x = x.to(torch.promote_types(x.dtype, scale.dtype))
+    return adaln(x, scale=scale, shift=shift, eps=norm.eps)[1]

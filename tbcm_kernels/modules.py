@@ -53,8 +53,8 @@ class Linear(nn.Linear):
         (True, torch.Size([4, 16, 32]))
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -94,6 +94,7 @@ class RMSNorm(nn.RMSNorm):
         _check_last_dimension(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        _check_width(self, x)
         eps = self.eps
         if eps is None:
             eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
@@ -138,7 +139,9 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, **factory)
         _check_last_dimension(self)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        _check_width(self, input)
+        x = input
         if self.weight is not None and x.dtype.itemsize > 2:
             # adaln takes weight − 1, whose rounding shows here where weights are small. A layer
             # norm is the RMS norm of the centred row.
@@ -542,6 +545,15 @@ def _only(module: nn.Module, **options: tuple[object, object]) -> None:
                 f"{type(module).__name__}: {name} must be {covered!r}, got {given!r}; keep the "
                 f"original module for that."
             )
+
+
+def _check_width(norm: nn.RMSNorm | nn.LayerNorm, x: Tensor) -> None:
+    """The ops check it where there is a weight."""
+    if norm.weight is None and x.shape[-1:] != norm.normalized_shape:
+        raise ValueError(
+            f"{type(norm).__name__}: the last dimension must be {norm.normalized_shape[0]}, got "
+            f"{list(x.shape)}."
+        )
 
 
 def _check_last_dimension(norm: nn.RMSNorm | nn.LayerNorm) -> None:

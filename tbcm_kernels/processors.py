@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, cat, nn
 
-from tbcm_kernels._layers import does_more, over_heads
+from tbcm_kernels._layers import does_more, over_heads, refuse_modes
 from tbcm_kernels.attention import attention
 from tbcm_kernels.attention.functional import MAX_HEAD_DIM, Norm
 from tbcm_kernels.backend import backend
@@ -160,16 +160,16 @@ def _refusal(attn: nn.Module) -> str | None:
     kind = type(processor).__name__
     if isinstance(processor, JVPAttnProcessor | JVPJointAttnProcessor):
         return f"has a {kind} already; undo() the earlier fuse first"
-    if _dispatches(processor):
-        return None
-    if _path(processor) not in PROCESSORS:
+    dispatches = _dispatches(processor)
+    if not dispatches and _path(processor) not in PROCESSORS:
         known = ", ".join(path.rpartition(".")[2] for path in PROCESSORS)
         return (
             f"has a {kind}, for which there is no counterpart; there is one for {known} and for "
             f"diffusers' own that call dispatch_attention_fn without asking for a backend"
         )
-    width = attn.inner_dim // attn.heads
-    if PROCESSORS[_path(processor)] and (width % 8 or width > MAX_HEAD_DIM):
+    width = attn.inner_dim // attn.heads if hasattr(attn, "inner_dim") else 8
+    softmax = dispatches or PROCESSORS[_path(processor)]
+    if softmax and (width % 8 or width > MAX_HEAD_DIM):
         return f"has head dim {width}; it must be a multiple of 8 up to {MAX_HEAD_DIM}"
     return None
 
@@ -216,6 +216,7 @@ def _attend(
 
 def _merged(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """Attention of [B, N, H, D] as [B, N, H·D]; in this memory order both are views."""
+    refuse_modes()
     o = attention(*(x.transpose(1, 2) for x in (q, k, v)), **options)
     return o.transpose(1, 2).flatten(2)
 

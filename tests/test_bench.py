@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import PixArtTransformer2DModel
 
 import tbcm_kernels
 from bench import __main__ as bench
-from bench import configs, figures, model, ops, peers, plots, timing
+from bench import configs, figures, model, ops, others, peers, plots, timing
 from tbcm import peaks
 from tbcm.step_bench import PAPER
 
@@ -228,6 +229,27 @@ def test_model_report_has_times_memory_and_ratios(tmp_path: Path) -> None:
     assert fused["saved_u_per_block"] < stock["saved_u_per_block"]
     stock["jvp"]["us"], fused["jvp"]["us"] = 7e3, 5e3
     assert "| 7 → 5 ms |" in figures.models([row])[-1]
+
+
+def test_others_are_compared_with_their_stock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(layers: int) -> PixArtTransformer2DModel:
+        return PixArtTransformer2DModel(
+            num_layers=layers, num_attention_heads=2, attention_head_dim=16, out_channels=4,
+            cross_attention_dim=32, caption_channels=8, use_additional_conditions=False,
+        )  # fmt: skip
+
+    tiny = others.Kind(make, 32, 8, others.KINDS["pixart"].latent)
+    monkeypatch.setitem(others.KINDS, "pixart", tiny)
+    argv = ["--model", "pixart", "--side", "4", "--text", "5"]
+    code, (row,) = run(tmp_path / "rows.jsonl", *argv, main=others.main)
+    assert code == 0 and row["step_speedup"] > 0
+    assert row["fused"]["saved_u_per_block"] < row["stock"]["saved_u_per_block"]
+    assert "| pixart, 4² tokens, B = 1 |" in figures.others([row])[-1]
+    monkeypatch.setattr(others.objective, "one_pass", off(others.objective.one_pass))
+    code, (row,) = run(tmp_path / "wrong.jsonl", *argv, main=others.main)
+    assert code == 1 and row["faults"][0].startswith("tangent: off by 0.01")
 
 
 def test_a_wrong_model_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

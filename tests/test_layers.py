@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tbcm_kernels as tk
-from tbcm_kernels import layers, modules
+from tbcm_kernels import layers, modules, processors
 from tbcm_kernels.backend import NAME, backend
 
 HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
@@ -170,16 +170,10 @@ def test_what_was_replaced_is_told() -> None:
 
 
 def test_copies_and_pickles(tmp_path: Path) -> None:
-    """A copy is fused and can be given a handle; a pickle loads where nobody has fused before."""
+    """Either is fused and can be given a handle, a pickle where nobody has fused before too."""
     model, function, x = _made("flux")
     want = function(x)
     handle = tk.fuse(model)
-    twin = copy.deepcopy(model)
-    assert twin.transformer_blocks[0].attn.processor._attention_backend == NAME
-    assert twin.proj_out.forward.__self__ is twin.proj_out
-    tk.fuse(twin).undo()
-    assert not any("forward" in m.__dict__ for m in twin.modules())
-    assert twin.transformer_blocks[0].attn.processor._attention_backend is None
     file = tmp_path / "model.pickle"
     file.write_bytes(pickle.dumps(model))
     loads = (
@@ -188,6 +182,14 @@ def test_copies_and_pickles(tmp_path: Path) -> None:
     )
     run = subprocess.run([sys.executable, "-c", loads], capture_output=True, text=True)
     assert run.stdout.strip() == NAME, run.stderr
+    for twin in (copy.deepcopy(model), pickle.loads(file.read_bytes())):
+        assert twin.transformer_blocks[0].attn.processor._attention_backend == NAME
+        assert twin.proj_out.forward.args == (twin.proj_out,)
+        again = tk.fuse(twin)
+        assert repr(again) == repr(handle)
+        again.undo()
+        assert not any("forward" in m.__dict__ for m in twin.modules())
+        assert twin.transformer_blocks[0].attn.processor._attention_backend is None
     handle.undo()
     assert torch.equal(function(x), want)
 
@@ -205,7 +207,7 @@ def test_copies_of_models_with_processors() -> None:
 
 
 def test_layers_that_do_more_keep_their_forward() -> None:
-    """A forward of its own, a subclass, two dimensions, a bias; hooks run as before."""
+    """A forward of its own, a subclass, two dimensions, a bias."""
 
     class Twice(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -215,17 +217,86 @@ def test_layers_that_do_more_keep_their_forward() -> None:
     model.proj_out = Twice(32, 4)
     own = model.context_embedder.forward
     model.context_embedder.forward = lambda x: 3 * own(x)
-    block = model.transformer_blocks[0]
-    block.norm1.norm.register_forward_hook(lambda module, args, y: 4 * y)
-    block.norm1.linear.register_forward_hook(lambda module, args, y: 5 * y)
+    model.x_embedder.forward = model.x_embedder.forward  # as accelerate leaves it behind
     model.wide = nn.LayerNorm((2, 3))
     model.biased = normalization.RMSNorm(8, 1e-6, bias=True)
     want = function(x)
     with tk.fuse(model):
-        for kept in (model.proj_out, block.norm1, model.wide, model.biased):
+        for kept in (model.proj_out, model.wide, model.biased):
             assert "forward" not in kept.__dict__
-        assert "forward" in block.norm1.linear.__dict__
+        assert model.x_embedder.forward.func is modules.Linear.forward
         assert _worst(function(x), want) < 1e-5
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_layers_inside_a_fused_layer_run(late: bool) -> None:
+    """With hooks that they have or are given later, as another activation, or a forward of own."""
+    outputs = []
+    for fused in (True, False):
+        model, function, x = _made("flux")
+        if fused and late:
+            tk.fuse(model)
+        norm = model.transformer_blocks[0].norm1
+        norm.norm.register_forward_hook(lambda module, args, y: 4 * y)
+        norm.linear.register_forward_hook(lambda module, args, y: 5 * y)
+        norm.silu.register_forward_hook(lambda module, args, y: 2 * y)
+        model.norm_out.silu = nn.GELU()
+        model.norm_out.norm.forward = lambda x: x.tanh()
+        if fused and not late:
+            tk.fuse(model)
+        outputs.append(function(x))
+    assert _worst(*outputs) < 1e-5
+
+
+def test_a_part_of_a_fused_model_is_not_fused_again() -> None:
+    model, function, x = _made("flux")
+    handle = tk.fuse(model)
+    with pytest.raises(ValueError, match="fused already, by the fuse"):
+        tk.fuse(model.transformer_blocks[0])
+    handle.undo()
+    inner = tk.fuse(model.transformer_blocks[0])
+    with pytest.raises(ValueError, match="fused already, by the fuse"):
+        tk.fuse(model)
+    inner.undo()
+    with tk.fuse(model):
+        torch.func.jvp(function, (x,), (x,))
+
+
+def test_a_backend_that_is_set_later_stays() -> None:
+    model, _, _ = _made("wan")
+    handle = tk.fuse(model)
+    model.set_attention_backend("native")
+    handle.undo()
+    model.reset_attention_backend()
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    tk.fuse(model).undo()
+
+
+def test_skipped_attention_scores_are_refused() -> None:
+    """diffusers does that by replacing F.scaled_dot_product_attention."""
+    from diffusers import LayerSkipConfig
+    from diffusers.hooks import apply_layer_skip
+
+    model, function, x = _made("qwen")
+    config = LayerSkipConfig(
+        indices=[0], fqn="transformer_blocks", skip_attention=False, skip_attention_scores=True,
+        skip_ff=False,
+    )  # fmt: skip
+    apply_layer_skip(model, config)
+    function(x)
+    with tk.fuse(model), pytest.raises(ValueError, match="which is not called here"):
+        function(x)
+
+
+def test_norms_of_queries_and_keys_run_inside_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_processors import SD3
+
+    model = diffusers.SD3Transformer2DModel(**SD3 | {"qk_norm": "rms_norm"})
+    attn = model.transformer_blocks[0].attn
+    with tk.fuse(model):
+        assert processors._kernel_norm(attn.norm_q) == (attn.norm_q.weight, attn.norm_q.eps)
+        attn.norm_q.register_forward_hook(lambda module, args, y: y)
+        assert processors._kernel_norm(attn.norm_q) is None
 
 
 NORMS = {
@@ -247,7 +318,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
         (kind, x, weights)
         for kind in NORMS
         for x, weights in ((FP32, FP32), (BF16, BF16), (FP32, BF16), (BF16, FP32))
-        if x == weights or not kind.startswith("Ada")  # which PyTorch's linear layers refuse
+        if x == weights or kind != "AdaLayerNormContinuous"  # which casts emb to x's dtype
     ],
 )
 def test_dtypes_are_those_of_stock(
@@ -258,7 +329,7 @@ def test_dtypes_are_those_of_stock(
     for parameter in layer.parameters():
         nn.init.normal_(parameter, 0.5, 0.3)
     x = torch.randn(2, 5, 24).to(of_x)
-    emb = {"conditioning_embedding": x[:, 0]} if "Continuous" in kind else {"emb": x[:, 0]}
+    emb = {"conditioning_embedding" if "Continuous" in kind else "emb": x[:, 0].to(of_weights)}
     emb = emb if kind.startswith("Ada") else {}
     want = layer(x, **emb)
     monkeypatch.setattr(layers.processors, "swaps", lambda model: [])

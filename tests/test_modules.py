@@ -453,3 +453,14 @@ def test_the_example_of_the_readme() -> None:
     text = (Path(__file__).parents[1] / "README.md").read_text()
     (example,) = re.findall(r"## Drop-in modules.*?```python\n(.*?)```", text, re.DOTALL)
     exec(example, {})
+
+
+def test_inputs_by_name_and_of_another_width_are_as_torch_has_them() -> None:
+    x = torch.randn(3, 8)
+    for kind in ("Linear", "LayerNorm"):
+        new, old = (getattr(m, kind)(*(8, 8)[: 1 + (kind == "Linear")]) for m in (modules, nn))
+        new.load_state_dict(old.state_dict())
+        torch.testing.assert_close(new(input=x), old(input=x))
+    for kind in ("LayerNorm", "RMSNorm"):
+        with pytest.raises(ValueError, match=r"last dimension must be 16, got \[3, 8\]"):
+            getattr(modules, kind)(16, elementwise_affine=False)(x)

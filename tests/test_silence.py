@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import tbcm_kernels as tk
+from tbcm_kernels import _dual
 
 B, N, C = 2, 6, 16
 
@@ -448,6 +450,35 @@ def test_a_checkpoint_enters_again_from_a_thread_of_autograd() -> None:
         thread.join()
     (want,) = torch.autograd.grad(tk.rms_norm(x).sum(), x)
     assert done and torch.equal(x.grad, want)
+
+
+def test_scopes_of_two_threads_of_autograd_end_in_any_order() -> None:
+    """One thread of autograd for each GPU: the scope that was entered first is left first."""
+    entered, left, seen = threading.Barrier(2), threading.Event(), []
+
+    class Enters(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, first: bool) -> Tensor:
+            ctx.first = first
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+            with tk.stop_tangent_gradient():
+                entered.wait(10)
+                if not ctx.first:
+                    left.wait(10)
+                    seen.append(_dual.tangent_gradient_stopped())
+            left.set()
+            return grad, None
+
+    outputs = [Enters.apply(torch.ones(2, requires_grad=True), first) for first in (True, False)]
+    threads = [threading.Thread(target=out.sum().backward) for out in outputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [True] and not _dual.tangent_gradient_stopped()
 
 
 def test_a_tensor_that_learns_is_no_number() -> None:

@@ -184,7 +184,7 @@ def _choice(
             return candidate, "available"
         why_not[candidate] = reason
     reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in why_not.items())
-    if reasons and device != "meta":
+    if reasons:
         _notice_fallback(op, device, dtype, reasons)
     return "reference", reasons or "PyTorch's own GEMM is the implementation"
 

@@ -93,12 +93,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--latent", type=int, default=32, help="side in pixels, a token each")
     parser.add_argument("--text", type=int, default=300, help="tokens of a prompt")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and inputs")
+    return parse_common(parser, argv)
+
+
+def parse_common(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The command line, with the options of every benchmark of a model."""
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--seed", type=int, default=0, help="of weights and inputs")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for all passes together")
-    parser.add_argument("--json", type=Path, help="file to append a JSON line to")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for all passes of a model")
+    parser.add_argument("--json", type=Path, help="file to append JSON lines to")
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return args

@@ -11,7 +11,6 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 import tbcm_kernels
 from bench.environment import environment, source_hash
-from bench.model import PASSES, Student, disagreement, measure, ratios
+from bench.model import PASSES, Student, disagreement, measure, parse_common, ratios
 from tbcm import objective
 
 
@@ -93,14 +92,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=1, help="Flux: of either sort")
     parser.add_argument("--side", type=int, default=16, help="of the image, in tokens")
     parser.add_argument("--text", type=int, default=77, help="tokens of a prompt")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--seconds", type=float, default=60.0, help="for all passes of a model")
-    parser.add_argument("--json", type=Path, help="file to append JSON lines to")
-    args = parser.parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return args
+    return parse_common(parser, argv)
 
 
 def students(kind: Kind, args: argparse.Namespace) -> dict[str, Student]:

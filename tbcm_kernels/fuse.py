@@ -18,7 +18,7 @@ FUSED = {
 }
 """Model class -> the module whose `swaps(model)` says what to replace by what.
 
-Other diffusers models keep their forward; `tbcm_kernels.layers` says what is replaced in them.
+Other models keep their forward; `tbcm_kernels.layers` says what is replaced in them.
 """
 
 
@@ -103,11 +103,11 @@ def fuse(model: nn.Module) -> Fused:
     `torch.func.jvp(model, ...)` stays what one writes.
 
     Args:
-        model: a diffusers `SanaTransformer2DModel`, whose whole forward is fused, or any diffusers
-            model whose attention processors are known, as those of PixArt, SD3, Flux and Wan are:
-            `tbcm_kernels.processors.PROCESSORS` and all that call `dispatch_attention_fn`. There
-            attention, linear layers and norms (`tbcm_kernels.layers.LAYERS`) are fused, and what is
-            around them stays PyTorch's.
+        model: a diffusers `SanaTransformer2DModel`, whose whole forward is fused, or any other
+            model, of diffusers or of one's own. There attention, linear layers and norms
+            (`tbcm_kernels.layers.LAYERS`) are fused, and what is around them stays PyTorch's.
+            Attention is what a module's forward or processor computes by
+            `F.scaled_dot_product_attention`, itself or in a function that it calls.
 
     Returns:
         A handle that tells what was replaced; `handle.undo()` restores the model, and
@@ -115,12 +115,17 @@ def fuse(model: nn.Module) -> Fused:
         it gives it a handle of its own. A pickle is too, but one of SANA has the stock forward.
 
     Raises:
-        TypeError: a model that has neither a fused forward nor attention processors, or that wraps
-            one which has a fused forward.
+        TypeError: no module, one with nothing to fuse, or one that wraps a model which has a fused
+            forward.
         ValueError: a configuration, a layer or a processor that is not covered, a subclass with a
             forward of its own, or a model that is fused already, as a whole or in part. The model
             is then as it was.
     """
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise TypeError(
+            f"fuse: model must be a torch.nn.Module, got {kind}; of a pipeline, its transformer."
+        )
     if model in _live:
         raise ValueError("fuse: this model is fused already; undo() that first.")
     target = _target(model)
@@ -129,16 +134,13 @@ def fuse(model: nn.Module) -> Fused:
         if inner is not None:
             kind = type(model).__name__
             raise TypeError(f"fuse: {kind} holds a model with a fused forward; fuse its {inner}.")
-        if any(hasattr(m, "get_processor") for m in model.modules()):
-            target = "tbcm_kernels.layers"
-    if target is None:
-        known = ", ".join(n.rpartition(".")[2] for n in FUSED)
-        raise TypeError(
-            f"fuse: {type(model).__name__} has no fused forward and no attention processors; "
-            f"there is a forward for {known}, and attention for other models of diffusers."
-        )
-    module = importlib.import_module(target)
+    module = importlib.import_module(target or "tbcm_kernels.layers")
     swaps = [(*swap, _own(*swap)) for swap in module.swaps(model)]
+    if not swaps:
+        raise TypeError(
+            f"fuse: {type(model).__name__} has nothing to fuse: no call of "
+            f"F.scaled_dot_product_attention, and no linear layer or norm that is known."
+        )
     if shared := next((owner for owner, *_ in swaps if owner in _live), None):
         raise ValueError(
             f"fuse: a {type(shared).__name__} in this model is fused already, by the fuse() of "

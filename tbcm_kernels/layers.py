@@ -1,4 +1,4 @@
-"""What is fused in a diffusers model whose forward stays its own: attention, linear layers, norms.
+"""What is fused in a model whose forward stays its own: attention, linear layers, norms.
 
 A layer gets the forward of its counterpart below, on the instance, where its class is exactly one
 of LAYERS: hooks, parameters and the calls of the model stay as they are.

@@ -13,11 +13,13 @@ from typing import Any
 
 from torch import Tensor, cat, nn
 
-from tbcm_kernels._layers import does_more, over_heads, refuse_modes
+from tbcm_kernels import sdpa
+from tbcm_kernels._layers import does_more, has_other_forward, over_heads, refuse_modes
 from tbcm_kernels.attention import attention
 from tbcm_kernels.attention.functional import MAX_HEAD_DIM, Norm
 from tbcm_kernels.backend import backend
 from tbcm_kernels.rms_norm import rms_norm
+from tbcm_kernels.sdpa import calls_attention
 
 
 class JVPAttnProcessor:
@@ -130,45 +132,53 @@ _RMS_NORMS = ("diffusers.models.normalization.RMSNorm", "torch.nn.modules.normal
 
 
 def swaps(model: nn.Module) -> list[tuple[Any, str, Any]]:
-    """(attention, "processor", new) or (processor, "_attention_backend", new) for every attention.
+    """What gives every attention a tangent, as (owner, attribute, new).
+
+    A "processor" of PROCESSORS; the "_attention_backend" of one that leaves attention to a backend;
+    the "forward" of any other module that calls `F.scaled_dot_product_attention`.
 
     Raises:
         ValueError: an attention whose processor or head dim is not covered, or fused already.
     """
     found = []
-    for name, attn in model.named_modules():
-        if not hasattr(attn, "get_processor"):
+    for name, module in model.named_modules():
+        if not hasattr(module, "get_processor"):
+            found += _in_scope(module) if calls_attention(module) else []
             continue
-        if reason := _refusal(attn):
+        if reason := _refusal(module):
             raise ValueError(f"fuse: {name} {reason}.")
-        processor = attn.get_processor()
+        processor = module.get_processor()
+        stock = _stock(processor)
         if _dispatches(processor):
             shared = any(owner is processor for owner, _, _ in found)
             found += [] if shared else [(processor, "_attention_backend", backend())]
-        elif make := PROCESSORS[_path(_stock(processor))]:
+        elif _path(stock) not in PROCESSORS:
+            found += _in_scope(module)
+        elif make := PROCESSORS[_path(stock)]:
             new = make()
-            new.stock = _stock(processor)
-            found.append((attn, "processor", new))
-    if not found:
-        raise ValueError(f"fuse: {type(model).__name__} has no softmax attention to replace.")
+            new.stock = stock
+            found.append((module, "processor", new))
     return found
 
 
+def _in_scope(module: nn.Module) -> list[tuple[Any, str, Any]]:
+    """A forward in which PyTorch's attention is ours, unless the instance has its own forward."""
+    if has_other_forward(module):
+        return []
+    return [(module, "forward", functools.partial(sdpa.forward, type(module).forward, module))]
+
+
 def _refusal(attn: nn.Module) -> str | None:
-    """Why the attention cannot take a new processor, in one clause; None where it can."""
+    """Why the attention cannot be fused, in one clause; None where it can."""
     processor = _stock(attn.get_processor())
     kind = type(processor).__name__
     if isinstance(processor, JVPAttnProcessor | JVPJointAttnProcessor):
         return f"has a {kind} already; undo() the earlier fuse first"
-    dispatches = _dispatches(processor)
-    if not dispatches and _path(processor) not in PROCESSORS:
-        known = ", ".join(path.rpartition(".")[2] for path in PROCESSORS)
-        return (
-            f"has a {kind}, for which there is no counterpart; there is one for {known} and for "
-            f"diffusers' own that call dispatch_attention_fn without asking for a backend"
-        )
+    known = _dispatches(processor) or _path(processor) in PROCESSORS
+    if not known and not calls_attention(attn):
+        return f"has a {kind}, which does not call F.scaled_dot_product_attention"
     width = attn.inner_dim // attn.heads if hasattr(attn, "inner_dim") else 8
-    softmax = dispatches or PROCESSORS[_path(processor)]
+    softmax = PROCESSORS.get(_path(processor), True)
     if softmax and (width % 8 or width > MAX_HEAD_DIM):
         return f"has head dim {width}; it must be a multiple of 8 up to {MAX_HEAD_DIM}"
     return None

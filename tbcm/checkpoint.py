@@ -233,10 +233,15 @@ def set_aside_newer(run: Path, step: int) -> None:
     """After going back to an older checkpoint, `latest` must not find the abandoned future."""
     for path in checkpoints(run):
         if step_of(path) > step:
-            aside = path.with_name(path.name + ".replaced")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            print(f"Set aside {path}, newer than step {step}, as {aside.name}.")
+            set_aside(path, f"newer than step {step}")
+
+
+def set_aside(folder: Path, why: str) -> None:
+    """Rename a folder that no longer counts; what was set aside before it under its name goes."""
+    aside = folder.with_name(folder.name + ".replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    print(f"Set aside {folder}, {why}, as {aside.name}.")
 
 
 def kept_metrics(path: Path, step: int) -> list[str]:

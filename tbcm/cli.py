@@ -258,8 +258,9 @@ def preset_of(args: Namespace) -> Path | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0, or 2 after a sentence on stderr for what the user can mend."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
+        args = parse(argv)
         COMMANDS[args.subcommand][2](args[args.subcommand])
     except UserError as error:
         print(f"tbcm: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -269,6 +270,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tbcm: error: {name}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("tbcm: stopped; --resume_from_checkpoint latest continues a run.", file=sys.stderr)
+        mend = "; --resume_from_checkpoint latest continues" if argv[0] == "train" else ""
+        print(f"tbcm: stopped{mend}.", file=sys.stderr)
         return 130
     return 0

@@ -173,7 +173,10 @@ class TrainConfig:
                 if not _within(getattr(self, name), holds):
                     raise UserError(f"{name} must be {says}, not {getattr(self, name)}.")
         if self.teacher and self.pretrained_model_name_or_path:
-            raise UserError("Give --teacher or --pretrained_model_name_or_path, not both.")
+            raise UserError(
+                "Give --teacher or --pretrained_model_name_or_path, not both; a preset other than "
+                "digits and a --config may name a teacher too."
+            )
         if self.teacher not in (None, *BUILT_IN):
             raise UserError(
                 f"teacher names a built-in one ({', '.join(BUILT_IN)}), not {self.teacher!r}; give "
@@ -249,6 +252,27 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("a list of at least one number, each 0 or more", lambda v: v >= 0, "scm_cfg_scale"),
 ]  # fmt: skip
 """What a value must be (in words and as a test) and the fields it binds."""
+
+LOOKED_AT: list[tuple[str, tuple[str, ...], str]] = [
+    ("method", ("tbcm",), "route_steps flow_shift jitter jitter_each_prompt"),
+    ("method", ("scm", "sana_sprint"), "latents_cache logit_mean logit_std"),
+    ("method", ("sana_sprint",), "adv_lambda largest_timestep_prob head_block_ids "
+     "logit_mean_discriminator logit_std_discriminator"),
+    ("optimizer", ("adamw", "adamw_8bit"), "adam_epsilon"),
+]  # fmt: skip
+"""A choice, and the settings that only these values of it look at."""
+
+
+def unused(config: TrainConfig) -> dict[str, str]:
+    """Settings that are not at their default and nothing looks at, and the choice that is why."""
+    initial = TrainConfig(output_dir="")
+    return {
+        name: f"{choice} {getattr(config, choice)}"
+        for choice, values, names in LOOKED_AT
+        for name in names.split()
+        if getattr(config, choice) not in values and getattr(config, name) != getattr(initial, name)
+    }
+
 
 MAY_CHANGE = (
     "output_dir", "images", "latents_cache", "fused", "cuda_graphs", "device",

@@ -105,7 +105,7 @@ def prompt_embeddings(
 def write_missing(text: TextEncoder, missing: dict[str, list[str] | None], folder: Path) -> None:
     """Make the files that no other process makes meanwhile, and wait for those."""
     count = sum(len(chunk) for chunk in missing.values() if chunk)
-    print(f"Encoding {count} prompts, to be kept in {folder}.")
+    print(f"Encoding {count} prompts, to be kept in {folder} (HF_ASSETS_CACHE).")
     # First what nobody is at; then, waiting, what another process began and may not finish.
     for patience in (0, -1):
         jobs = track(list(missing.items()), "prompts", disable=not Console().is_terminal)

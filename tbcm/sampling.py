@@ -257,6 +257,8 @@ def sample_run(
     Raises:
         UserError: an unreadable run or prompts file, or latents that need a VAE to become images.
     """
+    if Path(out).suffix.lower() != ".png":
+        raise UserError(f"out is a PNG, not {out}; end its name in .png.")
     check_writable(out)
     run = load_drawing_run(run_dir, steps, seed)
     prompts = read_prompts(prompts_file) if prompts_file else run_prompts(run.config)

@@ -35,8 +35,10 @@ class ScmDistiller(Distiller):
     """
 
     def __init__(self, config: TrainConfig, teacher: Teacher, prompts: list[str]):
-        # The VAE has gone before the student comes.
-        self.latents = open_latents(config, teacher, prompts, make_accelerator(config))
+        # Text encoder and VAE have gone before the student comes, the quicker first.
+        accelerator = make_accelerator(config)
+        self.embed(teacher, prompts, accelerator.device)
+        self.latents = open_latents(config, teacher, prompts, accelerator)
         super().__init__(config, teacher, prompts)
 
     def draw(self) -> Draw:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,9 +60,10 @@ class TextEncoder:
         tokens = self.tokenizer(texts, verbose=False).input_ids
         for prompt, ids in zip(prompts, tokens, strict=True):
             if len(ids) > room:
+                length = len(ids) - room + self.max_length
                 raise UserError(
-                    f"The prompt {prompt!r} has {len(ids) - room + self.max_length} tokens, but "
-                    f"this teacher's text encoder takes {self.max_length}; shorten it."
+                    f"The prompt {shorten(prompt, 80)!r} has {length} tokens, but this teacher's "
+                    f"text encoder takes {self.max_length}; shorten it."
                 )
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tbcm import checkpoint, digits, images, plots
-from tbcm.config import TrainConfig
+from tbcm.config import TrainConfig, unused
 from tbcm.distiller import Distiller
 from tbcm.distributed import check_device, make_accelerator, on_main
 from tbcm.errors import UserError
@@ -53,6 +53,13 @@ def announce(distiller: Distiller) -> None:
         )
     if c.fused and not distiller.student_fused:
         print("Adapters have no fused forward: teacher and loss run fused, the student does not.")
+    for name, choice in unused(c).items():
+        print(f"{name} is not used with --{choice}.")
+    if c.lr_warmup_steps >= c.max_train_steps:
+        print(
+            f"The learning rate never reaches its peak: lr_warmup_steps {c.lr_warmup_steps}, "
+            f"max_train_steps {c.max_train_steps}."
+        )
     if not distiller.teacher.drawable:
         path = distiller.teacher.path
         print(f"{path} holds no vae/ to draw its latents with, so no grids are drawn.")
@@ -84,6 +91,8 @@ def open_run(distiller: Distiller, start: Path | None, held: ExitStack) -> None:
         distiller.load_state(checkpoint.read(start))
     if distiller.main:
         checkpoint.set_aside_newer(run, distiller.step)
+        if distiller.step < config.max_train_steps and (run / "student").exists():
+            checkpoint.set_aside(run / "student", "of an earlier end of this run")
         write_whole(run / "config.yaml", config.dump().encode())
 
 

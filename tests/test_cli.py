@@ -155,6 +155,7 @@ BAD_FILES = {
         ("sample {d}/none --geneval {d}/number.jsonl --out {d}/x", '"prompt" is no string'),
         ("sample {d}/none --geneval {d}/x --out {d}/x --prompts {d}/y", "leave --prompts out"),
         ("sample {d}/none --out {d}/x.png --images_per_prompt 3", "is for --geneval alone"),
+        ("sample {d}/none --out {d}/x.jpg", "end its name in .png"),
         ("sample {d}/none --out {d}/x.png --steps 3", "no 3-step sampler"),
         ("sample {d}/none --out {d}/x.png --seed 99999999999999999999", "seed must be between"),
         ("teacher --output_dir {d}/o --learning_rate .nan", "learning_rate .* above 0 and finite"),

@@ -120,7 +120,11 @@ def test_run_stopped_before_its_first_checkpoint_starts_again(
 def test_longer_run_continues_and_says_so(copy: Path, capsys: pytest.CaptureFixture[str]):
     before = losses(copy)
     train(settings(copy, steps=9, resume="latest"))
-    assert "Resuming with max_train_steps = 9; it was 8." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Resuming with max_train_steps = 9; it was 8." in said
+    # Until the new end nothing draws with the student of the old one.
+    assert "of an earlier end of this run, as student.replaced" in said
+    assert (copy / "student").exists() and (copy / "student.replaced").exists()
     assert losses(copy)[:8] == before and len(losses(copy)) == 9
 
 

@@ -11,7 +11,7 @@ import yaml
 from diffusers import SanaTransformer2DModel
 
 from tbcm import train as trainer
-from tbcm.config import PRESETS, TrainConfig, read_config
+from tbcm.config import PRESETS, TrainConfig, read_config, unused
 from tbcm.errors import UserError
 from tbcm.models import load_teacher
 from tbcm.optimizer import lr_factor
@@ -55,6 +55,19 @@ def test_run_leaves_all_it_promises(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [row["r"] for row in metrics(run)] == [0, 0.5, 1, 1]
     assert read_config(run) == config
     assert "step 4/4" in capsys.readouterr().out
+
+
+def test_settings_that_do_nothing_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "run"
+    assert unused(settings(out)) == {}
+    assert unused(settings(out, optimizer="came", adam_epsilon=1e-6, logit_mean=0.1)) == {
+        "logit_mean": "method tbcm", "adam_epsilon": "optimizer came",
+    }  # fmt: skip
+    assert unused(settings(out, method="scm", logit_mean=0.1)) == {"route_steps": "method scm"}
+    trainer.train(settings(out, adv_lambda=0.1, lr_warmup_steps=5, max_train_steps=1))
+    said = capsys.readouterr().out
+    assert "adv_lambda is not used with --method tbcm." in said
+    assert "never reaches its peak: lr_warmup_steps 5, max_train_steps 1." in said
 
 
 def test_saved_student_has_the_averaged_weights(tmp_path: Path):

@@ -130,7 +130,6 @@ TBCM_INLINE void forward_tasks(const Forward& p, int64_t begin, int64_t end) {
     for (int64_t j = 0; j < seen; j += p.span) forward_block<Isa>(p, t, b, h, i, m, j, smaller(p.span, seen - j));
     for (int64_t r = 0; r < m; ++r) finish<Isa>(p, t, b, h, i + r, r);
   }
-  trim_scratch();
 }
 
 TBCM_RUN_BEST(Forward, forward_tasks)
@@ -341,7 +340,6 @@ TBCM_INLINE void backward_tasks(const Backward& p, int64_t begin, int64_t end) {
       backward_queries<Isa>(p, t, b, g * shared + unit / p.query_blocks(), unit % p.query_blocks() * QUERIES);
     if (p.splits == 1) write_keys(p, t.gk, 1, b, g);
   }
-  trim_scratch();
 }
 
 TBCM_RUN_BEST(Backward, backward_tasks)

@@ -52,11 +52,20 @@ inline Rows<const float> broadcast_rows(const Maybe& m) {
   return {pointer<const float>(*m), stride(m->dim() - 3), stride(m->dim() - 2)};
 }
 
-// Run f(begin, end) over `count` items of `cost` elements each on PyTorch's threads.
+// Run f(begin, end) over `count` items of `cost` elements each on PyTorch's threads, and give their scratch back where it
+// is too much to keep, or could not be had: its size would be that of what was asked for.
 template <class F>
 void parallel(int64_t count, int64_t cost, const F& f) {
   const int64_t grain = 16384 / (cost > 0 ? cost : 1) + 1;
-  torch::stable::parallel_for(0, count, grain, f);
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    try {
+      f(begin, end);
+    } catch (...) {
+      own_scratch() = {};
+      throw;
+    }
+    trim_scratch();
+  });
 }
 
 }  // namespace tbcm

@@ -192,7 +192,6 @@ TBCM_INLINE void forward_tasks(const Forward& p, int64_t begin, int64_t end) {
         for (int64_t g = 0; g < count; ++g) divide(p, t, b, h, g, i, r);
     }
   }
-  trim_scratch();
 }
 
 TBCM_RUN_BEST(Forward, forward_tasks)
@@ -331,7 +330,6 @@ TBCM_INLINE void backward_tasks(const Backward& p, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < p.k.tokens; i += TOKENS)
       backward_keys<Isa>(p, t, b, h, count, i, smaller(TOKENS, p.k.tokens - i));
   }
-  trim_scratch();
 }
 
 TBCM_RUN_BEST(Backward, backward_tasks)

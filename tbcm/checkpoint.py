@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,12 @@ from tbcm.config import MAY_CHANGE, TrainConfig, changed_fields, read_config
 from tbcm.errors import UserError
 
 TMP = ".tmp"
+KEYS = {"step", "config", "prompts", "teacher", "student", "optimizer", "ema", "generator"}
+"""What a checkpoint has at least."""
+
+
+LOCK = ".lock"
+"""What a run that failed at its first write leaves."""
 
 
 @contextmanager
@@ -34,8 +41,8 @@ def writing(path: Path) -> Iterator[None]:
         told = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = getattr(told, "strerror", None) or str(told).splitlines()[0]
         raise UserError(
-            f"Cannot write {path}: {reason}; mend that and call again (`tbcm train` goes on with "
-            "--resume_from_checkpoint latest)."
+            f"Cannot write {path}: {reason}; mend that and call again, `tbcm train` with "
+            "--resume_from_checkpoint latest."
         ) from error
 
 
@@ -48,9 +55,22 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def check_new(path: Path) -> None:
+    """Learn before long work that `whole_folder` will replace nothing of the user's.
+
+    Raises UserError if it would.
+    """
+    for place in (path, path.with_name(path.name + TMP)):
+        if place.exists():
+            raise UserError(f"{place} is there already; give a new folder, or move that away.")
+
+
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty temporary folder that becomes `path`, or vanishes if the body fails."""
+    """Yields an empty temporary folder that becomes `path`, or vanishes if the body fails.
+
+    What is at either name is replaced.
+    """
     tmp = path.with_name(path.name + TMP)
     with writing(path):
         shutil.rmtree(tmp, ignore_errors=True)
@@ -89,10 +109,18 @@ def save(run: Path, step: int, state: dict[str, Any], limit: int | None) -> None
         shutil.rmtree(old)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint folder, and its path. Raises UserError if it cannot be read."""
+def read(path: Path, whole: bool = False) -> dict[str, Any]:
+    """The state in a checkpoint folder, and its path. Raises UserError if it cannot be read.
+
+    `whole` reads all of the file first and compares its checksums, which mmap does not.
+    """
     try:
+        with zipfile.ZipFile(path / "state.pt") as file:
+            if whole and (bad := file.testzip()):
+                raise ValueError(bad)
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+        if missing := KEYS - state.keys():
+            raise ValueError(missing)
         return {**state, "path": str(path)}
     except Exception as error:  # a damaged archive raises half a dozen types
         reason = "it is missing" if not path.exists() else "it is half-written or damaged"
@@ -110,7 +138,7 @@ def latest(run: Path) -> dict[str, Any] | None:
         print(f"Skipping {half}: a checkpoint that was not finished.")
     for path in reversed(checkpoints(run)):
         try:
-            return read(path)
+            return read(path, whole=True)
         except UserError:
             print(f"Skipping {path}: it is half-written or damaged.")
     if _stopped_early(run):
@@ -127,7 +155,7 @@ def _stopped_early(run: Path) -> bool:
     config, metrics = run / "config.yaml", run / "metrics.jsonl"
     if checkpoints(run) or not config.exists():
         return False
-    steps = metrics.read_text().count("\n") if metrics.exists() else 0
+    steps = metrics.read_text(errors="replace").count("\n") if metrics.exists() else 0
     # The first checkpoint follows the metrics of its step.
     return steps <= read_config(run).checkpointing_steps
 
@@ -161,7 +189,7 @@ def find_start(config: TrainConfig) -> Path | None:
 def alone(run: Path) -> Iterator[None]:
     """Within, a run is this process's own. Raises UserError if another process is at it."""
     try:
-        with FileLock(run / ".lock", timeout=0):
+        with FileLock(run / LOCK, timeout=0):
             yield
     except Timeout as error:
         raise UserError(
@@ -175,7 +203,7 @@ def check_free(run: Path) -> None:
     Raises UserError if there is something in it.
     """
     try:
-        free = not run.exists() or not any(run.iterdir())
+        free = not run.exists() or not any(p.name != LOCK for p in run.iterdir())
     except OSError as error:
         raise _unwritable(run, error.strerror) from error
     if not free:
@@ -208,7 +236,7 @@ def _resumed_state(run: Path, name: str) -> dict[str, Any] | None:
         return latest(run)
     own = run / "checkpoints"
     path = own / name if (own / name).exists() else Path(name)
-    state = read(path)
+    state = read(path, whole=True)
     if path.resolve().parent != own.resolve():
         raise UserError(
             f"The checkpoint {path} is not of the run in output_dir {run}; give that run's own "
@@ -249,7 +277,7 @@ def kept_metrics(path: Path, step: int) -> list[str]:
 
     Raises UserError if a step is missing: the file and the checkpoint do not belong together.
     """
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     kept = lines[:step]
     try:
         complete = [json.loads(line)["step"] for line in kept] == list(range(1, step + 1))

@@ -208,7 +208,7 @@ def parse(argv: list[str]) -> Namespace:
         line = [*(word for word in argv if not prints_config(word)), "--output_dir="]
     try:
         args = parser.parse_args(line)
-    except ArgumentError as error:
+    except (ArgumentError, UnicodeDecodeError) as error:
         says = as_typed(command, str(error))
         files = " ".join(word for word in argv if word.endswith((".yaml", ".yml")))
         raise UserError(f"{says} (reading {files})" if files else says) from error

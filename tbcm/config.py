@@ -286,7 +286,9 @@ MAY_CHANGE = (
 
 def changed_fields(old: dict[str, Any], new: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """The settings that differ, as {name: (old, new)}."""
-    pairs = {f.name: (old.get(f.name), getattr(new, f.name)) for f in fields(TrainConfig)}
+    # A setting that did not exist yet had what is now its default.
+    old = {**vars(TrainConfig(output_dir="")), **old}
+    pairs = {f.name: (old[f.name], getattr(new, f.name)) for f in fields(TrainConfig)}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

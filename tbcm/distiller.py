@@ -50,13 +50,13 @@ def load_filter(config: TrainConfig, teacher: Teacher) -> Tensor | None:
         return None
     try:
         latent = torch.load(config.filter_latent, map_location="cpu", weights_only=True)
-        if latent.shape == teacher.latent_shape:
+        if latent.shape == teacher.latent_shape and latent.isfinite().all():
             return latent.float()
     except Exception as error:
         raise UserError(f"Cannot read filter_latent {config.filter_latent}: {error}") from error
     raise UserError(
-        f"filter_latent {config.filter_latent} has shape {tuple(latent.shape)}, but the teacher's "
-        f"latents have {teacher.latent_shape}."
+        f"filter_latent {config.filter_latent} has shape {tuple(latent.shape)}; it must have that "
+        f"of the teacher's latents, {teacher.latent_shape}, and finite numbers."
     )
 
 

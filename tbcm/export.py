@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tbcm.checkpoint import whole_folder
+from tbcm.checkpoint import check_new, whole_folder
 from tbcm.config import read_config
 from tbcm.errors import UserError
 from tbcm.models import load_parts, load_transformer, teacher_of
 from tbcm.sampling import student_folder
 from tbcm.trigflow import SIGMA_DATA
+
+if TYPE_CHECKING:
+    from diffusers import SanaSprintPipeline
 
 
 def export_run(run_dir: str | Path, out: str | Path) -> Path:
@@ -22,8 +26,15 @@ def export_run(run_dir: str | Path, out: str | Path) -> Path:
             there already or cannot be written.
     """
     out = Path(out)
-    if out.exists():
-        raise UserError(f"{out} is there already; give a new folder.")
+    check_new(out)
+    pipeline = assembled(run_dir)
+    with whole_folder(out) as folder:
+        pipeline.save_pretrained(folder)
+    return out
+
+
+def assembled(run_dir: str | Path) -> SanaSprintPipeline:
+    """The pipeline of a run's student and the other parts of its teacher."""
     config, student = read_config(run_dir), load_transformer(student_folder(run_dir))
     teacher = teacher_of(config)
     if not teacher.has_vae:
@@ -35,9 +46,4 @@ def export_run(run_dir: str | Path, out: str | Path) -> Path:
 
     parts = load_parts(teacher.path, "text_encoder", "tokenizer", "vae", variant=config.variant)
     scheduler = SCMScheduler(prediction_type="trigflow", sigma_data=SIGMA_DATA)
-    pipeline = SanaSprintPipeline(
-        parts.tokenizer, parts.text_encoder, parts.vae, student, scheduler
-    )  # fmt: skip
-    with whole_folder(out) as folder:
-        pipeline.save_pretrained(folder)
-    return out
+    return SanaSprintPipeline(parts.tokenizer, parts.text_encoder, parts.vae, student, scheduler)

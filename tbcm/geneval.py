@@ -49,6 +49,7 @@ def sample_geneval(
     if images < 1:
         raise UserError(f"images_per_prompt must be at least 1, not {images}.")
     entries, run = read_metadata(metadata), load_drawing_run(run_dir, steps, seed)
+    run.teacher.text.check([prompt for _, prompt in entries])
     student = scores.digest(Path(run_dir) / "student")
     settings = {
         "student": student, "steps": steps, "seed": seed, "images_per_prompt": images,

@@ -98,7 +98,7 @@ def open_latents(
 def _latent(file: Path) -> Tensor:
     try:
         return load_file(file)["latent"]
-    except (OSError, SafetensorError) as error:
+    except (OSError, KeyError, SafetensorError) as error:
         raise UserError(f"Cannot read {file}; delete it ({error}).") from error
 
 

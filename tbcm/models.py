@@ -26,11 +26,12 @@ Loaded = TypeVar("Loaded")
 ASSETS = Path(__file__).parent / "assets"
 NEEDED = (
     "model_index.json", "transformer/config.json", "scheduler/scheduler_config.json",
-    "text_encoder/config.json", "tokenizer",
+    "text_encoder/config.json", "tokenizer/tokenizer_config.json",
 )  # fmt: skip
 PARTS = ("transformer", "text_encoder", "tokenizer", "scheduler", "vae")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SPRINT = "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_teacher_diffusers"
+MEND = "save it again as safetensors, or give its --variant"
 TIMESTEP_SCALE = 1e-3
 """SanaPipeline's times in [0, 1000] times this are what a SANA-Sprint teacher takes."""
 
@@ -50,8 +51,7 @@ class Teacher:
     @cached_property
     def transformer(self) -> SanaTransformer2DModel:
         """In fp32, eval mode, gradients off."""
-        parts = load_parts(self.path, "transformer", variant=self.variant)
-        return parts.transformer.float().eval().requires_grad_(False)
+        return load_transformer(self.path / "transformer", self.variant)
 
     @cached_property
     def text(self) -> TextEncoder:
@@ -64,6 +64,11 @@ class Teacher:
         """The decoder of the latents, in fp32."""
         parts = load_parts(self.path, "vae", variant=self.variant)
         return parts.vae.float().eval().requires_grad_(False)
+
+    def fits(self, student: SanaTransformer2DModel) -> bool:
+        """Whether a transformer takes this teacher's latents and text."""
+        own = _config(self.path / "transformer")
+        return all(student.config[k] == own.get(k) for k in ("in_channels", "caption_channels"))
 
     def free(self, part: str) -> None:
         """Give back the memory of a part."""
@@ -215,7 +220,11 @@ def _check_flow(folder: Path) -> None:
 def _latent_shape(folder: Path, resolution: int | None) -> tuple[int, int, int]:
     """[C, H, W] of the latents of square images of that many pixels a side."""
     c = _config(folder / "transformer")
-    blocks = _config(folder / "vae")["encoder_block_out_channels"] if _has_vae(folder) else [1]
+    vae = _config(folder / "vae") if _has_vae(folder) else {"encoder_block_out_channels": [1]}
+    needed = ("patch_size", "sample_size", "encoder_block_out_channels")
+    if lacking := [name for name in needed if name not in {**c, **vae}]:
+        raise UserError(f"The configs in {folder} lack {', '.join(lacking)}; save them again.")
+    blocks = vae["encoder_block_out_channels"]
     pixels = 2 ** (len(blocks) - 1)  # one latent's, by DC-AE's strides
     step = pixels * c["patch_size"]
     resolution = resolution or c["sample_size"] * pixels
@@ -238,23 +247,36 @@ def load_parts(folder: Path, *names: str, variant: str | None = None) -> SanaPip
             path, **absent, variant=variant, use_safetensors=True, local_files_only=True
         ),
         folder,
-        "save it again as safetensors, or give its --variant",
+        MEND,
     )
 
 
-def load_transformer(folder: str | Path) -> SanaTransformer2DModel:
+def load_transformer(folder: str | Path, variant: str | None = None) -> SanaTransformer2DModel:
     """A saved teacher or student transformer: fp32, eval mode, gradients off.
 
     Raises:
-        UserError: the folder is missing or unreadable, or holds another kind of model.
+        UserError: the folder is missing or unreadable, or holds another kind of model, other
+            weights than its config.json says, or weights that are not finite.
     """
-    _check_kind(Path(folder), _config(Path(folder)))
+    folder = Path(folder)
+    _check_kind(folder, _config(folder))
     from diffusers import SanaTransformer2DModel
 
-    def load(path: Path) -> SanaTransformer2DModel:
-        return SanaTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32)
+    def load(path: Path) -> tuple[SanaTransformer2DModel, dict[str, list[str]]]:
+        return SanaTransformer2DModel.from_pretrained(
+            path, torch_dtype=torch.float32, variant=variant, use_safetensors=True,
+            local_files_only=True, output_loading_info=True,
+        )  # fmt: skip
 
-    return _readable(load, Path(folder)).eval().requires_grad_(False)
+    net, found = _readable(load, folder, MEND)
+    if wrong := [*found["missing_keys"], *found["unexpected_keys"]]:
+        raise UserError(
+            f"{folder} holds other weights than its config.json says ({len(wrong)}, such as "
+            f"{wrong[0]}); save the model again."
+        )
+    if not all(p.isfinite().all() for p in net.parameters()):
+        raise UserError(f"{folder} holds weights that are not finite; give another model.")
+    return net.eval().requires_grad_(False)
 
 
 def _check_kind(folder: Path, config: dict) -> None:
@@ -270,8 +292,8 @@ def _has_vae(folder: Path) -> bool:
 
 def _config(folder: Path, name: str = "config.json") -> dict:
     try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        return dict(json.loads((folder / name).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as e:
         raise UserError(f"Cannot read {folder / name}; give a saved model's folder.") from e
 
 

@@ -195,8 +195,13 @@ def load_run(run_dir: str | Path, device: str = "cpu") -> Run:
         UserError: a part is missing or unreadable.
     """
     config = read_config(run_dir)
-    student = TrigFlow(load_transformer(student_folder(run_dir)).to(device))
-    teacher = teacher_of(config)
+    student, teacher = load_transformer(student_folder(run_dir)), teacher_of(config)
+    if not teacher.fits(student):
+        raise UserError(
+            f"The student in {run_dir} does not fit {teacher.path}; put back its own student, or "
+            "the teacher that config.yaml names."
+        )
+    student = TrigFlow(student.to(device))
     scales = sorted(config.scm_cfg_scale)
     return Run(teacher, student, config, scales[len(scales) // 2], torch.device(device))
 
@@ -262,4 +267,5 @@ def sample_run(
     check_writable(out)
     run = load_drawing_run(run_dir, steps, seed)
     prompts = read_prompts(prompts_file) if prompts_file else run_prompts(run.config)
+    run.teacher.text.check(prompts)
     grid(draw_images(run, prompts, [seed + i for i in range(len(prompts))], steps), out)

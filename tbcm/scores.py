@@ -98,6 +98,7 @@ class Judges:
         """Continue from `state`."""
         self.fid.load_state_dict(state["fid"], strict=False)
         self.fid.to(self.clip.device)
+        self.fid.orig_dtype = torch.float32  # compute() wants it, and only update() sets it
         self.scores = state["scores"]
 
 
@@ -235,7 +236,10 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
     file = out / "settings.json"
     if not file.exists():
         write_whole(file, json.dumps(settings, indent=2).encode())
-    before = json.loads(file.read_text())
+    try:
+        before = dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"Cannot read {file} ({error}); give another --out.") from error
     for name, value in settings.items():
         if before.get(name) != value:
             raise UserError(
@@ -246,8 +250,15 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
 
 def continue_from(out: Path, judges: Judges) -> None:
     """Load the progress under `out`, if there is any."""
-    if (out / "progress.pt").exists():
-        judges.load_state(torch.load(out / "progress.pt", map_location="cpu", weights_only=True))
+    file = out / "progress.pt"
+    if not file.exists():
+        return
+    try:
+        judges.load_state(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # a damaged archive raises half a dozen types
+        raise UserError(
+            f"Cannot read {file}; delete it, and the images are scored anew."
+        ) from error
 
 
 def save_progress(out: Path, judges: Judges) -> None:

@@ -45,7 +45,7 @@ from tbcm.images import Latents
 from tbcm.models import Teacher, load_teacher
 from tbcm.progress import peak_memory_mb
 from tbcm.rollout import Text
-from tbcm.sampling import write_whole
+from tbcm.sampling import check_writable, write_whole
 from tbcm.sprint import HEAD_BLOCKS, head_blocks
 from tbcm.train import METHODS, load_prompts
 
@@ -190,6 +190,7 @@ def bench_step(
     """
     plan = plan or Plan()
     plan.check(steps, methods, modes)
+    check_writable(json_path)
     before = plan.machine()
     variants = [(method, mode) for method in methods for mode in modes]
     if plan.gpu and plan.model != "digits":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -23,12 +22,13 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from safetensors import SafetensorError
 from torch import Tensor
 
 from tbcm import digits
+from tbcm.checkpoint import check_new, whole_folder
 from tbcm.config import check_seed, check_set
 from tbcm.errors import UserError
+from tbcm.sampling import check_writable
 from tbcm.text import TextEncoder
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ class TeacherConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be above 0 and finite.")
         if self.lr_warmup_steps < 0:
             raise UserError(f"lr_warmup_steps is {self.lr_warmup_steps}; it must be at least 0.")
+        if not math.isfinite(self.logit_mean):
+            raise UserError(f"logit_mean is {self.logit_mean}; it must be finite.")
         check_seed(self.seed)
         for name in SHARES:
             if not 0 <= getattr(self, name) <= 1:
@@ -216,6 +218,8 @@ def train_transformer(cfg: TeacherConfig, text: TextEncoder) -> SanaTransformer2
         for x0, s, *condition in islice(batches, cfg.max_train_steps):
             z = torch.randn(x0.shape, generator=generator)
             loss = flow_matching_loss(net, x0, z, s, *condition)
+            if not loss.isfinite():
+                raise UserError("The loss is not finite; lower learning_rate.")
             loss.backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.max_grad_norm)
             optimizer.step()
@@ -258,17 +262,10 @@ def train_teacher(cfg: TeacherConfig) -> Path:
         UserError: the folder exists already, or cannot be written.
     """
     out = Path(cfg.output_dir)
-    if out.exists():
-        raise UserError(f"The folder {out} exists already; choose another output_dir.")
-    part = out.with_name(f".{out.name}.part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        text = build_text_encoder(cfg.seed)
-        save_teacher(part, train_transformer(cfg, text), text)
-        part.rename(out)
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"Cannot write {out} ({e}); choose another output_dir.") from e
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    check_new(out)
+    check_writable(out)
+    text = build_text_encoder(cfg.seed)
+    transformer = train_transformer(cfg, text)
+    with whole_folder(out) as folder:
+        save_teacher(folder, transformer, text)
     return out

@@ -101,7 +101,8 @@ BAD_FILES = {
     "rate.yaml": "learning_rate: null\n", "kind.yaml": "optimizer: null\n",
     "key.yaml": "lerning_rate: 1\n", "type.yaml": "learning_rate: fast\n", "torn.yaml": "a: [1\n",
     "empty.txt": "\n \n", "latin.txt": b"\xff\xfe caf\xe9", "long.txt": "seven " * 400,
-    "file": "not a folder", "number.jsonl": '{"prompt": 5}',
+    "wide.yaml": "seed: 1".encode("utf-16"), "file": "not a folder",
+    "number.jsonl": '{"prompt": 5}',
 }  # fmt: skip
 
 
@@ -128,6 +129,7 @@ BAD_FILES = {
         ("train --output_dir {d}/o --config {d}/key.yaml", "lerning_rate"),
         ("train --output_dir {d}/o --config {d}/type.yaml", "learning_rate"),
         ("train --output_dir {d}/o --config {d}/torn.yaml", "torn.yaml"),
+        ("train --output_dir {d}/o --config {d}/wide.yaml", "wide.yaml"),
         ("train --output_dir {d}/o --config {d}/rate.yaml", "learning_rate must have a value"),
         ("train --output_dir {d}/o --config {d}/kind.yaml", "optimizer must have a value"),
         ("train --output_dir {d}/o --preset sana", "preset.*'sana'.*sana_sprint_0.6b_1024"),
@@ -167,6 +169,7 @@ BAD_FILES = {
         ("eval {d}/none --json {d}/x.json --samples 0", "two samples"),
         ("eval {d}/none --json {d}/x.json --clip c", "--clip is for --images alone"),
         ("eval {d}/none --json {d}/x.json --seed 1", "--seed is for --images alone"),
+        ("bench step --json {d}", "it is a folder"),
         ("bench loss --json {d}/x.json", "invalid choice: 'loss'"),
     ],
 )

@@ -113,7 +113,10 @@ def test_training_is_reproducible_and_never_overwrites(tmp_path):
 
     assert all(map(torch.equal, trained("a"), trained("b")))
     assert {p.name for p in tmp_path.iterdir()} == {"a", "b"}
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="is there already"):
         trained("a")
     with pytest.raises(UserError, match="learning_rate"):
         TeacherConfig(learning_rate=0)
+    with pytest.raises(UserError, match="loss is not finite"):
+        train_teacher(TeacherConfig(str(tmp_path / "c"), max_train_steps=3, learning_rate=1e30))
+    assert not (tmp_path / "c").exists()

@@ -95,6 +95,9 @@ def test_what_cannot_be_exported_is_said(run: Path, tmp_path: Path):
         export_run(tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="is there already"):
         export_run(run, tmp_path)
+    (tmp_path / "new.tmp").mkdir()
+    with pytest.raises(UserError, match=r"new\.tmp is there already"):
+        export_run(run, tmp_path / "new")
     train(TrainConfig(str(tmp_path / "digits"), **{**tiny_pipeline.QUICK, "max_train_steps": 1}))
     with pytest.raises(UserError, match=r"no vae/"):
         export_run(tmp_path / "digits", tmp_path / "out")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -85,11 +86,27 @@ def test_kill_9_and_resume_gives_the_same_losses(tmp_path: Path):
         assert torch.equal(weight, ends[1]["student"][name])
 
 
+def zeros_inside(state: Path) -> None:
+    """What a failing disc makes of a checkpoint: its weights are wrong and its archive is whole."""
+    content = bytearray(state.read_bytes())
+    half = len(content) // 2
+    content[half : half + 4096] = bytes(4096)
+    state.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda state: state.write_bytes(b"torn"),
+        lambda state: torch.save({"step": 8}, state),
+        zeros_inside,
+    ],
+)
 def test_half_written_checkpoints_are_skipped_with_a_sentence(
-    whole: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+    harm: Callable[[Path], object], whole: Path, copy: Path, capsys: pytest.CaptureFixture[str]
 ):
     states = copy / "checkpoints"
-    (states / "step-000008" / "state.pt").write_bytes(b"torn")
+    harm(states / "step-000008" / "state.pt")
     (states / "step-000009.tmp").mkdir()
     with (copy / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')
@@ -126,6 +143,23 @@ def test_longer_run_continues_and_says_so(copy: Path, capsys: pytest.CaptureFixt
     assert "of an earlier end of this run, as student.replaced" in said
     assert (copy / "student").exists() and (copy / "student.replaced").exists()
     assert losses(copy)[:8] == before and len(losses(copy)) == 9
+
+
+def test_a_setting_that_is_younger_than_the_run_has_its_default(whole: Path, copy: Path):
+    for path in (copy / "checkpoints").glob("*/state.pt"):
+        state = torch.load(path, weights_only=True)
+        del state["config"]["seed"]
+        torch.save(state, path)
+    train(settings(copy, resume="step-000003"))
+    assert losses(copy) == losses(whole)
+    with pytest.raises(UserError, match="seed = 0, not 1"):
+        train(settings(copy, resume="step-000003", seed=1))
+
+
+def test_what_a_failed_start_leaves_is_no_run(tmp_path: Path):
+    (tmp_path / ".lock").touch()
+    checkpoint.check_free(tmp_path)
+    checkpoint.claim(tmp_path)
 
 
 def snapshot(run: Path) -> dict[str, bytes]:
@@ -223,7 +257,7 @@ def test_metrics_that_lost_steps_are_refused(copy: Path):
 
 def test_limit_removes_the_oldest_after_a_save(tmp_path: Path):
     for step in (1, 999999, 1000000):
-        checkpoint.save(tmp_path, step, {"step": step}, limit=2)
+        checkpoint.save(tmp_path, step, dict.fromkeys(checkpoint.KEYS, step), limit=2)
     assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-999999", "step-1000000"]
     assert checkpoint.latest(tmp_path)["step"] == 1000000
 

@@ -133,7 +133,13 @@ def test_clip_score_is_the_mean_cosine_of_image_and_prompt(report: tuple, judges
 
 
 def test_a_killed_evaluation_continues_and_gives_the_same_figures(
-    report: tuple, tiny_run: Path, judges: Path, real: Path, tmp_path: Path, monkeypatch
+    report: tuple,
+    tiny_run: Path,
+    judges: Path,
+    real: Path,
+    tmp_path: Path,
+    monkeypatch,
+    capsys,
 ):
     see, drawn, batches = scores.Judges.see, [], []
 
@@ -154,7 +160,25 @@ def test_a_killed_evaluation_continues_and_gives_the_same_figures(
     assert cli.main(line) == 0
     assert len(drawn) == 3 and len(batches) == 4  # nothing is drawn twice, two batches are kept
     assert json.loads((tmp_path / "out.json").read_text()) == report[0]
+    (tmp_path / "out.json").unlink()
+    assert cli.main(line) == 0  # all is scored already
+    assert len(batches) == 4 and json.loads((tmp_path / "out.json").read_text()) == report[0]
     assert cli.main([*line, "--steps", "2"]) == 2
+    for name in ("progress.pt", "settings.json"):
+        (tmp_path / "out" / name).write_bytes(b"[")
+        assert cli.main(line) == 2
+        assert f"Cannot read {tmp_path}/out/{name}" in capsys.readouterr().err
+
+
+def test_long_prompts_are_refused_before_anything_is_drawn(tiny_run: Path, tmp_path: Path, capsys):
+    prompts = [*tiny_pipeline.PROMPTS, "seven " * 400]
+    (tmp_path / "p.txt").write_text("\n".join(prompts))
+    lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    for options in (f"--prompts {tmp_path}/p.txt", f"--geneval {tmp_path}/m.jsonl"):
+        assert cli.main(f"sample {tiny_run} --out {tmp_path}/out.png {options}".split()) == 2
+        assert "The prompt 'seven seven" in capsys.readouterr().err
+    assert {p.name for p in tmp_path.iterdir()} == {"p.txt", "m.jsonl"}
 
 
 def test_missing_weights_are_named_all_at_once(

@@ -104,6 +104,49 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(
         load_teacher(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"num_layers": 1}, "other weights than its config.json says"),
+        ({"num_layers": 3}, "other weights than its config.json says"),
+        ({"in_channels": 5, "out_channels": 5}, "Cannot load"),
+    ],
+)
+def test_weights_that_do_not_fit_their_config_are_refused(
+    values: dict, says: str, tiny_teacher: Path, tmp_path: Path
+):
+    folder = Path(shutil.copytree(tiny_teacher, tmp_path / "t"))
+    change(folder, "transformer", **values)
+    with pytest.raises(UserError, match=says):
+        load_transformer(folder / "transformer")
+
+
+def test_weights_that_are_not_finite_are_refused(teacher: Teacher, tmp_path: Path):
+    student = build_student(teacher.transformer)
+    with torch.no_grad():
+        student.proj_out.bias[0] = torch.nan
+    student.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="weights that are not finite"):
+        load_transformer(tmp_path)
+
+
+def test_configs_that_are_none_are_said(tiny_teacher: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(tiny_teacher, tmp_path / "t"))
+    path = folder / "transformer" / "config.json"
+    kept = json.loads(path.read_text())
+    del kept["patch_size"]
+    path.write_text(json.dumps(kept))
+    with pytest.raises(UserError, match="lack patch_size"):
+        load_teacher(str(folder))
+    path.write_text("[1]")
+    with pytest.raises(UserError, match="Cannot read"):
+        load_teacher(str(folder))
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "tokenizer").mkdir()
+    with pytest.raises(UserError, match=r"lacks tokenizer/tokenizer_config\.json"):
+        load_teacher(str(folder))
+
+
 def test_sana_s_own_scheduler_is_a_flow(tiny_teacher: Path, tmp_path: Path):
     folder = Path(shutil.copytree(tiny_teacher, tmp_path / "t"))
     kind = {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"}

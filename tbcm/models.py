@@ -12,6 +12,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from tbcm.errors import UserError
@@ -19,6 +20,7 @@ from tbcm.text import TextEncoder
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
+    from transformers import PreTrainedModel
 
     from tbcm.config import TrainConfig
 
@@ -57,6 +59,7 @@ class Teacher:
     def text(self) -> TextEncoder:
         """The text encoder in the precision of its file."""
         parts = load_parts(self.path, "text_encoder", "tokenizer", variant=self.variant)
+        _check_weights(self.path / "text_encoder", parts.text_encoder)
         return TextEncoder.of(parts.tokenizer, parts.text_encoder, self.instruct)
 
     @cached_property
@@ -277,6 +280,23 @@ def load_transformer(folder: str | Path, variant: str | None = None) -> SanaTran
     if not all(p.isfinite().all() for p in net.parameters()):
         raise UserError(f"{folder} holds weights that are not finite; give another model.")
     return net.eval().requires_grad_(False)
+
+
+def _check_weights(folder: Path, net: PreTrainedModel) -> None:
+    """Raises UserError for weights that no file of the folder has: transformers makes them up.
+
+    A file of a larger model has the names of this one's behind a prefix.
+    """
+    saved: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            saved.update(weights.keys())
+    saved.update([name.partition(".")[2] for name in saved])
+    if missing := [name for name in net.state_dict() if name not in saved]:
+        raise UserError(
+            f"{folder} lacks {len(missing)} of its model's weights, such as {missing[0]}; save it "
+            "again."
+        )
 
 
 def _check_kind(folder: Path, config: dict) -> None:

@@ -13,6 +13,7 @@ import tiny_pipeline
 import torch
 from diffusers import SanaPipeline, SanaTransformer2DModel
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 from tbcm.errors import UserError
 from tbcm.models import Teacher, load_teacher, load_transformer
@@ -119,6 +120,19 @@ def test_weights_that_do_not_fit_their_config_are_refused(
     change(folder, "transformer", **values)
     with pytest.raises(UserError, match=says):
         load_transformer(folder / "transformer")
+
+
+def test_a_text_encoder_that_lacks_weights_is_refused(tiny_teacher: Path, tmp_path: Path):
+    """transformers would fill them with random numbers, and say so in a log alone."""
+    folder = Path(shutil.copytree(tiny_teacher, tmp_path / "t"))
+    (file,) = (folder / "text_encoder").glob("*.safetensors")
+    weights = load_file(file)
+    larger = {f"model.{name}": weight for name, weight in weights.items()}
+    save_file(larger, file, {"format": "pt"})
+    assert load_teacher(str(folder)).text.max_length > 0
+    save_file(dict(list(larger.items())[1:]), file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"text_encoder lacks 1 of its model's weights, such as"):
+        _ = load_teacher(str(folder)).text
 
 
 def test_weights_that_are_not_finite_are_refused(teacher: Teacher, tmp_path: Path):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tbcm_kernels._dual import any_dual
 from tbcm_kernels._layers import does_more, over_heads
 from tbcm_kernels.adaln import adaln
 from tbcm_kernels.attention import attention
@@ -143,6 +144,10 @@ class LayerNorm(nn.LayerNorm):
         _check_width(self, input)
         x = input
         if self.weight is not None and x.dtype.itemsize > 2:
+            weights = (self.weight, self.bias)
+            if self.weight.dtype == x.dtype and not any_dual(x, *weights):
+                # One pass, where what follows takes three.
+                return F.layer_norm(x, self.normalized_shape, *weights, self.eps)
             # adaln takes weight − 1, whose rounding shows here where weights are small. A layer
             # norm is the RMS norm of the centred row.
             y = rms_norm(x - x.mean(-1, keepdim=True), self.weight, eps=self.eps)

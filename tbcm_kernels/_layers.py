@@ -21,9 +21,16 @@ def does_more(layer: nn.Module) -> bool:
 
 
 def has_other_forward(layer: nn.Module) -> bool:
-    """Whether an instance's forward is neither its class's nor a counterpart of that."""
-    own = function_of(layer.__dict__.get("forward"))
-    return own is not None and own is not type(layer).forward and own not in COUNTERPARTS
+    """Whether an instance's forward is neither its class's nor a counterpart of that.
+
+    Its class's is that of this instance, with no argument given before the call.
+    """
+    forward = layer.__dict__.get("forward")
+    if forward is None or function_of(forward) in COUNTERPARTS:
+        return False
+    given = getattr(forward, "args", (getattr(forward, "__self__", None),))
+    own = len(given) == 1 and given[0] is layer and not getattr(forward, "keywords", None)
+    return not own or function_of(forward) is not type(layer).forward
 
 
 def function_of(x: Any) -> Any:

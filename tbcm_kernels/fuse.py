@@ -107,7 +107,8 @@ def fuse(model: nn.Module) -> Fused:
             model, of diffusers or of one's own. There attention, linear layers and norms
             (`tbcm_kernels.layers.LAYERS`) are fused, and what is around them stays PyTorch's.
             Attention is what a module's forward or processor computes by
-            `F.scaled_dot_product_attention`, itself or in a function that it calls.
+            `F.scaled_dot_product_attention`, itself or in functions or methods that it names, not
+            in `nn.MultiheadAttention`; the handle tells what was found.
 
     Returns:
         A handle that tells what was replaced; `handle.undo()` restores the model, and
@@ -146,11 +147,18 @@ def fuse(model: nn.Module) -> Fused:
             f"fuse: a {type(shared).__name__} in this model is fused already, by the fuse() of "
             f"another that holds it; undo() that first."
         )
-    for owner, name, new, _ in swaps:
-        setattr(owner, name, new)
-        _live.add(owner)
+    handle = Fused(model, module, [])
+    try:
+        for swap in swaps:
+            owner, name, new, _ = swap
+            setattr(owner, name, new)
+            _live.add(owner)
+            handle.swaps.append(swap)
+    except Exception:
+        handle.undo()
+        raise
     _live.add(model)
-    return Fused(model, module, swaps)
+    return handle
 
 
 def _target(model: nn.Module) -> str | None:

@@ -8,6 +8,7 @@ holds an N × S matrix. They keep no state, need no diffusers, and `fuse(model)`
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -165,7 +166,9 @@ def _in_scope(module: nn.Module) -> list[tuple[Any, str, Any]]:
     """A forward in which PyTorch's attention is ours, unless the instance has its own forward."""
     if has_other_forward(module):
         return []
-    return [(module, "forward", functools.partial(sdpa.forward, type(module).forward, module))]
+    new = functools.partial(sdpa.forward, type(module).forward, module)
+    new.__signature__ = inspect.signature(module.forward)
+    return [(module, "forward", new)]
 
 
 def _refusal(attn: nn.Module) -> str | None:

@@ -1,45 +1,52 @@
 """Softmax attention for modules that call `F.scaled_dot_product_attention` themselves.
 
 Such a module runs in the scope of a function mode, which costs about 3 µs for each of its calls of
-PyTorch, and nothing under `torch.compile`.
+PyTorch, and nothing under `torch.compile`. Where no tangent comes, PyTorch's attention stays.
 """
 
 from __future__ import annotations
 
 import inspect
-import itertools
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tbcm_kernels._dual import any_dual
 from tbcm_kernels._layers import COUNTERPARTS, refuse_modes
 from tbcm_kernels.attention import attention
 
-# diffusers' function calls the first by default.
-_NAMES = {"scaled_dot_product_attention", "dispatch_attention_fn"}
+# The others are diffusers' and transformers', which call the first by default.
+_NAMES = {"scaled_dot_product_attention", "dispatch_attention_fn", "ALL_ATTENTION_FUNCTIONS"}
+_DEPTH = 3
 
 
 class _Instead(TorchFunctionMode):
-    """In its scope `F.scaled_dot_product_attention` is `attention`."""
+    """In its scope `F.scaled_dot_product_attention` of a dual is `attention`."""
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
-            refuse_modes()
             return _attend(*args, **kwargs)
         if function is Tensor.unflatten:  # whose super() Dynamo does not trace
             return args[0].unflatten(*args[1:], **kwargs)
         return function(*args, **kwargs)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`attention` by the names of PyTorch's arguments."""
-    return attention(query, key, value, *args, **kwargs)
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any,
+    **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """By the names of PyTorch's arguments."""
+    if not any_dual(query, key, value, attn_mask):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
+    refuse_modes()
+    return attention(query, key, value, attn_mask, *args, **kwargs)
 
 
 def forward(stock: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -54,15 +61,30 @@ COUNTERPARTS.add(forward)
 def calls_attention(module: nn.Module) -> bool:
     """Whether its forward or its processor names PyTorch's attention, or what they call does."""
     kinds = type(module), type(getattr(module, "processor", None))
-    return any(map(_names_attention, (kinds[0].forward, kinds[1].__call__), kinds))
+    return any(
+        _names_attention(inspect.getattr_static(kind, name, None), kind, _DEPTH)
+        for kind, name in zip(kinds, ("forward", "__call__"), strict=True)
+    )
 
 
-def _names_attention(function: Any, owner: type) -> bool:
+def _names_attention(function: Any, owner: type, depth: int) -> bool:
     """Whether a method of `owner` names it, or a function or method that this one names does."""
-    if not inspect.isfunction(function):
+    if not inspect.isfunction(function) or function.__module__.startswith("torch."):
         return False
     function = inspect.unwrap(function)
-    names = function.__code__.co_names
-    called = (function.__globals__.get(n, getattr(owner, n, None)) for n in names)
-    codes = (inspect.unwrap(f).__code__.co_names for f in called if inspect.isfunction(f))
-    return not _NAMES.isdisjoint(itertools.chain(names, *codes))
+    names = set(_names(function.__code__))
+    if _NAMES & names:
+        return True
+    named = [function.__globals__.get(n) for n in names]
+    if any(f is F.scaled_dot_product_attention for f in named):
+        return True
+    named += [vars(kind).get(n) for kind in owner.__mro__ for n in names]
+    return depth > 1 and any(_names_attention(f, owner, depth - 1) for f in named)
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """The names that code and the functions inside it use."""
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _names(inner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from diffusers.models import normalization
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils.checkpoint import checkpoint
 
 import tbcm_kernels as tk
@@ -352,9 +354,79 @@ def test_attention_in_scope() -> None:
     model.attn[0].forward = lambda x: OwnAttention.forward(model.attn[0], x)
     with tk.fuse(model), pytest.raises(NotImplementedError, match="forward AD"):
         torch.func.jvp(function, (x,), (x,))
-    with tk.fuse(model.attn[1]), pytest.raises(ValueError, match="dropout_p"):
-        model.attn[1].attend = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, None, 0.1)
-        model.attn[1](x)
+    attn = model.attn[1]
+    attn.attend = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, None, 0.1)
+    with tk.fuse(attn):
+        attn(x)  # without a tangent it is PyTorch's
+        with pytest.raises(ValueError, match="dropout_p"):
+            torch.func.jvp(attn, (x,), (x,))
+
+
+class Doubled(OwnAttention):
+    """Names nothing itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Biased(nn.Module):
+    """With a learned bias of the logits, by another name of PyTorch's function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(12, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        return sdpa(q, q, q, self.bias * 1).transpose(1, 2).flatten(2)
+
+
+def test_attention_is_found_through_super_and_by_another_name() -> None:
+    x = torch.randn(2, 12, 32)
+    for module in (Doubled(32, 2), Biased()):
+        with sdpa_kernel(SDPBackend.MATH):
+            want = torch.func.jvp(module, (x,), (x.cos(),))
+        with tk.fuse(nn.Sequential(module, torch.jit.script(nn.GELU()))):
+            got = torch.func.jvp(module, (x,), (x.cos(),))
+        assert max(map(_worst, got, want)) < 1e-5
+
+
+def test_the_gradient_of_a_learned_bias_is_not_lost() -> None:
+    """Inside torch.func.jvp nothing shows that it requires grad."""
+    module, x = Biased(), torch.randn(2, 12, 32, requires_grad=True)
+    (want,) = torch.autograd.grad(module(x).sin().sum(), module.bias)
+    with tk.fuse(module):
+        (got,) = torch.autograd.grad(module(x).sin().sum(), module.bias)
+        value, _ = torch.func.jvp(module, (x,), (x.detach(),))
+        with pytest.raises(RuntimeError, match="attn_mask requires grad"):
+            value.sum().backward()
+    assert _worst(got, want) < 1e-5
+
+
+def test_a_forward_of_another_instance_or_with_arguments_is_left_alone() -> None:
+    first, second, third = (nn.Linear(32, 32) for _ in range(3))
+    second.forward = first.forward
+    third.forward = functools.partial(nn.Linear.forward, third, input=torch.ones(32))
+    model = nn.ModuleList((first, second, third))
+    own = second.forward, third.forward
+    handle = tk.fuse(model)
+    assert repr(handle) == "Fused(ModuleList: 1 Linear)"
+    handle.undo()
+    assert (second.forward, third.forward) == own
+
+
+def test_what_fails_midway_leaves_nothing_changed() -> None:
+    class Frozen(OwnAttention):
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "forward":
+                raise AttributeError("frozen")
+            super().__setattr__(name, value)
+
+    model = nn.Sequential(OwnAttention(32, 2), Frozen(32, 2))
+    with pytest.raises(AttributeError, match="frozen"):
+        tk.fuse(model)
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    tk.fuse(model[0]).undo()
 
 
 def test_a_backend_that_is_set_later_stays() -> None:

@@ -455,6 +455,15 @@ def test_the_example_of_the_readme() -> None:
     exec(example, {})
 
 
+def test_linear_of_other_layouts_is_pytorchs() -> None:
+    layer = modules.Linear(8, 8)
+    rows = [torch.randn(n, 8) for n in (3, 5)]
+    jagged = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    for row, y in zip(rows, layer(jagged).unbind(), strict=True):
+        torch.testing.assert_close(y, layer(row))
+    torch.testing.assert_close(layer(torch.eye(8).to_sparse()), layer(torch.eye(8)))
+
+
 def test_inputs_by_name_and_of_another_width_are_as_torch_has_them() -> None:
     x = torch.randn(3, 8)
     for kind in ("Linear", "LayerNorm"):

@@ -59,6 +59,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    if ctx.needs_input_grad[8]:
+        # One that was made inside torch.func.jvp does not show before that it requires grad.
+        raise RuntimeError(
+            'attention: attn_mask requires grad, which only impl="reference" computes: pass that, '
+            "or detach the mask."
+        )
     none = (None,) * 8
     if not ctx.through:
         cotangents = (*cotangents[:2], None, None)

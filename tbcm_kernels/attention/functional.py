@@ -68,8 +68,8 @@ def attention(
     Raises:
         ValueError: a shape, dtype, device or option that does not fit, or an `impl` that cannot
             run.
-        RuntimeError: nested forward mode, torch.func.grad, a double backward, or a tangent of a
-            mask or norm weight.
+        RuntimeError: nested forward mode, torch.func.grad, a double backward, a tangent of a mask
+            or norm weight, or in backward a gradient of a mask.
 
     Precision: accumulates in fp32 (fp64 for fp64). On CPUs rounded once, at the end. On GPUs in
     bf16 and fp16, P and P∘Ṡ (in backward also dS, dṠ, Ṗ) and the normalised q, k are rounded to

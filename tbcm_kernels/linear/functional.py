@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,6 +26,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Cost: one GEMM, two under forward mode; `torch.func.jvp` over `F.linear` runs three, because it
     multiplies by a materialised zero tangent of the weight.
     """
+    if x.is_nested or not x.layout == weight.layout == torch.strided:
+        return F.linear(x, weight, bias)
     _dual.guard_levels("linear", "F.linear")
     primals, tangents = _dual.unpack(x, weight, bias)
     return _dual.pack(*_pair(*primals, *tangents))

@@ -21,6 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 
 from bench import audit, guard, ops, peers, timing
 from bench.environment import ROOT, Row, environment, machine, source_hash

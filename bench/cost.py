@@ -52,12 +52,16 @@ def main(argv: list[str] | None = None) -> int:
             f"predicted {row['predicted']:>8.3f} {row['quantity']:<4} "
             f"x{row['predicted'] / row['measured']:.2f}"
         )
-    for quantity in ("s", "MiB"):
-        off = [abs(r["predicted"] / r["measured"] - 1) for r in found if r["quantity"] == quantity]
-        if off:
-            middle, most = statistics.median(off), max(off)
-            print(f"{quantity}: off by {middle:.0%}, at most {most:.0%}, in {len(off)} points")
+    for quantity in sorted({row["quantity"] for row in found}):
+        middle, most, points = off(found, quantity)
+        print(f"{quantity}: off by {middle:.0%}, at most {most:.0%}, in {points} points")
     return 0
+
+
+def off(found: list[dict], quantity: str) -> tuple[float, float, int]:
+    """How far predictions are from measurements: in the median, at most, and in how many."""
+    ratios = [abs(r["predicted"] / r["measured"] - 1) for r in found if r["quantity"] == quantity]
+    return statistics.median(ratios), max(ratios), len(ratios)
 
 
 if __name__ == "__main__":

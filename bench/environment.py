@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import shutil
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tbcm import peaks
+from tbcm.info import commit, driver, installed
 
 ROOT = Path(__file__).parents[1]
 Row = dict[str, Any]
@@ -23,11 +21,11 @@ def environment(device: str, dtype: torch.dtype) -> Row:
     cuda = device == "cuda"
     return {
         "device": torch.cuda.get_device_name() if cuda else f"cpu {platform.machine()}",
-        "driver": _driver() if cuda else None,
+        "driver": driver() if cuda else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "commit": _commit(),
+        "triton": installed("triton"),
+        "commit": commit(),
         "copy_gb_s": peaks.copy_bandwidth(device) / 1e9,
         "matmul_tflop_s": peaks.matmul_peak(device, dtype) / 1e12,
     }
@@ -48,25 +46,3 @@ def source_hash(folder: str) -> str:
     for file in sorted(files) + shared:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The checkout's commit, marked where it has changes that are not committed."""
-    if shutil.which("git") is None:
-        return None
-    command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-
-
-def _driver() -> str | None:
-    if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0] or None

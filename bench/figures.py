@@ -14,7 +14,7 @@ from typing import Any
 
 from bench import cost, plots
 from bench.environment import ROOT, Row
-from bench.ops import PASSES
+from bench.ops import OPS, PASSES
 from tbcm.sampling import write_whole
 from tbcm.step_bench import AGAINST, MODES, PAPER
 
@@ -87,8 +87,13 @@ def best(rows: list[Row]) -> list[str]:
         if ratios:
             found.append(f"{PASSES[what]} {min(ratios):.1f} to {max(ratios):.1f} times as fast")
     lost = sum(r["speedup"] < 1 for r in ours)
+    there = [op for op in OPS if any(r["op"] == op for r in ours)]
+    names = "All ops" if len(there) == len(OPS) else ", ".join(f"`{op}`" for op in there)
+    compiled = any(r["variant"] == "compile" for r in rows)
+    rivals = "fastest of eager PyTorch, SDPA and torch.compile"
+    rivals = rivals if compiled else "faster of eager PyTorch and SDPA"
     return [
-        f"Ops in {rows[0]['dtype']} on {where}, against the fastest way in PyTorch: "
+        f"{names} in {rows[0]['dtype']} on {where}, against the {rivals}: "
         f"{'; '.join(found)}. Of {len(ours)} rows we lose {lost}; all are in "
         f"[docs/benchmarks.md](docs/benchmarks.md), with memory and rooflines.",
     ]
@@ -228,9 +233,7 @@ def growth(rows: list[Row]) -> list[str]:
     found = cost.check(rows)
     lines = []
     for quantity, what in (("s", "time"), ("MiB", "memory of a step")):
-        off = sorted(abs(r["predicted"] / r["measured"] - 1) for r in found
-                     if r["quantity"] == quantity)  # fmt: skip
-        middle, most = off[len(off) // 2], off[-1]
+        middle, most, _ = cost.off(found, quantity)
         lines.append(f"{what} off by {middle:.0%} in the median and {most:.0%} at most")
     return [
         f"The cost model (tbcm/cost.py) against {len(rows)} models of other sizes, one layer of "

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,9 +30,9 @@ def stopwatch(calls: list[Call], device: str) -> tuple[Callable[[], float], bool
     On CUDA a graph leaves the launches out, for every variant whose calls can be captured.
     """
 
-    def sweep() -> None:
-        for call in calls:
-            call()
+    def sweep() -> list[Any]:
+        # Results stay until the end: in the memory of the one before, a result would stay in cache.
+        return [call() for call in calls]
 
     for _ in range(WARM_UP):
         sweep()
@@ -49,11 +50,11 @@ def _captured(sweep: Call) -> Call | None:
     return graph.replay
 
 
-def interleave(measures: dict[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
+def interleave(measures: dict[str, Callable[[], float]], budget: float) -> dict[str, list[float]]:
     """Samples of every variant; the order turns round each time, so drift falls on all alike."""
     keep_freed_memory()
     samples: dict[str, list[float]] = {name: [] for name in measures}
-    order, end = list(measures), time.perf_counter() + seconds
+    order, end = list(measures), time.perf_counter() + budget
     rounds = 0
     while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.perf_counter() < end):
         for name in order:

@@ -20,15 +20,13 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from tbcm.config import MAY_CHANGE, TrainConfig, changed_fields, read_config
-from tbcm.errors import UserError
+from tbcm.errors import UserError, reason
 
 TMP = ".tmp"
 KEYS = {"step", "config", "prompts", "teacher", "student", "optimizer", "ema", "generator"}
 """What a checkpoint has at least."""
-
-
 LOCK = ".lock"
-"""What a run that failed at its first write leaves."""
+"""Held by the process of a run; a folder with nothing else in it counts as empty."""
 
 
 @contextmanager
@@ -39,9 +37,9 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch.save follows the file's own error with one of its archive.
         told = error.__context__ if isinstance(error.__context__, OSError) else error
-        reason = getattr(told, "strerror", None) or str(told).splitlines()[0]
+        why = getattr(told, "strerror", None) or reason(told)
         raise UserError(
-            f"Cannot write {path}: {reason}; mend that and call again, `tbcm train` with "
+            f"Cannot write {path}: {why}; mend that and give the command again, `tbcm train` with "
             "--resume_from_checkpoint latest."
         ) from error
 
@@ -115,17 +113,18 @@ def read(path: Path, whole: bool = False) -> dict[str, Any]:
     `whole` reads all of the file first and compares its checksums, which mmap does not.
     """
     try:
-        with zipfile.ZipFile(path / "state.pt") as file:
-            if whole and (bad := file.testzip()):
-                raise ValueError(bad)
+        if whole:
+            with zipfile.ZipFile(path / "state.pt") as file:
+                if bad := file.testzip():
+                    raise ValueError(bad)
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
         if missing := KEYS - state.keys():
             raise ValueError(missing)
         return {**state, "path": str(path)}
     except Exception as error:  # a damaged archive raises half a dozen types
-        reason = "it is missing" if not path.exists() else "it is half-written or damaged"
+        why = "it is missing" if not path.exists() else "it is half-written or damaged"
         raise UserError(
-            f"Cannot read the checkpoint {path}: {reason}; give another, or latest."
+            f"Cannot read the checkpoint {path}: {why}; give another, or latest."
         ) from error
 
 

@@ -260,22 +260,24 @@ LOOKED_AT: list[tuple[str, tuple[str, ...], str]] = [
      "logit_mean_discriminator logit_std_discriminator"),
     ("optimizer", ("adamw", "adamw_8bit"), "adam_epsilon"),
 ]  # fmt: skip
-"""A choice, and the settings that only these values of it look at."""
+"""A choice, its values, and the settings that have an effect only with one of these values."""
+
+
+DEFAULTS = vars(TrainConfig(output_dir=""))
 
 
 def unused(config: TrainConfig) -> dict[str, str]:
-    """Settings that are not at their default and nothing looks at, and the choice that is why."""
-    initial = TrainConfig(output_dir="")
+    """Settings off their default that this run ignores, and the choice that is why."""
     return {
         name: f"{choice} {getattr(config, choice)}"
         for choice, values, names in LOOKED_AT
         for name in names.split()
-        if getattr(config, choice) not in values and getattr(config, name) != getattr(initial, name)
+        if getattr(config, choice) not in values and getattr(config, name) != DEFAULTS[name]
     }
 
 
 MAY_CHANGE = (
-    "output_dir", "images", "latents_cache", "fused", "cuda_graphs", "device",
+    "output_dir", "prompts", "images", "latents_cache", "fused", "cuda_graphs", "device",
     "gradient_accumulation_steps", "points_per_pass", "gradient_checkpointing", "fsdp",
     "resume_from_checkpoint", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit",
     "validation_steps", "validation_samples", "validation_prompts", "sample_steps", "logging_steps",
@@ -287,7 +289,7 @@ MAY_CHANGE = (
 def changed_fields(old: dict[str, Any], new: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """The settings that differ, as {name: (old, new)}."""
     # A setting that did not exist yet had what is now its default.
-    old = {**vars(TrainConfig(output_dir="")), **old}
+    old = {**DEFAULTS, **old}
     pairs = {f.name: (old[f.name], getattr(new, f.name)) for f in fields(TrainConfig)}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -296,6 +298,6 @@ def read_config(run_dir: str | Path) -> TrainConfig:
     """The settings of an existing run. Raises UserError if the folder holds no run."""
     path = Path(run_dir) / "config.yaml"
     try:
-        return TrainConfig(**yaml.safe_load(path.read_text()))
+        return TrainConfig(**yaml.safe_load(path.read_text("utf-8")))
     except (OSError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{run_dir} is not a run of `tbcm train`: {path}: {error}.") from error

@@ -67,6 +67,8 @@ class Sana:
     caption: int = CAPTION
     texts: float | None = None
     """Prompts that a pass encodes; one for each sample if None."""
+    weight: int = 4
+    """Bytes of a weight where it is read."""
 
     @property
     def prompts(self) -> float:
@@ -116,7 +118,7 @@ def traffic(m: Sana, mode: str, what: str) -> float:
 
     Backward reads the weights and writes their gradients.
     """
-    weights = m.parameters * 4 * (2 if what == "backward" else 1)
+    weights = m.parameters * m.weight * (2 if what == "backward" else 1)
     tokens, text, logits = STREAMS[mode][what]
     numbers = tokens * m.tokens * m.width + logits * m.heads * m.tokens * m.text
     numbers = m.batch * numbers + m.prompts * text * m.text * m.width
@@ -162,7 +164,8 @@ def training_passes(
     true one, and of the gradient the image's half is made.
     """
     prompts = m.batch / (route_steps - 1) if method == "tbcm" else m.batch
-    teacher, calls = replace(m, batch=2 * prompts), route_steps if method == "tbcm" else 1
+    frozen = replace(m, weight=m.itemsize)  # whose products keep their weights as autocast does
+    teacher, calls = replace(frozen, batch=2 * prompts), route_steps if method == "tbcm" else 1
     found = [(1, teacher, "forward")]
     if mode == "fused":
         m, teacher = replace(m, texts=prompts), replace(teacher, texts=0)
@@ -170,7 +173,7 @@ def training_passes(
     if mode == "stock":  # the tangent's pass has no graph
         found.append((1, m, "forward"))
     if judges:
-        judge = replace(m, layers=max(judges) + 1)
+        judge = replace(m, layers=max(judges) + 1, weight=m.itemsize)
         found += [(1, m, "forward"), (1, m, "backward")]
         found += [(2, judge, "forward"), (0.5, replace(judge, texts=0), "backward")]
     return found

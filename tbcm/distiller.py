@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from tbcm import distributed, objective
 from tbcm.config import TrainConfig
 from tbcm.embeddings import prompt_embeddings
-from tbcm.errors import UserError
+from tbcm.errors import UserError, reason
 from tbcm.graphed import Graphed
 from tbcm.lora import build_lora_student, learnt, merged
 from tbcm.models import Teacher
@@ -53,7 +53,10 @@ def load_filter(config: TrainConfig, teacher: Teacher) -> Tensor | None:
         if latent.shape == teacher.latent_shape and latent.isfinite().all():
             return latent.float()
     except Exception as error:
-        raise UserError(f"Cannot read filter_latent {config.filter_latent}: {error}") from error
+        raise UserError(
+            f"Cannot read filter_latent {config.filter_latent} ({reason(error)}); give a file made "
+            f"by torch.save of one [C, H, W] tensor."
+        ) from error
     raise UserError(
         f"filter_latent {config.filter_latent} has shape {tuple(latent.shape)}; it must have that "
         f"of the teacher's latents, {teacher.latent_shape}, and finite numbers."
@@ -113,10 +116,11 @@ class Distiller:
         self.optimizer = make_optimizer(self.parameters, config)
         self.route = route(config.route_steps, config.flow_shift)
         self.filter_latent = load_filter(config, teacher)
-        # Last, the few before the many: what else is wrong is said before the long work.
-        shown = read_prompts(config.validation_prompts) if config.validation_prompts else prompts
-        self.shown = self.embed(teacher, shown, self.device)
+        # Encoding comes last, the short list first: other mistakes are told before minutes of work.
+        shown = read_prompts(config.validation_prompts) if config.validation_prompts else None
+        shown = shown and self.embed(teacher, shown, self.device)
         self.embeddings = self.embed(teacher, prompts, self.device)
+        self.shown = shown or self.embeddings
         self.null = self.embeddings.null().to(self.device)
 
     @property
@@ -154,7 +158,7 @@ class Distiller:
         rate = self.config.train_batch_size / (time.perf_counter() - start)
         return {
             "step": self.step, "loss": loss.item(), "g_norm": finite.mean().item(), "r": r,
-            "lr": lr, "grad_norm": grad_norm, "images_per_s": rate, "skipped": not applied,
+            "lr": lr, "grad_norm": grad_norm, "prompts_per_s": rate, "skipped": not applied,
             "bad_samples": len(norms) - len(finite),
         }  # fmt: skip
 
@@ -305,10 +309,10 @@ class Distiller:
         with self.averaged_weights():
             if self.config.lora_rank:
                 return merged(self.student) if self.main else None
-            state = distributed.whole(self.student.state_dict())
+            state = distributed.whole(self.student.state_dict(), self.main)
+            if not self.main:
+                return None
             state = {name: weight.cpu().clone() for name, weight in state.items()}
-        if not self.main:
-            return None
         with torch.device("meta"):
             student = SanaTransformer2DModel.from_config(self.student.config)
         student.load_state_dict(state, assign=True)
@@ -332,7 +336,8 @@ class Distiller:
     def state(self) -> dict[str, Any]:
         """All that a checkpoint needs to continue bit for bit; the schedules follow the step.
 
-        It does not depend on the number of processes, all of which must ask for it.
+        It does not depend on the number of processes, all of which must ask for it; the main one
+        gets it.
         """
         return distributed.whole({
             "step": self.step, "skipped": self.skipped, "skipped_in_row": self.skipped_in_row,
@@ -344,7 +349,7 @@ class Distiller:
             "ema": self.ema.state_dict() if self.ema else None,
             "generator": self.generator.get_state(), "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-        })  # fmt: skip
+        }, self.main)  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint. Raises UserError if prompts or teacher are not the same."""

@@ -119,13 +119,19 @@ def local_gradients(modules: list[nn.Module]) -> Iterator[None]:
         yield
 
 
-def whole(state: Any) -> Any:
-    """The same nested state with every sharded tensor made whole; a collective call."""
+def whole(state: Any, keep: bool) -> Any:
+    """The same nested state with every sharded tensor made whole; a collective call.
+
+    Only those who keep it hold more than one tensor at a time.
+    """
     if isinstance(state, dict):
-        return {key: whole(value) for key, value in state.items()}
+        return {key: whole(value, keep) for key, value in state.items()}
     if isinstance(state, list):
-        return [whole(value) for value in state]
-    return state.full_tensor().cpu() if isinstance(state, DTensor) else state
+        return [whole(value, keep) for value in state]
+    if not isinstance(state, DTensor):
+        return state
+    tensor = state.full_tensor()
+    return tensor.cpu() if keep else None
 
 
 def shared_as(state: Any, like: Tensor) -> Any:

@@ -106,7 +106,8 @@ def write_missing(text: TextEncoder, missing: dict[str, list[str] | None], folde
     """Make the files that no other process makes meanwhile, and wait for those."""
     count = sum(len(chunk) for chunk in missing.values() if chunk)
     print(f"Encoding {count} prompts, to be kept in {folder} (HF_ASSETS_CACHE).")
-    # First what nobody is at; then, waiting, what another process began and may not finish.
+    # First pass: leave out what another process is making. Second: wait for its lock, and make the
+    # file if that process has died.
     for patience in (0, -1):
         jobs = track(list(missing.items()), "prompts", disable=not Console().is_terminal)
         for name, chunk in jobs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from textwrap import shorten
 from types import ModuleType
 
 
@@ -19,3 +20,8 @@ def package(name: str, needed_by: str) -> ModuleType:
             f"{needed_by} needs a package that is not here ({error}); pip install "
             f"{name.replace('_', '-')}."
         ) from error
+
+
+def reason(error: Exception) -> str:
+    """What a library's error says, short enough for a sentence."""
+    return shorten(str(error).strip() or type(error).__name__, 160)

@@ -116,16 +116,21 @@ def teacher_images(
 
 
 def few_step_images(
-    net: TrigFlow, noise: Tensor, prompts: Prompts, guidance: float | None, steps: int, seed: int
+    net: TrigFlow,
+    noise: Tensor,
+    prompts: Prompts,
+    guidance: float | None,
+    steps: int,
+    generator: torch.Generator,
+    name: str,
 ) -> Tensor:
-    """Images of `net` in a few steps from `noise`; `seed` draws the noise between the steps."""
-    generator = torch.Generator().manual_seed(seed)
+    """Images of `net` in a few steps from `noise`; the generator draws what comes between them."""
 
     def sampler(z: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         g = None if guidance is None else z.new_full((len(z),), guidance)
         return consistency_sample(net, z, text, mask, g, steps, generator)
 
-    return draw(sampler, noise, prompts, f"seed {seed}, {steps} step{'s'[: steps > 1]}")
+    return draw(sampler, noise, prompts, name)
 
 
 def images_of_seed(run: Run, teacher: TrigFlow, prompts: Prompts, seed: int) -> dict[str, Tensor]:
@@ -134,13 +139,18 @@ def images_of_seed(run: Run, teacher: TrigFlow, prompts: Prompts, seed: int) -> 
     shape = (len(prompts.rows), *run.teacher.latent_shape)
     noise = SIGMA_DATA * torch.randn(shape, generator=generator)
     guidance = run.student.transformer.config.guidance_embeds_scale * run.scale
+
+    def few(net: TrigFlow, guidance: float | None, steps: int) -> Tensor:
+        # Noise between steps comes after the first, in the same way for all.
+        again = generator.clone_state()
+        name = f"seed {seed}, {steps} step{'s'[: steps > 1]}"
+        return few_step_images(net, noise, prompts, guidance, steps, again, name)
+
     images = {
         "teacher": teacher_images(teacher, noise, prompts, run.scale, f"seed {seed}, teacher"),
-        "undistilled": few_step_images(teacher, noise, prompts, None, 1, seed),
+        "undistilled": few(teacher, None, 1),
     }
-    for n in STUDENT_STEPS:
-        images[str(n)] = few_step_images(run.student, noise, prompts, guidance, n, seed)
-    return images
+    return images | {str(n): few(run.student, guidance, n) for n in STUDENT_STEPS}
 
 
 def scores_of_seed(

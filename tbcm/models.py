@@ -8,14 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tbcm.errors import UserError
+from tbcm.errors import UserError, reason
 from tbcm.text import TextEncoder
 
 if TYPE_CHECKING:
@@ -167,7 +166,7 @@ def fetch(hub_id: str, variant: str | None, revision: str | None) -> Path:
     except Exception as error:  # the Hub's client has a dozen types for no network or no such id
         raise UserError(
             f"There is no folder {hub_id}, and neither the Hub nor its cache here gives such a "
-            f"teacher ({_reason(error)}); without a network, give a folder made elsewhere with "
+            f"teacher ({reason(error)}); without a network, give a folder made elsewhere with "
             f"`hf download {hub_id} --local-dir FOLDER`."
         ) from error
 
@@ -322,8 +321,4 @@ def _readable(load: Callable[[Path], Loaded], folder: Path, mend: str = "save it
     try:
         return load(folder)
     except Exception as e:
-        raise UserError(f"Cannot load {folder} ({_reason(e)}); {mend}.") from e
-
-
-def _reason(error: Exception) -> str:
-    return shorten(str(error).strip() or type(error).__name__, 160)
+        raise UserError(f"Cannot load {folder} ({reason(e)}); {mend}.") from e

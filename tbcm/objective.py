@@ -25,7 +25,8 @@ def tangent_weight(
 ) -> float:
     """r at a 0-based step: 0 → 1 over the warm-up; from calm_start on, 1 → calm_value."""
     rise = min(1.0, step / warmup) if warmup else 1.0
-    fall = min(max(step - calm_start, 0) / max(calm_steps, 1), 1.0)
+    past = step - calm_start
+    fall = min(max(past, 0) / calm_steps, 1.0) if calm_steps else float(past >= 0)
     return rise * (1 - (1 - calm_value) * fall)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +23,7 @@ def copy_bandwidth(device: str) -> float:
     """Bytes per second, read and written, of a large copy: the roof of a memory-bound op."""
     source = torch.ones(2**28 if device == "cuda" else 2**25, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / statistics.median(rounds(lambda: target.copy_(source), device))
+    return 2 * source.nbytes / min(rounds(lambda: target.copy_(source), device))
 
 
 def matmul_peak(device: str, dtype: torch.dtype) -> float:

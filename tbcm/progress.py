@@ -92,7 +92,7 @@ class Display:
         """One step's record."""
         says = (
             f"loss {record['loss']:.5f}  ‖g‖ {record['g_norm']:.3f}  r {record['r']:.2f}  "
-            f"{record['images_per_s']:.1f} images/s  {peak_memory_mb():.0f} MiB"
+            f"{record['prompts_per_s']:.1f} prompts/s  {peak_memory_mb():.0f} MiB"
         )
         step = record["step"]
         if self.live:

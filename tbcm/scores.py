@@ -120,7 +120,9 @@ def read_items(folder: str | Path) -> list[Item]:
     """
     file = Path(folder) / "meta_data.json"
     try:
-        prompts = {name: entry["prompt"] for name, entry in json.loads(file.read_text()).items()}
+        prompts = {
+            name: entry["prompt"] for name, entry in json.loads(file.read_text("utf-8")).items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is not like MJHQ-30K: cannot read {file} ({error}).") from error
     for name, prompt in prompts.items():
@@ -142,7 +144,7 @@ def load_judges(inception: str | None, clip: str, device: torch.device) -> Judge
 
     missing = []
     try:
-        net = torch.jit.load(inception or "", map_location=device).eval()
+        net = torch.jit.load(inception or "", map_location="cpu").eval()
     except (OSError, ValueError, RuntimeError):
         missing.append(f"{INCEPTION} at --inception {inception or 'FILE'}")
     try:

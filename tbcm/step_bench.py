@@ -42,6 +42,7 @@ from tbcm.digits import WORDS
 from tbcm.distiller import Distiller
 from tbcm.errors import UserError
 from tbcm.images import Latents
+from tbcm.info import commit, driver, installed
 from tbcm.models import Teacher, load_teacher
 from tbcm.progress import peak_memory_mb
 from tbcm.rollout import Text
@@ -58,7 +59,8 @@ PHASES = {
     "encode": "images", "rollout": "harvest", "dual": "forward", "backward": "backward",
     "optimizer": "update",
 }  # fmt: skip
-"""Methods of a distiller; rollout is without encode, which is timed where there is a VAE."""
+"""The method of a distiller that each phase times. `rollout` calls `encode`, which only the _vae
+baselines have, and is given without it."""
 BLOCK, WARM_UP = 4, 3
 TOLERANCE = {"no": 1e-3, "bf16": 5e-2}
 """How far the losses of two modes may be apart; under autocast each layer rounds to 8 bits."""
@@ -279,7 +281,7 @@ def make_distiller(method: str, mode: str, plan: Plan) -> Distiller:
     # r = 1 from the start, so that the check of the losses sees the whole tangent.
     base = method.removesuffix(VAE)
     settings = {"method": base, "fused": mode == "fused", "output_dir": "unused"}
-    settings["tangent_warmup_steps"] = 0
+    settings |= {"tangent_warmup_steps": 0, "tangent_calm_value": 1.0}
     make = digits_distiller if plan.model == "digits" else sana_distiller
     distiller = make(settings, plan)
     if method != base:
@@ -497,8 +499,9 @@ def report(
     return result | {
         "copy_gb_s": machine.copy / 1e9, "matmul_tflop_s": machine.matmul / 1e12,
         "steps": len(next(iter(rows.values()))), "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "torch": torch.__version__, "triton": installed("triton"), "commit": commit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "driver": driver(),
     }  # fmt: skip
 
 

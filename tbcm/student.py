@@ -19,7 +19,8 @@ def build_student(teacher: SanaTransformer2DModel) -> SanaTransformer2DModel:
     Raises UserError if the teacher's weights do not fit (it has a guidance embedding already).
     """
     changes = {"guidance_embeds": True, "guidance_embeds_scale": GUIDANCE_SCALE}
-    # Not its notes, one of which has from_config forget values that the teacher's file left out.
+    # Without the private keys: by `_use_default_values` from_config would take its own defaults for
+    # what the teacher's file leaves out.
     settings = {name: v for name, v in teacher.config.items() if not name.startswith("_")}
     student = SanaTransformer2DModel.from_config({**settings, **changes})
     state = {student_key(name): weight for name, weight in teacher.state_dict().items()}

@@ -43,7 +43,7 @@ def train(config: TrainConfig) -> None:
 
 
 def announce(distiller: Distiller) -> None:
-    """Say what the settings alone do not."""
+    """Print what cannot be read off the settings alone."""
     c, processes = distiller.config, distiller.accelerator.num_processes
     parts = processes * c.gradient_accumulation_steps
     if parts > 1:

@@ -159,7 +159,7 @@ def test_a_baseline_continues_bit_for_bit(method: str, tmp_path: Path):
     resumed.load_state(state)
     for row in rows:
         again = resumed.train_step()
-        assert all(again[key] == row[key] for key in row if key != "images_per_s")
+        assert all(again[key] == row[key] for key in row if key != "prompts_per_s")
     for mine, its in zip(resumed.parameters, straight.parameters, strict=True):
         assert torch.equal(mine, its)
 

@@ -8,11 +8,18 @@ import torch
 from PIL import Image
 from torch import nn
 
-from tbcm import digits
+from tbcm import digits, evaluate
 from tbcm.classifier import accuracy, trained_classifier
 from tbcm.config import TrainConfig
 from tbcm.errors import UserError
-from tbcm.evaluate import Prompts, evaluate_run, frechet, pair_rmse, teacher_images
+from tbcm.evaluate import (
+    Prompts,
+    evaluate_run,
+    frechet,
+    images_of_seed,
+    pair_rmse,
+    teacher_images,
+)
 from tbcm.models import load_teacher
 from tbcm.sampling import consistency_sample, grid, load_run, sample_run, trajectory_sample
 from tbcm.student import build_student
@@ -113,6 +120,27 @@ def test_teacher_draws_the_digit_asked_for(run_dir):
     assert [digits.prompt_digit(prompt) for prompt, _ in digits.prompts()] == [
         *prompts.labels[:80].tolist()
     ]
+
+
+def test_noise_between_steps_is_none_that_an_image_began_with(run_dir, monkeypatch):
+    run = load_run(run_dir)
+    prompts = Prompts.of(run.teacher.text, 12)
+    seen = []
+
+    def sampler(net, noise, text, mask, guidance, steps, generator):
+        seen.append((noise, torch.randn(noise.shape, generator=generator)))
+        return noise
+
+    monkeypatch.setattr(evaluate, "CHUNK", 4)
+    monkeypatch.setattr(evaluate, "consistency_sample", sampler)
+    monkeypatch.setattr(evaluate, "teacher_images", lambda net, noise, *rest: noise)
+    images_of_seed(run, TrigFlow(run.teacher.transformer), prompts, 0)
+    of_two_steps = seen[2 * 3 : 3 * 3]  # after the undistilled teacher's and one step's
+    first, fresh = (torch.cat(x) for x in zip(*of_two_steps, strict=True))
+    drawn = torch.cat([first / SIGMA_DATA, fresh]).flatten(1)
+    apart = torch.cdist(drawn, drawn) + 100 * torch.eye(len(drawn))
+    assert apart.min() > 1
+    assert torch.equal(fresh, torch.cat([x for _, x in seen[3 * 3 :]]))
 
 
 def test_untrained_student_scores_as_the_undistilled_teacher(run_dir, tmp_path):

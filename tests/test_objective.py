@@ -89,6 +89,11 @@ def test_r_without_warm_up_is_one_from_the_start():
     assert objective.tangent_weight(0, 0, 15000, 0, 1.0) == 1.0
 
 
+def test_r_never_exceeds_a_calm_value_that_is_reached_at_once():
+    assert [objective.tangent_weight(step, 0, 0, 0, 0.5) for step in (0, 1)] == [0.5, 0.5]
+    assert [objective.tangent_weight(step, 0, 2, 0, 0.5) for step in (1, 2)] == [1.0, 0.5]
+
+
 @pytest.fixture(scope="module")
 def sana():
     """Teacher and student of the built-in case, with an input of three samples."""

@@ -51,7 +51,7 @@ def test_run_leaves_all_it_promises(tmp_path: Path, capsys: pytest.CaptureFixtur
         "checkpoints/step-000002/state.pt", "checkpoints/step-000004/state.pt",
     }  # fmt: skip
     assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4]
-    assert all(row["loss"] > 0 and row["images_per_s"] > 0 for row in metrics(run))
+    assert all(row["loss"] > 0 and row["prompts_per_s"] > 0 for row in metrics(run))
     assert [row["r"] for row in metrics(run)] == [0, 0.5, 1, 1]
     assert read_config(run) == config
     assert "step 4/4" in capsys.readouterr().out
@@ -167,7 +167,7 @@ def test_a_teacher_in_bf16_gives_the_same_numbers(
         )
         sizes.append(sum(p.nbytes for p in parts.transformer.parameters()))
         rows = [parts.train_step() for _ in range(2)]
-        return [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows]
+        return [{k: v for k, v in row.items() if k != "prompts_per_s"} for row in rows]
 
     sizes: list[int] = []
     narrow = records()

@@ -15,7 +15,7 @@ from typing import Any
 from bench import cost, plots
 from bench.environment import ROOT, Row
 from bench.ops import OPS, PASSES
-from tbcm.sampling import write_whole
+from tbcm.files import write_whole
 from tbcm.step_bench import AGAINST, MODES, PAPER
 
 FIGURES = {"fd_teacher": 2, "pair_rmse": 3}

@@ -17,73 +17,15 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
 from tbcm.config import MAY_CHANGE, TrainConfig, changed_fields, read_config
-from tbcm.errors import UserError, reason
+from tbcm.errors import UserError
+from tbcm.files import TMP, whole_folder
 
-TMP = ".tmp"
 KEYS = {"step", "config", "prompts", "teacher", "student", "optimizer", "ema", "generator"}
 """What a checkpoint has at least."""
 LOCK = ".lock"
 """Held by the process of a run; a folder with nothing else in it counts as empty."""
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns a failed write (disc full, no permission) into a UserError that names the path."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch.save follows the file's own error with one of its archive.
-        told = error.__context__ if isinstance(error.__context__, OSError) else error
-        why = getattr(told, "strerror", None) or reason(told)
-        raise UserError(
-            f"Cannot write {path}: {why}; mend that and give the command again, `tbcm train` with "
-            "--resume_from_checkpoint latest."
-        ) from error
-
-
-def flush(path: Path) -> None:
-    """Make a file's content, or a folder's entries, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def check_new(path: Path) -> None:
-    """Learn before long work that `whole_folder` will replace nothing of the user's.
-
-    Raises UserError if it would.
-    """
-    for place in (path, path.with_name(path.name + TMP)):
-        if place.exists():
-            raise UserError(f"{place} is there already; give a new folder, or move that away.")
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty temporary folder that becomes `path`, or vanishes if the body fails.
-
-    What is at either name is replaced.
-    """
-    tmp = path.with_name(path.name + TMP)
-    with writing(path):
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
-        try:
-            yield tmp
-            for file in (*tmp.rglob("*"), tmp):
-                flush(file)
-        except BaseException:
-            shutil.rmtree(tmp, ignore_errors=True)
-            raise
-        if path.exists():
-            shutil.rmtree(path)
-        tmp.rename(path)
-        flush(path.parent)
 
 
 def checkpoints(run: Path) -> list[Path]:

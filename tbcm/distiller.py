@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from statistics import median_high
 from typing import Any
 
 import torch
@@ -230,10 +232,14 @@ class Distiller:
         points = self.config.points_per_pass
         return by_points(samples, points) if points else [samples]
 
-    def averaging(self, last: bool) -> AbstractContextManager:
+    @contextmanager
+    def averaging(self, last: bool) -> Iterator[None]:
         """Processes exchange gradients in the last backward of a step alone."""
-        nets = [self.student_net.transformer, self.log_variance_net]
-        return nullcontext() if last else distributed.local_gradients(nets)
+        nets = () if last else (self.student_net.transformer, self.log_variance_net)
+        with ExitStack() as stack:
+            for net in filter(None, nets):
+                stack.enter_context(self.accelerator.no_sync(net))
+            yield
 
     @torch.no_grad()
     def follow(
@@ -328,8 +334,8 @@ class Distiller:
         shape = (n, *self.teacher.latent_shape)
         noise = SIGMA_DATA * torch.randn(shape, generator=gen, device=self.device)
         text = self.shown.text([i % len(self.shown) for i in range(n)]).to(self.device)
-        scales = sorted(self.config.scm_cfg_scale)
-        guidance = noise.new_full((n,), GUIDANCE_SCALE * scales[len(scales) // 2])
+        scale = median_high(self.config.scm_cfg_scale)
+        guidance = noise.new_full((n,), GUIDANCE_SCALE * scale)
         with self.averaged_weights(), self.autocast():
             return consistency_sample(self.student_net, noise, *text, guidance, steps, gen)
 

@@ -7,8 +7,7 @@ same on any number of processes. Start them with `accelerate launch` or `torchru
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +16,6 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from tbcm.config import TrainConfig
 from tbcm.errors import UserError, package
@@ -107,16 +105,6 @@ def spread(module: nn.Module, accelerator: Accelerator, fsdp: bool) -> nn.Module
         for block in getattr(module, "transformer_blocks", ()):
             fully_shard(block)
     return fully_shard(module, reshard_after_forward=True)
-
-
-@contextmanager
-def local_gradients(modules: list[nn.Module]) -> Iterator[None]:
-    """Within, DDP leaves gradients unaveraged: another backward of the same step will follow."""
-    with ExitStack() as stack:
-        for module in modules:
-            if isinstance(module, DistributedDataParallel):
-                stack.enter_context(module.no_sync())
-        yield
 
 
 def whole(state: Any, keep: bool) -> Any:

@@ -9,7 +9,6 @@ killed run continues where it stopped, and several processes share the work.
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,9 +24,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tbcm.errors import UserError
+from tbcm.files import content, write_whole
 from tbcm.models import Teacher
 from tbcm.rollout import Text
-from tbcm.sampling import write_whole
 from tbcm.text import SANA_MAX_LENGTH, TextEncoder, sana_instruction
 
 CHUNK, BATCH = 256, 16
@@ -134,13 +133,9 @@ def chunk_name(chunk: int) -> str:
 
 def fingerprint(teacher: Teacher, prompts: list[str]) -> str:
     """SHA-256 of all that the embeddings depend on."""
-    found = hashlib.sha256()
     instruction = sana_instruction() if teacher.instruct else None
-    found.update(repr((SANA_MAX_LENGTH, instruction, teacher.variant, prompts)).encode())
-    for part in ("tokenizer", "text_encoder"):
-        for path in sorted((teacher.path / part).rglob("*")):
-            found.update(path.name.encode())
-            with path.open("rb") as file:
-                while block := file.read(1 << 22):
-                    found.update(block)
-    return found.hexdigest()
+    folders = (teacher.path / part for part in ("tokenizer", "text_encoder"))
+    files = [path for folder in folders for path in sorted(folder.rglob("*"))]
+    names = [path.name for path in files]
+    rest = (SANA_MAX_LENGTH, instruction, teacher.variant, prompts, names)
+    return content(*files, salt=repr(rest))

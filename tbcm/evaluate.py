@@ -32,13 +32,12 @@ from torch import Tensor
 from tbcm import digits
 from tbcm.classifier import accuracy, trained_classifier
 from tbcm.errors import UserError
+from tbcm.files import check_writable, write_whole
 from tbcm.sampling import (
     Run,
-    check_writable,
     consistency_sample,
     load_run,
     trajectory_sample,
-    write_whole,
 )
 from tbcm.text import TextEncoder
 from tbcm.trigflow import SIGMA_DATA, TrigFlow, route

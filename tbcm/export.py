@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tbcm.checkpoint import check_new, whole_folder
 from tbcm.config import read_config
 from tbcm.errors import UserError
+from tbcm.files import check_new, whole_folder
 from tbcm.models import load_parts, load_transformer, teacher_of
 from tbcm.sampling import student_folder
 from tbcm.trigflow import SIGMA_DATA

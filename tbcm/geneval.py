@@ -14,7 +14,8 @@ from rich.progress import track
 
 from tbcm import scores
 from tbcm.errors import UserError
-from tbcm.sampling import draw_images, load_drawing_run, save_image, write_whole
+from tbcm.files import content, write_whole
+from tbcm.sampling import draw_images, load_drawing_run, save_image
 
 
 def read_metadata(path: str | Path) -> list[tuple[str, str]]:
@@ -50,7 +51,7 @@ def sample_geneval(
         raise UserError(f"images_per_prompt must be at least 1, not {images}.")
     entries, run = read_metadata(metadata), load_drawing_run(run_dir, steps, seed)
     run.teacher.text.check([prompt for _, prompt in entries])
-    student = scores.digest(Path(run_dir) / "student")
+    student = content(*sorted((Path(run_dir) / "student").iterdir()))
     settings = {
         "student": student, "steps": steps, "seed": seed, "images_per_prompt": images,
         "prompts": scores.prompts_digest([prompt for _, prompt in entries]),

@@ -24,8 +24,8 @@ from torch import Tensor
 from tbcm import digits
 from tbcm.config import TrainConfig
 from tbcm.errors import UserError
+from tbcm.files import content, write_whole
 from tbcm.models import Teacher
-from tbcm.sampling import write_whole
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -131,16 +131,6 @@ def encoded(
         encode(mine, teacher, accelerator.device)
     accelerator.wait_for_everyone()
     return files
-
-
-def content(*files: Path, salt: str = "") -> str:
-    """Fingerprint of what is in some files."""
-    found = hashlib.sha256(salt.encode())
-    for path in files:
-        with path.open("rb") as file:
-            while part := file.read(2**20):
-                found.update(part)
-    return found.hexdigest()
 
 
 @torch.no_grad()

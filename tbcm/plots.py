@@ -6,7 +6,7 @@ import io
 import json
 from pathlib import Path
 
-from tbcm.sampling import write_whole
+from tbcm.files import write_whole
 
 
 def loss_plot(metrics: Path, out: Path) -> None:

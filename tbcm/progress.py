@@ -25,9 +25,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )  # fmt: skip
 
-from tbcm.checkpoint import flush, kept_metrics, writing
+from tbcm.checkpoint import kept_metrics
 from tbcm.config import TrainConfig
-from tbcm.sampling import write_whole
+from tbcm.files import flush, write_whole, writing
 
 
 def peak_memory_mb() -> float:

@@ -6,12 +6,10 @@ Source of the samplers: sCM (arXiv 2410.11081) §3 and SANA-Sprint (arXiv 2503.0
 from __future__ import annotations
 
 import io
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import median_high
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -22,6 +20,7 @@ from torch.nn.functional import pad
 from tbcm import digits
 from tbcm.config import TrainConfig, check_seed, read_config
 from tbcm.errors import UserError
+from tbcm.files import check_writable, write_whole
 from tbcm.models import Teacher, load_transformer, teacher_of
 from tbcm.text import read_prompts
 from tbcm.trigflow import SAMPLE_TIMES, SIGMA_DATA, TrigFlow, to_time
@@ -106,43 +105,6 @@ def trajectory_sample(
     return x / SIGMA_DATA
 
 
-@contextmanager
-def _part_of(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, gone afterwards; what fails becomes a UserError."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may write it too
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-    except OSError as e:
-        raise UserError(f"Cannot write {path}: {e.strerror}; choose another place.") from e
-    finally:
-        with suppress(OSError):
-            part.unlink()
-
-
-def write_whole(path: str | Path, data: bytes) -> None:
-    """Writes a file whole or not at all, through a temporary name beside it.
-
-    Raises:
-        UserError: the place cannot be written.
-    """
-    with _part_of(Path(path)) as part:
-        part.write_bytes(data)
-        os.replace(part, path)
-
-
-def check_writable(path: str | Path) -> None:
-    """Learns before long work, and without touching the file, whether `path` can be written.
-
-    Raises:
-        UserError: it cannot.
-    """
-    if Path(path).is_dir():
-        raise UserError(f"Cannot write {path}: it is a folder; give the name of a file.")
-    with _part_of(Path(path)) as part:
-        part.touch()
-
-
 def grid(images: Tensor, path: str | Path) -> None:
     """Saves images [n, 1 or 3, H, W] in [−1, 1] in one PNG, GRID_COLUMNS to a row."""
     tiles = pad(images.clamp(-1, 1), (0, 1, 0, 1))  # a grey line between the images
@@ -202,8 +164,8 @@ def load_run(run_dir: str | Path, device: str = "cpu") -> Run:
             "the teacher that config.yaml names."
         )
     student = TrigFlow(student.to(device))
-    scales = sorted(config.scm_cfg_scale)
-    return Run(teacher, student, config, scales[len(scales) // 2], torch.device(device))
+    scale = median_high(config.scm_cfg_scale)
+    return Run(teacher, student, config, scale, torch.device(device))
 
 
 def load_drawing_run(run_dir: str | Path, steps: int, seed: int = 0) -> Run:

@@ -24,15 +24,14 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from tbcm.errors import UserError
+from tbcm.files import check_writable, content, write_whole
 from tbcm.images import opened
 from tbcm.sampling import (
     Run,
-    check_writable,
     draw_images,
     load_drawing_run,
     save_image,
     student_folder,
-    write_whole,
 )
 
 if TYPE_CHECKING:
@@ -197,8 +196,9 @@ def score_run(
     run.teacher.text.check([item.prompt for item in items])
     judges = load_judges(inception, clip, run.device)
     settings = {
-        "student": digest(student_folder(run_dir)), "images_of": str(Path(images).resolve()),
-        "steps": steps, "seed": seed, "inception": digest(Path(inception)), "clip_model": clip,
+        "student": content(*sorted(student_folder(run_dir).iterdir())),
+        "images_of": str(Path(images).resolve()),
+        "steps": steps, "seed": seed, "inception": content(Path(inception)), "clip_model": clip,
         "images": len(items), "prompts": prompts_digest([item.prompt for item in items]),
     }  # fmt: skip
     out = Path(out)
@@ -273,13 +273,3 @@ def save_progress(out: Path, judges: Judges) -> None:
 def prompts_digest(prompts: list[str]) -> str:
     """SHA-256 of prompts, in their order."""
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, or of the files of a folder."""
-    found = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        with file.open("rb") as opened_file:
-            while block := opened_file.read(1 << 22):
-                found.update(block)
-    return found.hexdigest()

@@ -41,12 +41,12 @@ from tbcm.config import PRESETS, TrainConfig
 from tbcm.digits import WORDS
 from tbcm.distiller import Distiller
 from tbcm.errors import UserError
+from tbcm.files import check_writable, write_whole
 from tbcm.images import Latents
 from tbcm.info import commit, driver, installed
 from tbcm.models import Teacher, load_teacher
 from tbcm.progress import peak_memory_mb
 from tbcm.rollout import Text
-from tbcm.sampling import check_writable, write_whole
 from tbcm.sprint import HEAD_BLOCKS, head_blocks
 from tbcm.train import METHODS, load_prompts
 

@@ -25,10 +25,9 @@ from rich.progress import (
 from torch import Tensor
 
 from tbcm import digits
-from tbcm.checkpoint import check_new, whole_folder
 from tbcm.config import check_seed, check_set
 from tbcm.errors import UserError
-from tbcm.sampling import check_writable
+from tbcm.files import check_new, check_writable, whole_folder
 from tbcm.text import TextEncoder
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ from tbcm.config import TrainConfig, unused
 from tbcm.distiller import Distiller
 from tbcm.distributed import check_device, make_accelerator, on_main
 from tbcm.errors import UserError
+from tbcm.files import whole_folder, write_whole
 from tbcm.models import teacher_of
 from tbcm.progress import Log, peak_memory_mb
-from tbcm.sampling import grid, write_whole
+from tbcm.sampling import grid
 from tbcm.scm import ScmDistiller
 from tbcm.sprint import SprintDistiller
 from tbcm.text import read_prompts
@@ -113,7 +114,7 @@ def finish(distiller: Distiller) -> None:
     student, run = distiller.whole_student(), Path(distiller.config.output_dir)
     if not distiller.main:
         return
-    with checkpoint.whole_folder(run / "student") as folder:
+    with whole_folder(run / "student") as folder:
         student.save_pretrained(folder)
     plots.loss_plot(run / "metrics.jsonl", run / "loss.png")
     print(

@@ -1,0 +1,121 @@
+"""Files and folders that are written whole or not at all, and their fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from tbcm.errors import UserError, reason
+
+TMP = ".tmp"
+"""The end of a folder's name while it is filled."""
+
+
+@contextmanager
+def _part_of(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, gone afterwards; what fails becomes a UserError."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may write it too
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+    except OSError as e:
+        raise UserError(f"Cannot write {path}: {e.strerror}; choose another place.") from e
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Writes a file whole or not at all, through a temporary name beside it.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    with _part_of(Path(path)) as part:
+        part.write_bytes(data)
+        os.replace(part, path)
+
+
+def check_writable(path: str | Path) -> None:
+    """Learns before long work, and without touching the file, whether `path` can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if Path(path).is_dir():
+        raise UserError(f"Cannot write {path}: it is a folder; give the name of a file.")
+    with _part_of(Path(path)) as part:
+        part.touch()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a failed write (disc full, no permission) into a UserError that names the path."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch.save follows the file's own error with one of its archive.
+        told = error.__context__ if isinstance(error.__context__, OSError) else error
+        why = getattr(told, "strerror", None) or reason(told)
+        raise UserError(
+            f"Cannot write {path}: {why}; mend that and give the command again, `tbcm train` with "
+            "--resume_from_checkpoint latest."
+        ) from error
+
+
+def flush(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def check_new(path: Path) -> None:
+    """Learn before long work that `whole_folder` will replace nothing of the user's.
+
+    Raises UserError if it would.
+    """
+    for place in (path, path.with_name(path.name + TMP)):
+        if place.exists():
+            raise UserError(f"{place} is there already; give a new folder, or move that away.")
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty temporary folder that becomes `path`, or vanishes if the body fails.
+
+    What is at either name is replaced.
+    """
+    tmp = path.with_name(path.name + TMP)
+    with writing(path):
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        try:
+            yield tmp
+            for file in (*tmp.rglob("*"), tmp):
+                flush(file)
+        except BaseException:
+            shutil.rmtree(tmp, ignore_errors=True)
+            raise
+        if path.exists():
+            shutil.rmtree(path)
+        tmp.rename(path)
+        flush(path.parent)
+
+
+def content(*files: Path, salt: str = "") -> str:
+    """Fingerprint of what is in some files."""
+    found = hashlib.sha256(salt.encode())
+    for path in files:
+        with path.open("rb") as file:
+            while part := file.read(2**20):
+                found.update(part)
+    return found.hexdigest()

@@ -106,7 +106,7 @@ TBCM_INLINE void finish(const Forward& p, const ForwardTiles& t, int64_t b, int6
 template <class Isa>
 TBCM_INLINE void forward_tasks(const Forward& p, int64_t begin, int64_t end) {
   ForwardTiles t;
-  Arena arena{Arena::begin(forward_floats(p, nullptr, &t))};
+  Arena arena{aligned_scratch(forward_floats(p, nullptr, &t))};
   forward_floats(p, &arena, &t);
   const int64_t ldq = p.q_stride(), ldv = p.v_stride(), shared = p.heads / p.groups;
   int64_t packed = -1;
@@ -323,7 +323,7 @@ TBCM_INLINE void backward_queries(const Backward& p, const BackwardTiles& t, int
 template <class Isa>
 TBCM_INLINE void backward_tasks(const Backward& p, int64_t begin, int64_t end) {
   BackwardTiles t;
-  Arena arena{Arena::begin(backward_floats(p, nullptr, &t))};
+  Arena arena{aligned_scratch(backward_floats(p, nullptr, &t))};
   backward_floats(p, &arena, &t);
   const int64_t shared = p.heads / p.groups, units = shared * p.query_blocks();
   int64_t packed = -1;

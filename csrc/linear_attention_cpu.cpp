@@ -167,7 +167,7 @@ template <class Isa>
 TBCM_INLINE void forward_tasks(const Forward& p, int64_t begin, int64_t end) {
   const Isa isa;
   ForwardTiles t;
-  Arena arena{Arena::begin(forward_floats(p, nullptr, &t))};
+  Arena arena{aligned_scratch(forward_floats(p, nullptr, &t))};
   forward_floats(p, &arena, &t);
   const int64_t width = p.width(), columns = p.columns(), ldq = p.ldq(), ldv = p.ldv();
   for (int64_t task = begin; task < end; ++task) {
@@ -316,7 +316,7 @@ TBCM_INLINE void read_state(const Backward& p, const BackwardTiles& t, int64_t b
 template <class Isa>
 TBCM_INLINE void backward_tasks(const Backward& p, int64_t begin, int64_t end) {
   BackwardTiles t;
-  Arena arena{Arena::begin(backward_floats(p, nullptr, &t))};
+  Arena arena{aligned_scratch(backward_floats(p, nullptr, &t))};
   backward_floats(p, &arena, &t);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / p.groups(), h = task % p.groups() * p.group, count = smaller(p.group, p.heads - h);

@@ -25,7 +25,7 @@ struct Operand {
   }
 };
 
-// Row `at` as floats, with zeros up to a whole number of lanes.
+// n numbers of a row as floats, with zeros up to a whole number of lanes.
 template <class T>
 TBCM_INLINE void read_as(float* dst, const T* src, int64_t n) {
   int64_t d = 0;
@@ -123,10 +123,6 @@ struct Arena {
     float* piece = at;
     at += round_up(floats, LANES);
     return piece;
-  }
-  static float* begin(int64_t floats) {
-    const auto address = reinterpret_cast<uintptr_t>(scratch(floats + LANES));
-    return reinterpret_cast<float*>((address + 63) / 64 * 64);
   }
 };
 

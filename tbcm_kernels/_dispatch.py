@@ -33,6 +33,7 @@ _FAST_DTYPES = {
 }
 _DEVICES = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu"}
 _WIDEST_ROW = 4096  # MAX_WIDTH in csrc/rows.h
+_TRITON_WIDEST_ROW = 8192  # MAX_WIDTH in _triton.py
 _TOO_WIDE = f"its rows have at most {_WIDEST_ROW} numbers"
 _ONLY_ASKED_FOR = {
     ("attention", "triton", torch.float32): "exact fp32 products spill registers; ask by impl",
@@ -149,21 +150,26 @@ def choose(op: str, impl: str, x: Tensor, *, unfit: str | None = None) -> str:
 
 def choose_for_rows(op: str, impl: str, x: Tensor) -> str:
     """`choose` for an op whose CUDA kernels keep a row of x in registers."""
-    return choose(op, impl, x, unfit=_TOO_WIDE if x.shape[-1] > _WIDEST_ROW else None)
+    width = x.shape[-1]
+    chosen = choose(op, impl, x, unfit=_TOO_WIDE if width > _WIDEST_ROW else None)
+    if impl != "auto" or chosen != "triton" or width <= _TRITON_WIDEST_ROW:
+        return chosen
+    reason = f"triton: its rows have at most {_TRITON_WIDEST_ROW} numbers"
+    return fall_back(op, x.device.type, x.dtype, reason)
 
 
 @constant_under_compile
 def _known_choice(
     op: str, impl: str, device: str, dtype: torch.dtype, unfit: str | None
 ) -> tuple[str | None, str]:
-    """`_choice`, looked up after its first time and where torch.compile traces."""
+    """`_choice`, cached, and a constant to torch.compile."""
     return _remembered(op, impl, device, dtype, unfit)
 
 
 def _choice(
-    op: str, impl: str, device: str, dtype: torch.dtype, unfit: str | None = None
+    op: str, impl: str, device: str, dtype: torch.dtype, unfit: str | None = None, tell: bool = True
 ) -> tuple[str | None, str]:
-    """The chosen implementation, or None and why."""
+    """The chosen implementation, or None and why; `tell` warns the user of a fallback."""
     if impl == "reference":
         return impl, "asked for"
     if impl not in IMPLEMENTATIONS:
@@ -173,18 +179,19 @@ def _choice(
         return (None, f"impl={impl!r} cannot run: {reason}") if reason else (impl, "asked for")
     why_not = {}
     for candidate in OPS[op]:
-        reason = refusal(op, candidate, device, dtype)
-        reason = reason or _ONLY_ASKED_FOR.get((op, candidate, dtype))
         reason = (
-            reason or (unfit if candidate == "cuda" else None) or _unproved(op, candidate, dtype)
+            refusal(op, candidate, device, dtype)
+            or _ONLY_ASKED_FOR.get((op, candidate, dtype))
+            or (unfit if candidate == "cuda" else None)
+            or _unproved(op, candidate, dtype)
         )
         if device == _DEVICES[candidate] and reason is None:
-            if candidate == "triton" and not _proved(op, candidate, dtype):
-                _notice_unproved()
+            if tell and candidate == "triton" and not _proved(op, candidate, dtype):
+                _notice_unproved(op, dtype)
             return candidate, "available"
         why_not[candidate] = reason
     reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in why_not.items())
-    if reasons:
+    if tell and reasons:
         _notice_fallback(op, device, dtype, reasons)
     return "reference", reasons or "PyTorch's own GEMM is the implementation"
 
@@ -235,11 +242,12 @@ def _interpreted() -> bool:
 
 
 @functools.cache
-def _notice_unproved() -> None:
+def _notice_unproved(op: str, dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
     warnings.warn(
-        "tbcm_kernels: these Triton kernels passed the interpreter and the static audit but have "
-        "not yet passed on a GPU; `python -m tbcm_kernels.testing` proves them on yours in "
-        f"minutes; {_TO_RECORD}.",
+        f"tbcm_kernels.{op}: its Triton kernels passed the interpreter and the static audit but "
+        f"have not yet passed on a GPU in {name}; `python -m tbcm_kernels.testing` proves them on "
+        f"yours in minutes; {_TO_RECORD}.",
         stacklevel=2,
     )
 
@@ -257,10 +265,8 @@ def implementations() -> list[tuple[str, str, str]]:
     """What runs here: rows (op, implementation chosen for fp32 on a device, reason)."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rows = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for op in OPS:
-            for device in devices:
-                chosen, reason = _choice(op, "auto", device, torch.float32)
-                rows.append((op, f"{chosen} ({device})", reason))
+    for op in OPS:
+        for device in devices:
+            chosen, reason = _choice(op, "auto", device, torch.float32, tell=False)
+            rows.append((op, f"{chosen} ({device})", reason))
     return rows

@@ -19,7 +19,7 @@ from torch import Tensor
 T = TypeVar("T")
 _stopped = False
 _owners: list[int] = []
-"""A thread's number for each scope that it is in."""
+"""Threads' numbers, one for each scope that is open."""
 _owning = threading.Lock()
 
 

@@ -16,14 +16,15 @@ COUNTERPARTS: set[Callable[..., Any]] = set()
 
 
 def does_more(layer: nn.Module) -> bool:
-    """Whether hooks or a forward of its own make an instance more than its class and parameters."""
+    """Whether a call does more than the class's forward: hooks, or a forward of the instance's."""
     return has_other_forward(layer) or has_hooks(layer)
 
 
 def has_other_forward(layer: nn.Module) -> bool:
     """Whether an instance's forward is neither its class's nor a counterpart of that.
 
-    Its class's is that of this instance, with no argument given before the call.
+    `layer.forward` and `partial(cls.forward, layer)` count as the class's; one with more arguments,
+    or bound to another instance, does not.
     """
     forward = layer.__dict__.get("forward")
     if forward is None or function_of(forward) in COUNTERPARTS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -86,6 +87,8 @@ def lane_by_lane(op: Callable[..., Any]) -> Callable[..., Any]:
     """vmap by one call per lane: correct for every op; a kernel that shares work replaces it."""
 
     def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+        if not info.batch_size:
+            raise ValueError("tbcm_kernels: vmap must be over at least one element, got none.")
         lanes = [op(*_lane(list(args), in_dims, i)) for i in range(info.batch_size)]
         if isinstance(lanes[0], Tensor):
             return torch.stack(lanes), 0
@@ -150,6 +153,20 @@ def autocast(tensors: Sequence[Tensor | None], device: str) -> list[Tensor | Non
     return [t.to(dtype) if t is not None and t.dtype in cast else t for t in tensors]
 
 
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A reference whose products autocast does not round: it rounds where it says so alone."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        device = next(a for a in args if isinstance(a, Tensor)).device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return function(*args, **options)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **options)
+
+    return run
+
+
 def wide(x: Tensor | None) -> Tensor | None:
     """The tensor in the dtype that arithmetic runs in: at least fp32."""
     return None if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
@@ -191,8 +208,8 @@ def differentiate(
 ) -> list[Tensor | None]:
     """Vector-Jacobian product of a plain PyTorch function, for every tensor in `inputs`.
 
-    This is how an op differentiates through its tangent exactly before it has a kernel for it. In a
-    backward with create_graph=True the result can be differentiated again.
+    For gradients through a tangent where an op has no kernel for them. In a backward with
+    create_graph=True the result can be differentiated again.
     """
     again = torch.is_grad_enabled()
     with torch.enable_grad():

@@ -17,7 +17,7 @@ NAME = "tbcm_kernels"
 
 
 def backend() -> Any:
-    """What a processor's `_attention_backend` is set to; diffusers learns of it the first time."""
+    """What a processor's `_attention_backend` is set to; the first call registers it."""
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
     if NAME not in AttentionBackendName._value2member_map_:

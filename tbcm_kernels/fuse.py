@@ -35,7 +35,7 @@ class Fused:
 
     model: nn.Module
     module: types.ModuleType
-    swaps: list[tuple[nn.Module, str, Any, Any]]
+    swaps: list[tuple[Any, str, Any, Any]]
     undone: bool = False
 
     def undo(self) -> None:
@@ -114,6 +114,10 @@ def fuse(model: nn.Module) -> Fused:
         A handle that tells what was replaced; `handle.undo()` restores the model, and
         `with fuse(model):` does at its end. A `copy.deepcopy` of a fused model is fused, and fusing
         it gives it a handle of its own. A pickle is too, but one of SANA has the stock forward.
+        Where the model checkpoints activations, call backward before `undo()`: it runs the forward
+        again, which must be the same. Fused layers refer to themselves, so that the memory of a
+        model that is dropped is free after `undo()` or `gc.collect()`. Of PyTorch's wrappers DDP
+        and FSDP2 work, `nn.DataParallel` does not.
 
     Raises:
         TypeError: no module, one with nothing to fuse, or one that wraps a model which has a fused
@@ -166,8 +170,11 @@ def _target(model: nn.Module) -> str | None:
     return next((FUSED[n] for n in names if n in FUSED), None)
 
 
-def _own(owner: nn.Module, name: str, new: Any) -> Any:
-    """What an instance has in place of its class's; a copy brings the method of what it copied."""
+def _own(owner: Any, name: str, new: Any) -> Any:
+    """What undo() restores: the instance's own attribute, or None where it has its class's.
+
+    A copy of a fused model brings our forward or processor along, which is none of its own.
+    """
     old = owner.__dict__.get(name)
     old = getattr(old, "stock", old)
     copied = (function_of(new), getattr(type(owner), name, None))

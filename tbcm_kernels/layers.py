@@ -107,7 +107,8 @@ def _is_covered(layer: nn.Module) -> bool:
     if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
         return len(layer.normalized_shape) == 1
     if type(layer).__name__ == "RMSNorm":
-        return layer.bias is None and len(layer.dim) == 1 < layer.dim[0]
+        # A weight of one number would broadcast over any width.
+        return layer.bias is None and len(layer.dim) == 1 and layer.dim[0] > 1
     norm = getattr(layer, "norm", None)
     if norm is None:
         return isinstance(layer, nn.Linear) and layer.in_features > 0

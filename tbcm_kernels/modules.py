@@ -301,7 +301,7 @@ class SanaModulatedNorm(nn.Module):
         shift, scale = table + temb,  y = LayerNorm(x) · (1 + scale) + shift
 
     Args:
-        dim: width C, which no parameter has.
+        dim: width C; not used, as the norm has no parameters.
         elementwise_affine: False.
         eps: added to the variance.
 
@@ -454,7 +454,7 @@ class Attention(nn.Module):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """What hidden_states [B, N, query_dim] find in themselves or in others; the same shape.
+        """Attention of hidden_states [B, N, query_dim] to themselves or to others; the same shape.
 
         Args:
             hidden_states: what queries are made of.
@@ -553,7 +553,7 @@ def _only(module: nn.Module, **options: tuple[object, object]) -> None:
 
 
 def _check_width(norm: nn.RMSNorm | nn.LayerNorm, x: Tensor) -> None:
-    """The ops check it where there is a weight."""
+    """Raise for another width where there is no weight; with one the op does."""
     if norm.weight is None and x.shape[-1:] != norm.normalized_shape:
         raise ValueError(
             f"{type(norm).__name__}: the last dimension must be {norm.normalized_shape[0]}, got "

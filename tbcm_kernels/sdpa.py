@@ -15,13 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tbcm_kernels._dispatch import fall_back
 from tbcm_kernels._dual import any_dual
 from tbcm_kernels._layers import COUNTERPARTS, refuse_modes
 from tbcm_kernels.attention import attention
+from tbcm_kernels.attention.functional import MAX_HEAD_DIM
 
 # The others are diffusers' and transformers', which call the first by default.
 _NAMES = {"scaled_dot_product_attention", "dispatch_attention_fn", "ALL_ATTENTION_FUNCTIONS"}
 _DEPTH = 3
+"""How far calls are followed: a forward, what it calls, and what that calls."""
 
 
 class _Instead(TorchFunctionMode):
@@ -42,10 +45,13 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any,
     **kwargs: Any,
 ) -> Tensor:  # fmt: skip
-    """By the names of PyTorch's arguments."""
+    """PyTorch's attention, or ours of a dual; arguments have PyTorch's names, for keywords."""
     if not any_dual(query, key, value, attn_mask):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
     refuse_modes()
+    if any(x.shape[-1] % 8 or x.shape[-1] > MAX_HEAD_DIM for x in (query, value)):
+        reason = f"its kernels take head dims that are multiples of 8 up to {MAX_HEAD_DIM}"
+        kwargs["impl"] = fall_back("attention", query.device.type, query.dtype, reason)
     return attention(query, key, value, attn_mask, *args, **kwargs)
 
 
@@ -68,10 +74,19 @@ def calls_attention(module: nn.Module) -> bool:
 
 
 def _names_attention(function: Any, owner: type, depth: int) -> bool:
-    """Whether a method of `owner` names it, or a function or method that this one names does."""
-    if not inspect.isfunction(function) or function.__module__.startswith("torch."):
+    """Whether it names PyTorch's attention, or calls what does, up to `depth` calls deep.
+
+    Methods are looked up on `owner`.
+    """
+    if isinstance(function, staticmethod | classmethod):
+        function = function.__func__
+    if not inspect.isfunction(function):
         return False
-    function = inspect.unwrap(function)
+    inner = inspect.unwrap(function)
+    function = inner if inspect.isfunction(inner) else function
+    # By its globals: a decorator or exec() may have set __module__ to another name, or to None.
+    if str(function.__globals__.get("__name__")).startswith("torch."):
+        return False
     names = set(_names(function.__code__))
     if _NAMES & names:
         return True

@@ -351,6 +351,12 @@ def test_lengths_may_change_under_compile() -> None:
     assert counter.frame_count <= 2
 
 
+def test_merged_parts_keep_the_dtypes_of_the_first() -> None:
+    o, lse = torch.randn(2, 3, 4), torch.randn(2, 3)
+    merged = tk.merge_attention([(o.bfloat16(), lse), (o, lse.double())])
+    assert [x.dtype for x in merged] == [torch.bfloat16, torch.float32]
+
+
 def test_a_nan_in_a_part_reaches_the_merged_result() -> None:
     o, lse = torch.ones(1, 2, 8), torch.zeros(1, 2)
     for parts in ([(o, lse * torch.nan), (o, lse)], [(o, lse * torch.nan)]):

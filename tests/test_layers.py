@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils.checkpoint import checkpoint
 
 import tbcm_kernels as tk
-from tbcm_kernels import layers, modules, processors
+from tbcm_kernels import _dispatch, layers, modules, processors
 from tbcm_kernels.backend import NAME, backend
 
 HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
@@ -389,6 +389,48 @@ def test_attention_is_found_through_super_and_by_another_name() -> None:
         with tk.fuse(nn.Sequential(module, torch.jit.script(nn.GELU()))):
             got = torch.func.jvp(module, (x,), (x.cos(),))
         assert max(map(_worst, got, want)) < 1e-5
+
+
+@functools.wraps(sdpa)
+def _wrapped(*args: Tensor) -> Tensor:
+    return sdpa(*args)
+
+
+def _generated(**names: Callable) -> Callable:
+    """A function of no module."""
+    exec("def attend(x): return wrapped(x, x, x)", names)
+    return names["attend"]
+
+
+class Generated(nn.Module):
+    helper = staticmethod(_generated(wrapped=_wrapped))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.helper(x)
+
+
+def test_attention_is_found_in_generated_and_decorated_functions() -> None:
+    x, dx = torch.randn(2, 1, 2, 6, 8)
+    value, tangent = torch.func.jvp(tk.fuse(Generated()).model, (x,), (dx,))
+    with sdpa_kernel(SDPBackend.MATH):
+        stock = torch.func.jvp(Generated(), (x,), (dx,))
+    torch.testing.assert_close((value, tangent), stock)
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)))
+    x, dx = torch.randn(2, 3, 8)
+    stock = torch.func.jvp(traced, (x,), (dx,))
+    with tk.fuse(traced):
+        for ours, theirs in zip(torch.func.jvp(traced, (x,), (dx,)), stock, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_a_head_dim_that_kernels_do_not_take_runs_in_the_reference() -> None:
+    model, (x, dx) = OwnAttention(24, 2), torch.randn(2, 2, 6, 24)
+    with sdpa_kernel(SDPBackend.MATH):
+        stock = torch.func.jvp(model, (x,), (dx,))
+    _dispatch._notice_fallback.cache_clear()
+    with tk.fuse(model), pytest.warns(UserWarning, match="multiples of 8 up to 256"):
+        for ours, theirs in zip(torch.func.jvp(model, (x,), (dx,)), stock, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_the_gradient_of_a_learned_bias_is_not_lost() -> None:

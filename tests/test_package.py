@@ -177,6 +177,31 @@ def test_fallback_is_said_once() -> None:
     assert "rms_norm runs its plain PyTorch reference for float64 on cpu" in str(said[0].message)
 
 
+def test_the_table_of_implementations_leaves_notices_to_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_dispatch, "missing", lambda impl: "it is not there")
+    for known in (_dispatch._remembered, _dispatch._notice_fallback):
+        known.cache_clear()
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert {row[1] for row in _dispatch.implementations()} >= {"reference (cpu)"}
+            assert not said
+            tbcm_kernels.rms_norm(torch.ones(2, 8))
+        assert len(said) == 1
+    finally:
+        _dispatch._remembered.cache_clear()
+
+
+def test_rows_that_triton_does_not_take_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_known_choice", lambda *_: ("triton", "available"))
+    assert _dispatch.choose_for_rows("rms_norm", "auto", torch.ones(1, 8192)) == "triton"
+    with pytest.warns(UserWarning, match="at most 8192 numbers"):
+        assert _dispatch.choose_for_rows("rms_norm", "auto", torch.ones(1, 8193)) == "reference"
+    assert _dispatch.choose_for_rows("rms_norm", "triton", torch.ones(1, 8193)) == "triton"
+
+
 @pytest.mark.parametrize("nvcc", ["exit 1", "echo garbage"])
 def test_broken_cuda_leaves_the_cpu_kernels(
     nvcc: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

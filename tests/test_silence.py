@@ -500,6 +500,54 @@ def test_a_tensor_that_learns_is_no_number() -> None:
             call("half")
 
 
+def test_numbers_of_the_objective_are_none_to_learn() -> None:
+    x, t = torch.randn(2, 3, 4), torch.full((2,), 0.5)
+    both = torch.cat((x, x))
+    calls = {
+        "r": lambda r: tk.tangent_loss(x, x, x, x, t, r)[0],
+        "sigma_data": lambda s: tk.trajectory_step(x, both, t, t, t, s)[0],
+    }
+    for name, call in calls.items():
+        for learns in (torch.tensor(0.5, requires_grad=True), "half"):
+            with pytest.raises(ValueError, match=f"{name} (is|must be) a number"):
+                call(learns)
+        with pytest.raises(ValueError, match=f"{name} is a number"):
+            torch.func.jvp(call, (torch.tensor(0.5),), (torch.tensor(1.0),))
+        assert torch.equal(call(1), call(1.0))
+
+
+def test_reverse_mode_of_linear_without_a_tangent() -> None:
+    """Nothing can be lost there; with a tangent it raises as before."""
+    x, weight, bias = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
+    found, stock = (
+        torch.func.grad(lambda x, f=f: f(x, weight, bias).square().sum())(x)
+        for f in (tk.linear, F.linear)
+    )
+    assert torch.equal(found, stock)
+    square = torch.func.grad(lambda x: tk.linear(x, weight, bias).square().sum())
+    with pytest.raises(RuntimeError, match=r"torch\.autograd\.grad"):
+        torch.func.jvp(square, (x,), (x,))
+
+
+def test_the_reference_rounds_the_same_under_autocast() -> None:
+    primals, _ = _inputs()
+    x, taps = primals[0], primals[7][:C]
+    q = x.unflatten(-1, (2, 8)).transpose(1, 2)
+    calls = (
+        lambda: tk.conv_glu(x, taps, height=2, width=3, impl="reference"),
+        lambda: tk.linear_attention(q, q, q, impl="reference"),
+    )
+    for call in calls:
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = call()
+        assert torch.equal(inside, call())
+
+
+def test_vmap_over_nothing_raises() -> None:
+    with pytest.raises(ValueError, match="at least one element"):
+        torch.vmap(tk.rms_norm)(torch.randn(0, 3, 8))
+
+
 def test_outputs_never_alias_inputs() -> None:
     x, h = torch.randn(2, 2, 3, 4).double()
     tangent = torch.ones_like(x)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from tbcm_kernels import _dispatch
+from tbcm_kernels._dual import present
 from tbcm_kernels._library import CHUNK, absent, differentiate, present_or_absent, register
 from tbcm_kernels.adaln import reference
+from tbcm_kernels.adaln.buffers import outputs_there
 
 
 def _forward(
@@ -48,9 +50,7 @@ def _forward_fake(
     tx: Tensor | None, th: Tensor | None, tgate: Tensor | None, tscale: Tensor | None,
     tshift: Tensor | None, eps: float, dtype: torch.dtype | None, through: bool, impl: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    tangent_in = any(t is not None for t in (tx, th, tgate))
-    tangent_out = tangent_in or tscale is not None or tshift is not None
-    there = (h is not None, True, h is not None and tangent_in, tangent_out)
+    there = outputs_there(h, tx, th, tgate, tscale, tshift)
     dtypes = (x.dtype, dtype or x.dtype) * 2
     return tuple(
         x.new_empty(x.shape, dtype=d) if t else absent(x)
@@ -64,7 +64,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.eps, ctx.impl, ctx.dtype = eps, impl, dtype
     ctx.h_dtype = None if h is None else h.dtype
     ctx.shapes = [None if m is None else (m.shape, m.dtype) for m in (gate, scale, shift)]
-    ctx.through = through and any(t is not None for t in tangents)
+    ctx.through = through and present(tangents)
     if ctx.through:
         ctx.save_for_backward(x, h, gate, scale, shift, *tangents)
     else:
@@ -97,7 +97,10 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         g.sum_to_size(s[0]).to(s[1]) if t else None
         for g, s, t in zip(sums, ctx.shapes, there, strict=True)
     ]
-    gh = None if ctx.h_dtype is None else gh if gate is not None else gx.to(ctx.h_dtype)
+    if ctx.h_dtype is None:
+        gh = None
+    elif gate is None:  # h is added as it is
+        gh = gx.to(ctx.h_dtype)
     return gx, gh, *reduced, *[None] * 9
 
 

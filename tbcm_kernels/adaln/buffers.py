@@ -5,9 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tbcm_kernels._dual import present
 from tbcm_kernels._library import fresh, unit_stride
 
 Tensors = tuple[Tensor | None, ...]
+
+
+def outputs_there(
+    h: Tensor | None, tx: Tensor | None, th: Tensor | None, tgate: Tensor | None,
+    tscale: Tensor | None, tshift: Tensor | None,
+) -> tuple[bool, bool, bool, bool]:  # fmt: skip
+    """Which of x', y, ẋ', ẏ there are."""
+    moves = present((tx, th, tgate))
+    return h is not None, True, h is not None and moves, moves or present((tscale, tshift))
 
 
 def forward_buffers(
@@ -19,9 +29,7 @@ def forward_buffers(
 
     y and ẏ are in `dtype`, x's by default.
     """
-    tangent_in = any(t is not None for t in (tx, th, tgate))
-    tangent_out = tangent_in or tscale is not None or tshift is not None
-    there = (h is not None, True, h is not None and tangent_in, tangent_out)
+    there = outputs_there(h, tx, th, tgate, tscale, tshift)
     inputs = (
         unit_stride(x), unit_stride(h), modulation(gate), modulation(scale), modulation(shift),
         unit_stride(tx), unit_stride(th), modulation(tgate), modulation(tscale),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tbcm_kernels._dual import present
 from tbcm_kernels._library import Store, chunk_sum, wide
 
 
@@ -34,7 +35,7 @@ def forward(
     if h_ is not None:
         out = store(x_ + h_ if gate_ is None else x_ + gate_ * h_)
         x_ = wide(out)
-    if any(t is not None for t in (th_, tgate_)):
+    if present((th_, tgate_)):
         tx_ = _residual_tangent(x_, h_, gate_, tx_, th_, tgate_)
     if h is not None and tx_ is not None:
         tout = store(tx_.clone() if tx_ is tx else tx_)  # an op may not return its input

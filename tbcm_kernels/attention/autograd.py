@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tbcm_kernels import _dispatch
+from tbcm_kernels._dual import present
 from tbcm_kernels._library import (
     in_order,
     lane_by_lane,
@@ -52,7 +53,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     *setting, through, ctx.impl = inputs[8:]
     ctx.set_materialize_grads(False)
     ctx.rest = setting[2:]
-    ctx.through = through and any(t is not None for t in inputs[5:8])
+    ctx.through = through and present(inputs[5:8])
     kept = output if ctx.through else output[:2]
     tangents = inputs[5:8] if ctx.through else (None, None, None)
     ctx.save_for_backward(*inputs[:5], *tangents, *setting[:2], *kept)

@@ -17,6 +17,7 @@ from tbcm_kernels.rms_norm.heads import Norm, norm_argument, norm_weights
 
 MAX_HEAD_DIM = 256
 _TRITON_THROUGH = 128
+"""The widest head dim whose backward through the tangent "auto" gives to Triton; more spill."""
 
 
 def attention(
@@ -73,7 +74,8 @@ def attention(
 
     Precision: accumulates in fp32 (fp64 for fp64). On CPUs rounded once, at the end. On GPUs in
     bf16 and fp16, P and P∘Ṡ (in backward also dS, dṠ, Ṗ) and the normalised q, k are rounded to
-    that dtype where they enter a product, as FlashAttention does.
+    that dtype where they enter a product, as FlashAttention does. Under autocast q, k and v are
+    cast first, as for `F.scaled_dot_product_attention`, and o has that dtype.
     Cost: 2 GEMMs of 2·B·H·N·S·D FLOPs; memory O(N + S). Saves q, k, v, o, lse for backward.
     Source: arXiv 2205.14135; the tangent: attention/README.md.
     """
@@ -164,7 +166,8 @@ def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
     lse = torch.logsumexp(lses, 0)
     weights = (lses - lse).exp() * seen
     o = sum(w.unsqueeze(-1) * o for w, (o, _) in zip(weights, parts, strict=True))
-    return o.to(parts[0][0].dtype), torch.where(seen.any(0), lse, -torch.inf)
+    lse = torch.where(seen.any(0), lse, -torch.inf)
+    return o.to(parts[0][0].dtype), lse.to(parts[0][1].dtype)
 
 
 def _run(
@@ -236,11 +239,12 @@ def _check_dropout(dropout_p: float) -> None:
 
 
 def _refuse_moving(attn_mask: Tensor | None, *weights: Tensor | None) -> None:
-    for name, x in (("attn_mask", attn_mask), *(("a norm weight", w) for w in weights)):
+    apart = "detach it, or leave out the argument and apply rms_norm before"
+    norms = [("a norm weight", w, apart) for w in weights]
+    for name, x, mend in (("attn_mask", attn_mask, "detach it"), *norms):
         if isinstance(x, Tensor) and _dual.unpack(x)[1][0] is not None:
             raise RuntimeError(
-                f"attention: {name} carries a tangent, which the kernels do not "
-                f"take: detach it, or leave out the argument and apply a norm of your own before."
+                f"attention: {name} carries a tangent, which the kernels do not take: {mend}."
             )
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tbcm_kernels._library import Store, wide
+from tbcm_kernels._library import Store, wide, without_autocast
 from tbcm_kernels.rms_norm.heads import normalized
 
 
@@ -31,6 +31,7 @@ class Setting:
     k_eps: float
 
 
+@without_autocast
 def forward(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, setting: Setting,
@@ -79,6 +80,7 @@ def forward(
     return store(o), lse, store(to), mu
 
 
+@without_autocast
 def backward(
     go: Tensor | None, glse: Tensor | None, gto: Tensor | None, gmu: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tbcm_kernels import _dispatch
+from tbcm_kernels._dual import present
 from tbcm_kernels._library import absent, differentiate, present_or_absent, register
 from tbcm_kernels.conv_glu import reference
 
@@ -25,7 +26,7 @@ def _forward_fake(
     tbias: Tensor | None, height: int, width: int, through: bool, impl: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     y = a.new_empty((*a.shape[:2], a.shape[2] // 2))
-    moving = any(t is not None for t in (ta, tweight, tbias))
+    moving = present((ta, tweight, tbias))
     return y, torch.empty_like(y) if moving else absent(a)
 
 
@@ -33,7 +34,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     a, weight, bias, *tangents, height, width, through, impl = inputs
     ctx.set_materialize_grads(False)
     ctx.grid, ctx.impl = (height, width), impl
-    ctx.through = through and any(t is not None for t in tangents)
+    ctx.through = through and present(tangents)
     ctx.save_for_backward(a, weight, bias, *(tangents if ctx.through else ()))
 
 

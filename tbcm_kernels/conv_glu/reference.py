@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tbcm_kernels._library import Store, wide
+from tbcm_kernels._library import Store, wide, without_autocast
 
 
+@without_autocast
 def forward(
     a: Tensor, weight: Tensor, bias: Tensor | None, ta: Tensor | None, tweight: Tensor | None,
     tbias: Tensor | None, height: int, width: int, store: Store | None = None,
@@ -40,6 +41,7 @@ def forward(
     return store(y), store(tc1 * F.silu(c2) + c1 * slope(c2) * tc2)
 
 
+@without_autocast
 def backward(
     gy: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs_weight: bool,
     needs_bias: bool, height: int, width: int, store: Store | None = None,

@@ -1,4 +1,4 @@
-"""Public functions of the pair linear."""
+"""Public functions `linear` and `linear_jvp`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if x.is_nested or not x.layout == weight.layout == torch.strided:
         return F.linear(x, weight, bias)
+    if not _dual.in_dual_level():  # also under torch.func.grad: no tangent to lose
+        _check(x, weight, bias)
+        return _rows(x, weight, bias)
     _dual.guard_levels("linear", "F.linear")
     primals, tangents = _dual.unpack(x, weight, bias)
     return _dual.pack(*_pair(*primals, *tangents))

@@ -156,10 +156,9 @@ def _adaln_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     x, scale, shift, *weights = ctx.saved_tensors
 
     def again() -> Tensor:
-        nothing = [None] * 5
-        return adaln_op(x, None, None, scale, shift, *nothing, ctx.eps, ctx.dtype, False, ctx.impl)[
-            1
-        ]
+        inputs = (x, None, None, scale, shift, *[None] * 5)
+        _, y, _, _ = adaln_op(*inputs, ctx.eps, ctx.dtype, False, ctx.impl)
+        return y
 
     needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:7])
     gy, gws, gbs = _through_linears(grads, weights, needs, again)
@@ -174,12 +173,18 @@ linear_of_adaln = register(
 )  # fmt: skip
 
 
-def _conv_forward(y: Tensor, *rest: Any) -> Tensor:
-    return F.linear(y, rest[-2])
+def _conv_forward(
+    y: Tensor, a: Tensor, depth: Tensor, bias: Tensor | None, height: int, width: int,
+    weight: Tensor, impl: str,
+) -> Tensor:  # fmt: skip
+    return F.linear(y, weight)
 
 
-def _conv_fake(y: Tensor, *rest: Any) -> Tensor:
-    return y.new_empty((*y.shape[:-1], rest[-2].shape[0]))
+def _conv_fake(
+    y: Tensor, a: Tensor, depth: Tensor, bias: Tensor | None, height: int, width: int,
+    weight: Tensor, impl: str,
+) -> Tensor:  # fmt: skip
+    return y.new_empty((*y.shape[:-1], weight.shape[0]))
 
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tbcm_kernels import _dispatch
+from tbcm_kernels._dual import present
 from tbcm_kernels._library import differentiate, in_order, present_or_absent, register
 from tbcm_kernels.linear_attention import buffers, reference
 from tbcm_kernels.linear_attention.reference import Setting
@@ -33,7 +34,7 @@ def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    moving = any(t is not None for t in (tq, tk, tv))
+    moving = present((tq, tk, tv))
     return present_or_absent(q, buffers.outputs(q, v, moving))
 
 
@@ -41,7 +42,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     *setting, through, ctx.impl = inputs[8:]
     ctx.set_materialize_grads(False)
     ctx.setting = tuple(setting)
-    ctx.through = through and any(t is not None for t in inputs[5:8])
+    ctx.through = through and present(inputs[5:8])
     kept = inputs[5:8] if ctx.through else (output[2],)
     ctx.save_for_backward(*inputs[:5], *kept)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tbcm_kernels import _C  # noqa: F401  (loading it registers the kernels)
+from tbcm_kernels._dual import present
 from tbcm_kernels._library import floats, unit_stride
 from tbcm_kernels.linear_attention import buffers
 from tbcm_kernels.linear_attention.reference import FEATURE_MAPS, Setting
@@ -16,7 +17,7 @@ def forward(
     tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, setting: Setting,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """See reference.forward."""
-    o, to, state = buffers.outputs(q, v, any(t is not None for t in (tq, tk, tv)))
+    o, to, state = buffers.outputs(q, v, present((tq, tk, tv)))
     torch.ops.tbcm_cpu.linear_attention_forward(
         *map(unit_stride, (q, k, v)), floats(q_weight), floats(k_weight),
         *map(unit_stride, (tq, tk, tv)),

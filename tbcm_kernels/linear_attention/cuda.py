@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tbcm_kernels._cuda import stream_of
+from tbcm_kernels._dual import present
 from tbcm_kernels._library import floats
 from tbcm_kernels.linear_attention import buffers
 from tbcm_kernels.linear_attention.reference import Setting
@@ -16,7 +17,7 @@ def forward(
     tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, setting: Setting,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """See reference.forward."""
-    o, to, state = buffers.outputs(q, v, any(t is not None for t in (tq, tk, tv)))
+    o, to, state = buffers.outputs(q, v, present((tq, tk, tv)))
     tstate = None if tk is None and tv is None else torch.empty_like(state)
     with stream_of(q) as stream:
         torch.ops.tbcm_cuda.linear_attention_forward(

@@ -158,7 +158,8 @@ def why_not_cuda(q: Tensor, v: Tensor, feature_map: str) -> str | None:
     if feature_map != "relu" or (q.shape[3], v.shape[3]) != (32, 32) or q.shape[1] > CUDA_HEADS:
         return f'it takes feature_map="relu" and up to {CUDA_HEADS} heads of 32'
     if q.is_cuda and _dispatch.shared_memory(q.device.index) < CUDA_SHARED:
-        return "it needs a GPU with clusters of blocks and 227 KiB of shared memory, such as Hopper"
+        size = f"{CUDA_SHARED >> 10} KiB of shared memory a block"
+        return f"it needs a GPU with clusters of blocks and {size}, such as Hopper"
     return None
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tbcm_kernels._library import Store, wide
+from tbcm_kernels._library import Store, wide, without_autocast
 from tbcm_kernels.rms_norm.heads import normalized
 
 FEATURE_MAPS = ("relu", "elu+1", "identity")
@@ -38,6 +38,7 @@ def exact(x: Tensor) -> Tensor:
     return x
 
 
+@without_autocast
 def forward(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, setting: Setting,
@@ -67,6 +68,7 @@ def forward(
     return store(o), store((tn[..., :-1] - o * tn[..., -1:]) * inverse), state
 
 
+@without_autocast
 def backward(
     go: Tensor, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     state: Tensor, setting: Setting, store: Store | None = None, operand: Store = exact,

@@ -72,8 +72,10 @@ def tangent_loss(
             "tbcm_kernels.tangent_loss has no forward-mode derivative: unpack the student's dual "
             "and pass its value as out and its tangent as jvp."
         )
+    options = {"r": r, "c": c, "sigma_data": sigma_data}
+    scalars = [_dual.number("tangent_loss", name, value) for name, value in options.items()]
     chosen = _dispatch.choose("tangent_loss", impl, out)
-    loss, norm, _, _ = tangent_loss_op(out, *constants, log_variance, r, c, sigma_data, chosen)
+    loss, norm, _, _ = tangent_loss_op(out, *constants, log_variance, *scalars, chosen)
     return loss, norm.detach()
 
 

@@ -288,7 +288,7 @@ def attention_case(
     shapes.append((batch, groups, keys, value_width))
     norms = {"": 0, "each": 1, "all": heads}, {"": 0, "each": 1, "all": groups}
     weights = [
-        1 + 0.3 * _random((n * width,), _wide(dtype), device, 1.0, False) if n else None
+        1 + 0.3 * _random((n * width,), _wide(dtype), device, 1.0) if n else None
         for n in (norms[0][q_norm], norms[1][k_norm])
     ]
     hidden = None
@@ -297,7 +297,7 @@ def attention_case(
         hidden[-1:] |= keys % 2 == 0  # the last sample sees no key at all, or some
     values = []
     for i, shape in enumerate(shapes * 2):
-        x = _random(shape, dtype, device, tangent_scale if i > 2 else value_scale, False)
+        x = _random(shape, dtype, device, tangent_scale if i > 2 else value_scale)
         if hidden is not None and i % 3:
             x = x.masked_fill(hidden[:, None, :, None], float("nan"))
         values.append(_ordered(x, orders[i % len(orders)]))
@@ -355,7 +355,7 @@ def _draw(
 
     def tensors(names: list[str], factor: Callable[[str], float]) -> list[Tensor | None]:
         drawn = [
-            _random(shape, dtype, device, factor(n), False) if n in names else None
+            _random(shape, dtype, device, factor(n)) if n in names else None
             for n, (shape, dtype) in layout.items()
         ]
         return [
@@ -374,15 +374,13 @@ def _draw(
     return Case(op, name, list(layout), primals, tangents, options)
 
 
-def _random(
-    shape: tuple[int, ...], dtype: torch.dtype, device: str, factor: float, sliced: bool
-) -> Tensor:
-    """Normal values; as a slice of a larger buffer whose other elements are NaN where asked."""
-    x = (factor * torch.randn(shape, dtype=torch.float64)).to(device, dtype)
-    return _window(x) if sliced else x
+def _random(shape: tuple[int, ...], dtype: torch.dtype, device: str, factor: float) -> Tensor:
+    """Normal values."""
+    return (factor * torch.randn(shape, dtype=torch.float64)).to(device, dtype)
 
 
 def _window(x: Tensor) -> Tensor:
+    """x as a slice of a larger buffer whose other elements are NaN."""
     buffer = x.new_full([s + 3 for s in x.shape], float("nan"))
     return buffer[tuple(slice(1, s + 1) for s in x.shape)].copy_(x)
 
@@ -450,7 +448,8 @@ def _objective_case(
         size = (shape[0] * (2 if function == "trajectory_step" and argument == "out" else 1),)
         size = size if number else (*size, *shape[1:])
         own = (dtypes or {}).get(argument, _wide(dtype) if number else dtype)
-        return _random(size, own, device, factor, sliced and not number)
+        x = _random(size, own, device, factor)
+        return _window(x) if sliced and not number else x
 
     def primal(argument: str) -> Tensor:
         x = draw(argument, value_scale if argument in ("x", "out", "v", "jvp") else 1.0)

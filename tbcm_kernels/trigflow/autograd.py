@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from tbcm_kernels import _dispatch
+from tbcm_kernels._dual import present
 from tbcm_kernels._library import absent, differentiate, present_or_absent, register, wide
 from tbcm_kernels.trigflow import reference
 
@@ -57,7 +58,7 @@ def _output_fake(
     v: Tensor, x: Tensor, t: Tensor, tv: Tensor | None, tx: Tensor | None, tt: Tensor | None,
     through: bool, impl: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    moves = any(tangent is not None for tangent in (tv, tx, tt))
+    moves = present((tv, tx, tt))
     return x.new_empty(x.shape), x.new_empty(x.shape) if moves else absent(x)
 
 
@@ -86,7 +87,7 @@ def _save(
     of x in flow_output.
     """
     ctx.set_materialize_grads(False)
-    through = through and any(t is not None for t in tangents)
+    through = through and present(tangents)
     ctx.differentiated, ctx.impl = through or needs, impl
     kept = tangents if through else [None] * len(tangents)
     ctx.save_for_backward(*((*primals, *kept) if ctx.differentiated else primals[-1:]))

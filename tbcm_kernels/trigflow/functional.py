@@ -172,6 +172,7 @@ def trajectory_step(
     if impl == "reference":
         return reference.trajectory_step(x, out, t, s, guidance, sigma_data)
     _dual.refuse_derivatives("trajectory_step", x, out, t, s, guidance)
+    sigma_data = _dual.number("trajectory_step", "sigma_data", sigma_data)
     chosen = _dispatch.choose("trigflow", impl, x)
     return trajectory_step_op(x, out, t, s, guidance, sigma_data, chosen)
 

@@ -41,8 +41,8 @@ bench: $(INSTALLED)
 CPU := bench/results/cpu-2-cores
 MODEL := $(PY) -m bench.model --device cpu --seconds 10 --json
 rows: $(INSTALLED)
-	$(PY) -m bench --save --device cpu --shape sana-0.6b-1024 --batch 1
-	$(PY) -m bench --save --device cpu --shape dit-b-512 --op attention
+	$(PY) -m bench --save --device cpu --shape sana-0.6b-1024 --batch 1 --compile
+	$(PY) -m bench --save --device cpu --shape dit-b-512 --op attention --compile
 	for n in 256 512 1024 2048; do $(PY) -m bench --device cpu --shape dit-b-512 --op attention --tokens $$n \
 		--pass forward --pass jvp --pass step --sets 2 --json $(CPU)/length.jsonl || exit 1; done
 	$(MODEL) $(CPU)/model.jsonl

@@ -26,9 +26,10 @@ INTRODUCTION = """\
 # Benchmarks
 
 Made by `make figures` from the rows in bench/results; nothing here is typed by hand. An
-implementation that fails its check against fp64 is not timed. Variants take turns, the median
-counts, and several input sets keep caches from serving repeats. "PyTorch" is the fastest of eager
-under `torch.func.jvp`, `torch.compile` where it was asked for, SDPA, and, for a step, the two
+implementation that fails its check against fp64 is not timed; the check has at most two samples,
+and of attention one head and 512 tokens. Variants take turns, the median counts, and several input
+sets keep caches from serving repeats. "PyTorch" is the fastest of eager under `torch.func.jvp`,
+`torch.compile` of that (`--compile`: on the CPU, not yet on a GPU), SDPA, and, for a step, the two
 passes that people train with. Rows that we lose are here too. `python -m bench list` names ops and
 shapes, `python -m bench --save` adds rows, and `python -m bench --against bench/results/MACHINE`
 compares speed-ups with them, never times.

@@ -114,6 +114,10 @@ def timed(
             watches[name] = timing.stopwatch(calls, args.device)
         except torch.OutOfMemoryError:
             yield {"variant": name, "skipped": "does not fit in the GPU's memory"}
+        except RuntimeError as error:
+            if name != "compile":
+                raise
+            yield {"variant": name, "skipped": f"torch.compile fails: {str(error).splitlines()[0]}"}
     if not any(name in BASELINES for name in watches):
         return
     samples = timing.interleave({name: w for name, (w, _) in watches.items()}, args.seconds)

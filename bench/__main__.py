@@ -74,6 +74,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def rows(op: str, name: str, shape: ops.Shape, args: argparse.Namespace) -> Iterator[Row]:
     """One row for each pass and variant of an op at a shape, or one that says what is wrong."""
+    if args.compile:  # ops share functions that are compiled anew for each, up to a limit
+        torch.compiler.reset()
     dtype = getattr(torch, args.dtype)
     about = {"op": op, "shape": name, **asdict(shape), "dtype": args.dtype}
     about["source"] = source_hash(ops.base(op))

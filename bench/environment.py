@@ -21,6 +21,7 @@ def environment(device: str, dtype: torch.dtype) -> Row:
     cuda = device == "cuda"
     return {
         "device": torch.cuda.get_device_name() if cuda else f"cpu {platform.machine()}",
+        "cpu": cpu(),
         "driver": driver() if cuda else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -29,6 +30,16 @@ def environment(device: str, dtype: torch.dtype) -> Row:
         "copy_gb_s": peaks.copy_bandwidth(device) / 1e9,
         "matmul_tflop_s": peaks.matmul_peak(device, dtype) / 1e12,
     }
+
+
+def cpu() -> str | None:
+    """The processor and its second-level cache, as Linux names them."""
+    info, cache = Path("/proc/cpuinfo"), Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+    if not (info.exists() and cache.exists()):
+        return None
+    lines = (line for line in info.read_text().splitlines() if line.startswith("model name"))
+    name = next(lines, ":").partition(":")[2].strip()
+    return f"{name}, L2 {cache.read_text().strip()}"
 
 
 def machine(device: str) -> str:

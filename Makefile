@@ -37,7 +37,7 @@ bench: $(INSTALLED)
 	$(PY) -m bench --shape digits --json runs/bench_ops.jsonl
 	$(PY) -m tbcm bench step --json runs/bench_step.json
 
-# Measures again what docs/benchmarks.md shows of a CPU, a quarter of an hour on a quiet machine.
+# Measures again what docs/benchmarks.md shows of a CPU, twenty minutes on a quiet machine.
 CPU := bench/results/cpu-2-cores
 MODEL := $(PY) -m bench.model --device cpu --seconds 10 --json
 rows: $(INSTALLED)

@@ -30,9 +30,10 @@ implementation that fails its check against fp64 is not timed; the check has at 
 and of attention one head and 512 tokens. Variants take turns, the median counts, and several input
 sets keep caches from serving repeats. "PyTorch" is the fastest of eager under `torch.func.jvp`,
 `torch.compile` of that (`--compile`: on the CPU, not yet on a GPU), SDPA, and, for a step, the two
-passes that people train with. Rows that we lose are here too. `python -m bench list` names ops and
-shapes, `python -m bench --save` adds rows, and `python -m bench --against bench/results/MACHINE`
-compares speed-ups with them, never times.
+passes that people train with. Rows that we lose are here too; those in bench/results name
+processor, versions and commit. `python -m bench list` names ops and shapes, `python -m bench
+--save` adds rows, and `python -m bench --against bench/results/MACHINE` compares speed-ups with
+them, never times.
 """
 WHOLE_STEPS = (
     "Whole training steps (`tbcm bench step`). Launches are GPU kernels, or on a CPU calls of the "
@@ -74,29 +75,41 @@ def speed(step: dict[str, Any]) -> list[str]:
 
 
 def best(rows: list[Row]) -> list[str]:
-    """The README's sentence on a machine's ops: the range of speed-ups, and the rows we lose."""
-    fastest: dict[tuple, Row] = {}
-    for (*case, variant), row in plots.last(rows).items():
-        known = fastest.get(tuple(case))
+    """The README's sentence on a machine's ops: the ranges of speed-ups, and the rows we lose."""
+    last = plots.last(rows)
+    ours: dict[tuple, Row] = {}
+    for (*case, variant), row in last.items():
+        known = ours.get(tuple(case))
         if variant in plots.OURS and (known is None or row["us"] < known["us"]):
-            fastest[tuple(case)] = row
-    ours, device = list(fastest.values()), rows[0]["device"]
-    where = f"{rows[0]['threads']} CPU threads" if device.startswith("cpu") else f"an {device}"
-    found = []
-    for what in ("jvp", "step"):
-        ratios = [r["speedup"] for r in ours if r["pass"] == what]
-        if ratios:
-            found.append(f"{PASSES[what]} {min(ratios):.1f} to {max(ratios):.1f} times as fast")
-    lost = sum(r["speedup"] < 1 for r in ours)
-    there = [op for op in OPS if any(r["op"] == op for r in ours)]
+            ours[tuple(case)] = row
+    there = [op for op in OPS if any(r["op"] == op for r in ours.values())]
     names = "All ops" if len(there) == len(OPS) else ", ".join(f"`{op}`" for op in there)
-    compiled = any(r["variant"] == "compile" for r in rows)
-    rivals = "fastest of eager PyTorch, SDPA and torch.compile"
-    rivals = rivals if compiled else "faster of eager PyTorch and SDPA"
+    device = rows[0]["device"]
+    where = f"{rows[0]['threads']} CPU threads" if device.startswith("cpu") else f"an {device}"
+    sentences = []
+    rivals = {"eager PyTorch, or SDPA where that is faster": ("eager", "two-pass", "sdpa")}
+    if any(key[-1] == "compile" for key in last):
+        rivals["`torch.compile` of that"] = ("compile",)
+    for rival, variants in rivals.items():
+        against = []
+        for case, row in ours.items():
+            times = [last[key]["us"] for v in variants if (key := (*case, v)) in last]
+            if times:
+                against.append((case[-1], min(times) / row["us"]))
+        found = []
+        for what in ("jvp", "step"):
+            ratios = [ratio for name, ratio in against if name == what]
+            if ratios:
+                found.append(f"{PASSES[what]} {min(ratios):.1f} to {max(ratios):.1f} times as fast")
+        lost = sum(ratio < 1 for _, ratio in against)
+        sentences.append(
+            f"against {rival}: {'; '.join(found)}; of {len(against)} rows we lose {lost}"
+        )
+    first, *rest = sentences
+    rest = [f"{s[0].upper()}{s[1:]}." for s in rest or ["`torch.compile` was not timed there"]]
     return [
-        f"{names} in {rows[0]['dtype']} on {where}, against the {rivals}: "
-        f"{'; '.join(found)}. Of {len(ours)} rows we lose {lost}; all are in "
-        f"[docs/benchmarks.md](docs/benchmarks.md), with memory and rooflines.",
+        f"{names} in {rows[0]['dtype']} on {where}, {first}. {' '.join(rest)} All are in "
+        "[docs/benchmarks.md](docs/benchmarks.md), with memory and rooflines."
     ]
 
 

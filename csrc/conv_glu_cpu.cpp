@@ -1,220 +1,241 @@
-// CPU kernels of conv_glu. A task is some channel pairs of one image, in blocks of sixteen. Activations stay in cache
-// with a border of zeros, so that the 3x3 stencil reads memory once and needs no edge cases: forward keeps three rows
-// of them, backward a plane.
+// CPU kernels of conv_glu. A task takes a group of channel blocks of one image, a vector of channel pairs each, and walks
+// down the rows. Of activations it keeps three rows in cache, with a border of zeros, so that the 3x3 stencil reads
+// memory once and needs no edge cases; of their gradients too.
 #include "conv_glu_bindings.h"
-#include "lanes.h"
+#include "gemm.h"
 
 namespace tbcm::conv_glu {
 namespace {
 
-// A (height + 2) x (width + 2) plane of lanes with a border of zeros.
-struct Plane {
+constexpr int64_t GROUP = 128;  // channel pairs, so that a page of memory is met by few tasks
+TBCM_INLINE int64_t groups(const Shape& p) { return (p.channels + GROUP - 1) / GROUP; }
+
+// What a block keeps three rows of, as numbers of Lines: a half's activations and their tangents, or in backward
+// their slopes, and the gradients of its convolution.
+constexpr int64_t U = 0, TU = 2, SLOPE = 2, GC = 4, FORWARD_VALUES = 4, BACKWARD_VALUES = 6;
+constexpr int64_t SUMS = 4;     // lines for the convolutions of a row: both halves, then their tangents
+constexpr int64_t TOTALS = 10;  // of a half: the gradients of nine taps and of the bias
+
+// A thread's scratch: lines of width + 2 vectors, whose ends stay zero, and the totals of backward.
+template <class V>
+struct Lines {
+  static constexpr int64_t STEP = lanes<V>, BLOCKS = GROUP / STEP;
+  int64_t width, values;
   float* data;
-  int64_t height, width;
-  TBCM_INLINE float* at(int64_t y, int64_t x) const { return data + ((y + 1) * (width + 2) + x + 1) * LANES; }
-  static int64_t floats(int64_t height, int64_t width) { return (height + 2) * (width + 2) * LANES; }
+  Lines(int64_t width, int64_t values) : width(width), values(values) {
+    const int64_t floats = (SUMS + BLOCKS * values * 3) * stride() + BLOCKS * 2 * TOTALS * STEP;
+    data = aligned_scratch(floats);
+    std::memset(data, 0, floats * sizeof(float));
+  }
+  TBCM_INLINE int64_t stride() const { return (width + 2) * STEP; }
+  TBCM_INLINE float* sum(int64_t i) const { return data + i * stride(); }
+  TBCM_INLINE float* row(int64_t block, int64_t value, int64_t y) const {
+    return data + (SUMS + (block * values + value) * 3 + (y + 3) % 3) * stride();
+  }
+  TBCM_INLINE float* totals(int64_t block, int64_t half) const {
+    return row(BLOCKS, 0, 0) + (block * 2 + half) * TOTALS * STEP;
+  }
 };
 
-// sum over the taps of w[tap] * plane[pixel + offset]; `sign` -1 is the transposed stencil.
-TBCM_INLINE Lanes stencil(const Plane& p, const Lanes* w, int64_t y, int64_t x, int64_t sign) {
-  Lanes sum = {};
-  for (int64_t tap = 0; tap < 9; ++tap) sum += w[tap] * get(p.at(y + sign * (tap / 3 - 1), x + sign * (tap % 3 - 1)));
+// A vector of channels of image b from `c` on, of which n are there; those of the other half are p.channels further.
+template <class N>
+struct Block {
+  int64_t index, b, c;
+  N n;
+};
+
+// Calls f(block) for the blocks of a task.
+template <class V, class F>
+TBCM_INLINE void for_blocks(const Shape& p, int64_t task, const F& f) {
+  const int64_t first = task % groups(p) * GROUP, last = first + GROUP;
+  for_lanes<V>(first, last < p.channels ? last : p.channels, [&](int64_t c, auto n) __attribute__((always_inline)) {
+    f(Block<decltype(n)>{(c - first) / lanes<V>, task / groups(p), c, n});
+  });
+}
+
+// A vector of channels is a cache line or less, and the next pixel's lie far away, where no hardware looks ahead: ask for
+// those of the next row.
+template <class V, class T>
+TBCM_INLINE V get_ahead(const T* p, int64_t n, int64_t row) {
+  __builtin_prefetch(p + row, 0, 2);
+  return get<V>(p, n);
+}
+
+// Row y of silu(a), and of silu'(a) ta or, without ta, of silu'(a) where `slopes`; of zeros beyond the image.
+template <class V, class T, class N>
+TBCM_INLINE void activate(const Shape& p, const T* a, const T* ta, bool slopes, const Lines<V>& l, const Block<N>& k,
+                          int64_t y) {
+  const int64_t pixel = 2 * p.channels, line = p.width * pixel;
+  for (int64_t half = 0; half < 2; ++half) {
+    float* u = l.row(k.index, U + half, y) + lanes<V>;
+    float* slope = l.row(k.index, SLOPE + half, y) + lanes<V>;
+    if (y < 0 || y == p.height) {
+      std::memset(u, 0, p.width * lanes<V> * sizeof(float));
+      if (slopes) std::memset(slope, 0, p.width * lanes<V> * sizeof(float));
+      continue;
+    }
+    int64_t at = (k.b * p.height + y) * line + half * p.channels + k.c;
+    for (int64_t x = 0; x < p.width; ++x, at += pixel) {
+      const V v = get_ahead<V>(a + at, k.n, line);
+      const auto s = logistic(v);
+      put(u + x * lanes<V>, v * s.s);
+      if (!slopes) continue;
+      const V d = silu_slope(v, s.s, s.rest);
+      put(slope + x * lanes<V>, ta ? d * get_ahead<V>(ta + at, k.n, line) : d);
+    }
+  }
+}
+
+// Taps of the channels that start at `c`, of which n are there.
+template <class V, class N>
+TBCM_INLINE void taps(const Shape& p, int64_t c, N n, V* w) {
+  for (int64_t tap = 0; tap < 9; ++tap) w[tap] = get<V>(p.weight + tap * 2 * p.channels + c, n);
+}
+
+// The rows above, at and below y of a value.
+template <class V>
+struct Window {
+  const float* at[3];
+  TBCM_INLINE Window(const Lines<V>& l, int64_t block, int64_t value, int64_t y)
+      : at{l.row(block, value, y - 1), l.row(block, value, y), l.row(block, value, y + 1)} {}
+  TBCM_INLINE V get(int64_t tap, int64_t x) const { return tbcm::get<V>(at[tap / 3] + (x + tap % 3) * lanes<V>); }
+};
+
+// sum + sum over the taps of w[tap] * window[pixel + offset].
+template <class V>
+TBCM_INLINE V stencil(const Window<V>& window, const V* w, int64_t x, V sum) {
+  for (int64_t tap = 0; tap < 9; ++tap) sum += w[tap] * window.get(tap, x);
   return sum;
 }
 
-TBCM_INLINE int64_t blocks(const Shape& p) { return (p.channels + LANES - 1) / LANES; }
-
-// Taps and bias of the sixteen channels that start at `c`, of which n are there.
-TBCM_INLINE void taps(const Shape& p, int64_t c, int64_t n, Lanes* w, Lanes* b) {
-  for (int64_t tap = 0; tap < 9; ++tap) w[tap] = get(p.weight + tap * 2 * p.channels + c, n);
-  *b = p.bias ? get(p.bias + c, n) : Lanes{};
-}
-
-// Sixteen channels are a cache line and the next pixel's lie far away, where no hardware looks ahead: ask
-// for those of the next task, which are beside them.
-template <class T>
-TBCM_INLINE Lanes get_ahead(const T* p, int64_t n) {
-  __builtin_prefetch(p + LANES, 0, 2);
-  return get(p, n);
-}
-
-// Forward walks down the rows of several blocks of channels together, so that a page of memory is met by few tasks.
-// Of each block it keeps three rows of activations and one of the stencil's sums, with a pixel's VALUES beside each
-// other: those of both halves, then their tangents.
-constexpr int64_t GROUP = 4, VALUES = 4;
-TBCM_INLINE int64_t groups(const Shape& p) { return (blocks(p) + GROUP - 1) / GROUP; }
-TBCM_INLINE int64_t row_floats(const Shape& p) { return (p.width + 2) * VALUES * LANES; }
-
-// Fills a row with silu(a), and silu'(a) ta where there is a tangent; with zeros beyond the image.
-template <class T, class N>
-TBCM_INLINE void activate(const Forward<T>& p, int64_t b, int64_t y, int64_t c, N n, float* row) {
-  if (y < 0 || y == p.height) return void(std::memset(row, 0, row_floats(p) * sizeof(float)));
+// Row y of c into sums, and of its tangents. One half at a time, and all apart from what follows: nine taps, and later
+// the coefficients of exp, stay in registers.
+template <class V, class N>
+TBCM_INLINE void convolve(const Shape& p, const Lines<V>& l, const Block<N>& k, int64_t y, bool tangents) {
   for (int64_t half = 0; half < 2; ++half) {
-    int64_t at = ((b * p.height + y) * p.width * 2 + half) * p.channels + c;
-    float* to = row + (VALUES + half) * LANES;
-    for (int64_t x = 0; x < p.width; ++x, at += 2 * p.channels, to += VALUES * LANES) {
-      const Lanes a = get_ahead(p.a + at, n);
-      const Logistic l = logistic(a);
-      put(to, a * l.s);
-      if (p.ta) put(to + 2 * LANES, silu_slope(a, l.s, l.rest) * get_ahead(p.ta + at, n));
+    V w[9];
+    taps(p, k.c + half * p.channels, k.n, w);
+    const V bias = p.bias ? get<V>(p.bias + k.c + half * p.channels, k.n) : V{};
+    const Window<V> u(l, k.index, U + half, y), tu(l, k.index, TU + half, y);
+    for (int64_t x = 0; x < p.width; ++x) {
+      put(l.sum(half) + x * lanes<V>, stencil(u, w, x, bias));
+      if (tangents) put(l.sum(2 + half) + x * lanes<V>, stencil(tu, w, x, V{}));
     }
   }
 }
 
-// sum over the taps of w[tap] * row[pixel + offset] of the value at `at` in each of three rows.
-TBCM_INLINE Lanes stencil(const float* const* rows, const Lanes* w, int64_t at) {
-  Lanes sum = {};
-  for (int64_t tap = 0; tap < 9; ++tap) sum += w[tap] * get(rows[tap / 3] + at + tap % 3 * VALUES * LANES);
-  return sum;
-}
-
-// One half at a time, and the rest apart: nine taps, and later the coefficients of exp, stay in registers.
-template <class T, class N>
-TBCM_INLINE void convolve(const Forward<T>& p, int64_t b, int64_t y, int64_t c, N n, const float* const* rows,
-                          float* sums) {
-  for (int64_t half = 0; half < 2; ++half) {
-    Lanes w[9], bias;
-    taps(p, c + half * p.channels, n, w, &bias);
-    for (int64_t at = half * LANES; at < p.width * VALUES * LANES; at += VALUES * LANES) {
-      put(sums + at, bias + stencil(rows, w, at));
-      if (p.ty) put(sums + at + 2 * LANES, stencil(rows, w, at + 2 * LANES));
-    }
-  }
-  int64_t at = (b * p.height + y) * p.width * p.channels + c;
-  for (int64_t x = 0; x < p.width; ++x, at += p.channels, sums += VALUES * LANES) {
-    const Lanes c1 = get(sums), c2 = get(sums + LANES);
-    const Logistic l = logistic(c2);
-    put(p.y + at, c1 * c2 * l.s, n);
-    if (p.ty) {
-      const Lanes tc1 = get(sums + 2 * LANES), tc2 = get(sums + 3 * LANES);
-      put(p.ty + at, tc1 * c2 * l.s + c1 * silu_slope(c2, l.s, l.rest) * tc2, n);
-    }
+template <class V, class T, class N>
+TBCM_INLINE void gate(const Forward<T>& p, const Lines<V>& l, const Block<N>& k, int64_t y) {
+  int64_t at = (k.b * p.height + y) * p.width * p.channels + k.c;
+  for (int64_t x = 0; x < p.width; ++x, at += p.channels) {
+    const auto sum = [&](int64_t i) __attribute__((always_inline)) { return get<V>(l.sum(i) + x * lanes<V>); };
+    const V c1 = sum(0), c2 = sum(1);
+    const auto s = logistic(c2);
+    put(p.y + at, c1 * c2 * s.s, k.n);
+    if (p.ty) put(p.ty + at, sum(2) * c2 * s.s + c1 * silu_slope(c2, s.s, s.rest) * sum(3), k.n);
   }
 }
 
-template <class T>
-TBCM_INLINE void forward_group(const Forward<T>& p, int64_t b, int64_t first, int64_t last, float* scratch) {
-  const auto row = [&](int64_t c, int64_t i) { return scratch + ((c - first) / LANES * 4 + i) * row_floats(p); };
-  for (int64_t y = -1; y <= p.height; ++y) {
-    const int64_t i = (y + 1) % 3;
-    for_lanes(first, last, [&](int64_t c, auto n) __attribute__((always_inline)) {
-      activate(p, b, y, c, n, row(c, i));
-    });
-    if (y < 1) continue;
-    for_lanes(first, last, [&](int64_t c, auto n) __attribute__((always_inline)) {
-      const float* rows[3] = {row(c, (i + 1) % 3), row(c, (i + 2) % 3), row(c, i)};
-      convolve(p, b, y - 1, c, n, rows, row(c, 3));
-    });
-  }
-}
-
-template <class T>
+template <class Isa, class T>
 TBCM_INLINE void forward_tasks(const Forward<T>& p, int64_t begin, int64_t end) {
-  const int64_t size = GROUP * 4 * row_floats(p);
-  float* rows = aligned_scratch(size);
-  std::memset(rows, 0, size * sizeof(float));
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t first = task % groups(p) * GROUP * LANES, last = first + GROUP * LANES;
-    forward_group(p, task / groups(p), first, last < p.channels ? last : p.channels, rows);
+  using V = typename Isa::Vector;
+  const Lines<V> l(p.width, FORWARD_VALUES);
+  for (int64_t task = begin; task < end; ++task)
+    for (int64_t y = -1; y <= p.height; ++y)
+      for_blocks<V>(p, task, [&](const auto& k) __attribute__((always_inline)) {
+        activate(p, p.a, p.ta, p.ta != nullptr, l, k, y);
+        if (y < 1) return;
+        convolve(p, l, k, y - 1, p.ta != nullptr);
+        gate(p, l, k, y - 1);
+      });
+}
+
+TBCM_RUN_BEST(Forward<float>, forward_tasks)
+TBCM_RUN_BEST(Forward<bfloat16>, forward_tasks)
+
+// From c and gy: row y of the gradients of both halves of c; of zeros beyond the image.
+template <class V, class T, class N>
+TBCM_INLINE void gradient_of_c(const Backward<T>& p, const Lines<V>& l, const Block<N>& k, int64_t y) {
+  float *g1 = l.row(k.index, GC, y) + lanes<V>, *g2 = l.row(k.index, GC + 1, y) + lanes<V>;
+  if (y < 0 || y == p.height) {
+    std::memset(g1, 0, p.width * lanes<V> * sizeof(float));
+    std::memset(g2, 0, p.width * lanes<V> * sizeof(float));
+    return;
+  }
+  convolve(p, l, k, y, false);
+  int64_t at = (k.b * p.height + y) * p.width * p.channels + k.c;
+  for (int64_t x = 0; x < p.width * lanes<V>; x += lanes<V>, at += p.channels) {
+    const V c1 = get<V>(l.sum(0) + x), c2 = get<V>(l.sum(1) + x);
+    const V g = get_ahead<V>(p.gy + at, k.n, p.width * p.channels);
+    const auto s = logistic(c2);
+    put(g1 + x, g * c2 * s.s);
+    put(g2 + x, g * c1 * silu_slope(c2, s.s, s.rest));
   }
 }
 
-TBCM_RUN(Forward, forward_tasks)
-
-// Zero-bordered planes in the thread's scratch.
-template <int count>
-TBCM_INLINE void prepare(int64_t height, int64_t width, Plane (&planes)[count]) {
-  const int64_t size = Plane::floats(height, width);
-  float* buffer = aligned_scratch(count * size);
-  for (int64_t i = 0; i < count; ++i) {
-    planes[i] = {buffer + i * size, height, width};
+// Adds to the totals of a half: of a tap the sum over row y of gc[pixel] u[pixel + offset], of the bias that of gc. A
+// row is summed apart: the rounding of a sum grows with the square root of its length.
+template <class V, class N>
+TBCM_INLINE void gradient_of_taps(const Lines<V>& l, const Block<N>& k, int64_t half, int64_t y) {
+  V sums[TOTALS] = {};
+  const Window<V> u(l, k.index, U + half, y);
+  const float* gc = l.row(k.index, GC + half, y) + lanes<V>;
+  for (int64_t x = 0; x < l.width; ++x) {
+    const V g = get<V>(gc + x * lanes<V>);
+    for (int64_t tap = 0; tap < 9; ++tap) sums[tap] += g * u.get(tap, x);
+    sums[9] += g;
   }
-  std::memset(buffer, 0, count * size * sizeof(float));
+  float* totals = l.totals(k.index, half);
+  for (int64_t i = 0; i < TOTALS; ++i) put(totals + i * lanes<V>, get<V>(totals + i * lanes<V>) + sums[i]);
 }
 
-// From u and gy: the gradients of c1 and c2 into their planes.
-template <class T, class N>
-TBCM_INLINE void gradient_of_c(const Backward<T>& p, int64_t b, int64_t c, N n, const Plane* u, const Plane* gc) {
-  Lanes w[2][9], bias[2];
-  for (int64_t half = 0; half < 2; ++half) taps(p, c + half * p.channels, n, w[half], &bias[half]);
-  for (int64_t y = 0; y < p.height; ++y)
-    for (int64_t x = 0; x < p.width; ++x) {
-      const Lanes c1 = bias[0] + stencil(u[0], w[0], y, x, 1), c2 = bias[1] + stencil(u[1], w[1], y, x, 1);
-      const Lanes g = get_ahead(p.gy + ((b * p.height + y) * p.width + x) * p.channels + c, n);
-      const Logistic l = logistic(c2);
-      put(gc[0].at(y, x), g * c2 * l.s);
-      put(gc[1].at(y, x), g * c1 * silu_slope(c2, l.s, l.rest));
-    }
+// Row y of ga = silu'(a) times the transposed stencil of gc, whose taps are those of the stencil in reverse.
+template <class V, class T, class N>
+TBCM_INLINE void gradient_of_a(const Backward<T>& p, const Lines<V>& l, const Block<N>& k, int64_t half, int64_t y) {
+  V w[9], reverse[9];
+  taps(p, k.c + half * p.channels, k.n, w);
+  for (int64_t tap = 0; tap < 9; ++tap) reverse[tap] = w[8 - tap];
+  const Window<V> gc(l, k.index, GC + half, y);
+  const float* slope = l.row(k.index, SLOPE + half, y) + lanes<V>;
+  int64_t at = ((k.b * p.height + y) * p.width * 2 + half) * p.channels + k.c;
+  for (int64_t x = 0; x < p.width; ++x, at += 2 * p.channels)
+    put(p.ga + at, stencil(gc, reverse, x, V{}) * get<V>(slope + x * lanes<V>), k.n);
 }
 
-// gw[tap] = sum over pixels of gc[pixel] u[pixel + offset], gb = sum of gc, of one half. Rows are summed apart:
-// the rounding of a sum grows with the square root of its length.
-template <class T>
-TBCM_INLINE void gradient_of_taps(const Backward<T>& p, int64_t b, int64_t c, int64_t n, const Plane& u, const Plane& gc) {
-  Lanes taps[9] = {}, total = {};
-  for (int64_t y = 0; y < p.height; ++y) {
-    Lanes row[9] = {}, row_total = {};
-    for (int64_t x = 0; x < p.width; ++x) {
-      const Lanes g = get(gc.at(y, x));
-      for (int64_t tap = 0; tap < 9; ++tap) row[tap] += g * get(u.at(y + tap / 3 - 1, x + tap % 3 - 1));
-      row_total += g;
-    }
-    for (int64_t tap = 0; tap < 9; ++tap) taps[tap] += row[tap];
-    total += row_total;
-  }
-  if (p.gweight)
-    for (int64_t tap = 0; tap < 9; ++tap) put(p.gweight + (b * 9 + tap) * 2 * p.channels + c, taps[tap], n);
-  if (p.gbias) put(p.gbias + b * 2 * p.channels + c, total, n);
+// Writes the totals of a half, and leaves zeros.
+template <class V, class T, class N>
+TBCM_INLINE void finish(const Backward<T>& p, const Lines<V>& l, const Block<N>& k, int64_t half) {
+  float* totals = l.totals(k.index, half);
+  const int64_t c = k.c + half * p.channels;
+  for (int64_t tap = 0; p.gweight && tap < 9; ++tap)
+    put(p.gweight + (k.b * 9 + tap) * 2 * p.channels + c, get<V>(totals + tap * lanes<V>), k.n);
+  if (p.gbias) put(p.gbias + k.b * 2 * p.channels + c, get<V>(totals + 9 * lanes<V>), k.n);
+  std::memset(totals, 0, TOTALS * lanes<V> * sizeof(float));
 }
 
-template <class T, class N>
-TBCM_INLINE void backward_block(const Backward<T>& p, int64_t b, int64_t c, N n, const Plane* u, const Plane* gc,
-                                const Plane* slope) {
-  for (int64_t half = 0; half < 2; ++half)
-    for (int64_t y = 0; y < p.height; ++y)
-      for (int64_t x = 0; x < p.width; ++x) {
-        const int64_t at = ((b * p.height + y) * p.width + x) * 2 * p.channels + c + half * p.channels;
-        const Lanes a = get_ahead(p.a + at, n);
-        const Logistic l = logistic(a);
-        put(u[half].at(y, x), a * l.s);
-        put(slope[half].at(y, x), silu_slope(a, l.s, l.rest));
-      }
-  gradient_of_c(p, b, c, n, u, gc);
-  for (int64_t half = 0; half < 2; ++half) {
-    const int64_t first = c + half * p.channels;
-    if (p.gweight || p.gbias) gradient_of_taps(p, b, first, n, u[half], gc[half]);
-    Lanes w[9], bias;
-    taps(p, first, n, w, &bias);
-    for (int64_t y = 0; y < p.height; ++y)
-      for (int64_t x = 0; x < p.width; ++x) {
-        const int64_t at = ((b * p.height + y) * p.width + x) * 2 * p.channels + first;
-        put(p.ga + at, stencil(gc[half], w, y, x, -1) * get(slope[half].at(y, x)), n);
-      }
-  }
-}
-
-template <class T>
+template <class Isa, class T>
 TBCM_INLINE void backward_tasks(const Backward<T>& p, int64_t begin, int64_t end) {
-  Plane planes[6];
-  prepare(p.height, p.width, planes);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t b = task / blocks(p), c = task % blocks(p) * LANES;
-    for_lanes(c, c + LANES < p.channels ? c + LANES : p.channels, [&](int64_t, auto n) __attribute__((always_inline)) {
-      backward_block(p, b, c, n, planes, planes + 2, planes + 4);
-    });
-  }
+  using V = typename Isa::Vector;
+  const Lines<V> l(p.width, BACKWARD_VALUES);
+  for (int64_t task = begin; task < end; ++task)
+    for (int64_t y = -1; y <= p.height + 1; ++y)  // row y of u, y - 1 of gc, y - 2 of ga
+      for_blocks<V>(p, task, [&](const auto& k) __attribute__((always_inline)) {
+        if (y <= p.height) activate(p, p.a, static_cast<const T*>(nullptr), true, l, k, y);
+        if (y >= 0) gradient_of_c(p, l, k, y - 1);
+        for (int64_t half = 0; half < 2; ++half) {
+          if ((p.gweight || p.gbias) && y >= 1 && y <= p.height) gradient_of_taps(l, k, half, y - 1);
+          if (y >= 2) gradient_of_a(p, l, k, half, y - 2);
+          if (y > p.height) finish(p, l, k, half);
+        }
+      });
 }
 
-TBCM_RUN(Backward, backward_tasks)
+TBCM_RUN_BEST(Backward<float>, backward_tasks)
+TBCM_RUN_BEST(Backward<bfloat16>, backward_tasks)
 
 template <class T>
-void over_tasks(const Forward<T>& p) {
-  parallel(p.batch * groups(p), 2 * GROUP * LANES * p.height * p.width, [&](int64_t a, int64_t z) { run(p, a, z); });
-}
-
-template <class T>
-void over_tasks(const Backward<T>& p) {
-  parallel(p.batch * blocks(p), 2 * LANES * p.height * p.width, [&](int64_t a, int64_t z) { run(p, a, z); });
+void over_tasks(const T& p) {
+  parallel(p.batch * groups(p), 2 * GROUP * p.height * p.width, [&](int64_t a, int64_t z) { run(p, a, z); });
 }
 
 }  // namespace

@@ -106,7 +106,10 @@ inline bool has_middle() {
   TBCM_MIDDLE void function##_middle(const Params& p, int64_t a, int64_t z) { function<Middle>(p, a, z); }    \
   void function##_narrow(const Params& p, int64_t a, int64_t z) { function<Narrow>(p, a, z); }                \
   void run(const Params& p, int64_t a, int64_t z) {                                                           \
-    static const auto best = has_wide() ? function##_wide : has_middle() ? function##_middle : function##_narrow; \
+    using Run = void(const Params&, int64_t, int64_t);                                                        \
+    static Run* const best = has_wide()     ? static_cast<Run*>(function##_wide)                              \
+                             : has_middle() ? static_cast<Run*>(function##_middle)                            \
+                                            : static_cast<Run*>(function##_narrow);                           \
     best(p, a, z);                                                                                            \
   }
 #else

@@ -10,6 +10,8 @@ namespace tbcm {
 
 constexpr int64_t LANES = 16;
 typedef float Lanes __attribute__((vector_size(64)));
+template <class Vector>
+constexpr int64_t lanes = sizeof(Vector) / sizeof(float);
 
 template <class Vector = Lanes>
 TBCM_INLINE Vector get(const float* p) {
@@ -30,21 +32,22 @@ TBCM_INLINE float* aligned_scratch(int64_t floats) {
 }
 
 // The first n lanes of a row of T; the others are zero.
-template <class T>
-TBCM_INLINE Lanes get(const T* p, int64_t n) {
-  float buffer[LANES] = {};
-  if (n == LANES) {
-    for (int64_t i = 0; i < LANES; ++i) buffer[i] = widen(p[i]);
+template <class Vector = Lanes, class T>
+TBCM_INLINE Vector get(const T* p, int64_t n) {
+  float buffer[lanes<Vector>] = {};
+  if (n == lanes<Vector>) {
+    for (int64_t i = 0; i < lanes<Vector>; ++i) buffer[i] = widen(p[i]);
   } else {
     for (int64_t i = 0; i < n; ++i) buffer[i] = widen(p[i]);
   }
-  return get(buffer);
+  return get<Vector>(buffer);
 }
 
 // narrow() of all lanes; left to itself the compiler takes them one by one, for the sake of the NaN.
-TBCM_INLINE void narrow(Lanes v, bfloat16* p) {
-  typedef int32_t Words __attribute__((vector_size(64)));
-  typedef uint16_t Halves __attribute__((vector_size(32)));
+template <class Vector>
+TBCM_INLINE void narrow(Vector v, bfloat16* p) {
+  using Words = decltype(v < v);
+  typedef uint16_t Halves __attribute__((vector_size(sizeof(Vector) / 2)));
   Words u;
   std::memcpy(&u, &v, sizeof u);
   const Words nan = (0x7f800000 - (u & 0x7fffffff)) >> 31;  // all ones, or zero
@@ -53,13 +56,13 @@ TBCM_INLINE void narrow(Lanes v, bfloat16* p) {
   std::memcpy(p, &bits, sizeof bits);
 }
 
-template <class T>
-TBCM_INLINE void put(T* p, Lanes v, int64_t n) {
-  float buffer[LANES];
+template <class T, class Vector>
+TBCM_INLINE void put(T* p, Vector v, int64_t n) {
+  float buffer[lanes<Vector>];
   put(buffer, v);
-  if (n == LANES) {
+  if (n == lanes<Vector>) {
     if constexpr (std::is_same_v<T, bfloat16>) narrow(v, p);
-    else for (int64_t i = 0; i < LANES; ++i) narrow(buffer[i], &p[i]);
+    else for (int64_t i = 0; i < lanes<Vector>; ++i) narrow(buffer[i], &p[i]);
   } else {
     for (int64_t i = 0; i < n; ++i) narrow(buffer[i], &p[i]);
   }
@@ -67,9 +70,10 @@ TBCM_INLINE void put(T* p, Lanes v, int64_t n) {
 
 // Calls f(i, n) with the n lanes at each i of a row. Those of a whole vector are a constant: loops then call no memcpy,
 // which would empty the registers. f must be inlined too, or it is compiled for the baseline.
-template <class F>
+template <class Vector = Lanes, class F>
 TBCM_INLINE void for_lanes(int64_t begin, int64_t end, const F& f) {
-  for (; begin + LANES <= end; begin += LANES) f(begin, std::integral_constant<int64_t, LANES>{});
+  constexpr int64_t width = lanes<Vector>;
+  for (; begin + width <= end; begin += width) f(begin, std::integral_constant<int64_t, width>{});
   if (begin < end) f(begin, end - begin);
 }
 
@@ -110,12 +114,14 @@ TBCM_INLINE Vector exponential(Vector x) {
 }
 
 // sigmoid(x) and 1 - sigmoid(x) = sigmoid(-x), the latter without cancellation.
+template <class Vector>
 struct Logistic {
-  Lanes s, rest;
+  Vector s, rest;
 };
 
-TBCM_INLINE Logistic logistic(Lanes x) {
-  const Lanes e = exponential(-x), s = 1.f / (1.f + e);
+template <class Vector>
+TBCM_INLINE Logistic<Vector> logistic(Vector x) {
+  const Vector e = exponential(-x), s = 1.f / (1.f + e);
   return {s, e > 1.f ? 1.f - s : e * s};
 }
 

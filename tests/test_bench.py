@@ -260,6 +260,21 @@ def test_a_wrong_model_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "fused" not in row
 
 
+def test_what_is_off_in_one_draw_alone_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a gradient is where a ReLU opens in one model alone."""
+    right, calls = model.objective.one_pass, []
+
+    def off_once(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(args)
+        return (off(right) if len(calls) == 1 else right)(*args)
+
+    monkeypatch.setattr(model.objective, "one_pass", off_once)
+    code, (row,) = run_model(tmp_path / "rows.jsonl")
+    assert code == 0 and row["step_speedup"] > 0
+
+
 def test_the_figures_are_those_of_the_rows() -> None:
     """`make figures` would leave the README and the page as they are."""
     text = (figures.ROOT / "README.md").read_text()

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from tbcm import distributed, objective
 from tbcm.config import TrainConfig
 from tbcm.embeddings import prompt_embeddings
-from tbcm.errors import UserError, reason
+from tbcm.errors import UserError
 from tbcm.graphed import Graphed
 from tbcm.lora import build_lora_student, learnt, merged
 from tbcm.models import Teacher
@@ -55,9 +55,10 @@ def load_filter(config: TrainConfig, teacher: Teacher) -> Tensor | None:
         if latent.shape == teacher.latent_shape and latent.isfinite().all():
             return latent.float()
     except Exception as error:
+        why = getattr(error, "strerror", None) or "it holds no saved tensor"
         raise UserError(
-            f"Cannot read filter_latent {config.filter_latent} ({reason(error)}); give a file made "
-            f"by torch.save of one [C, H, W] tensor."
+            f"Cannot read filter_latent {config.filter_latent}: {why}; give a file made by "
+            f"torch.save of one [C, H, W] tensor."
         ) from error
     raise UserError(
         f"filter_latent {config.filter_latent} has shape {tuple(latent.shape)}; it must have that "

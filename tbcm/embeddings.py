@@ -17,8 +17,6 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 from huggingface_hub import cached_assets_path
-from rich.console import Console
-from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -26,6 +24,7 @@ from torch import Tensor
 from tbcm.errors import UserError
 from tbcm.files import content, write_whole
 from tbcm.models import Teacher
+from tbcm.progress import tracked
 from tbcm.rollout import Text
 from tbcm.text import SANA_MAX_LENGTH, TextEncoder, sana_instruction
 
@@ -108,7 +107,7 @@ def write_missing(text: TextEncoder, missing: dict[str, list[str] | None], folde
     # First pass: leave out what another process is making. Second: wait for its lock, and make the
     # file if that process has died.
     for patience in (0, -1):
-        jobs = track(list(missing.items()), "prompts", disable=not Console().is_terminal)
+        jobs = tracked(list(missing.items()), "prompts")
         for name, chunk in jobs:
             with suppress(Timeout), FileLock(folder / f"{name}.lock", timeout=patience):
                 if not (folder / name).exists():

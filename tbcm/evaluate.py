@@ -25,7 +25,6 @@ from statistics import mean, stdev
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from tbcm import digits
 from tbcm.classifier import accuracy, trained_classifier
 from tbcm.errors import UserError
 from tbcm.files import check_writable, write_whole
+from tbcm.progress import tracked
 from tbcm.sampling import (
     Run,
     consistency_sample,
@@ -96,8 +96,7 @@ def draw(
 ) -> Tensor:
     """sampler(noise, text, mask) over all prompts, CHUNK images at a time."""
     chunks = list(zip(noise.split(CHUNK), prompts.rows.split(CHUNK), strict=True))
-    silent = not Console().is_terminal  # rich would print an empty line for each bar
-    progress = track(chunks, f"{name:>24}", transient=True, disable=silent)
+    progress = tracked(chunks, f"{name:>24}", transient=True)
     return torch.cat([sampler(z, prompts.text[r], prompts.mask[r]) for z, r in progress])
 
 

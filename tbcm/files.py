@@ -111,11 +111,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
         flush(path.parent)
 
 
-def content(*files: Path, salt: str = "") -> str:
-    """Fingerprint of what is in some files."""
+def content(*places: Path, salt: str = "") -> str:
+    """Fingerprint of what is in some files, a folder's among them."""
     found = hashlib.sha256(salt.encode())
-    for path in files:
-        with path.open("rb") as file:
-            while part := file.read(2**20):
-                found.update(part)
+    for place in places:
+        for path in sorted(place.iterdir()) if place.is_dir() else [place]:
+            with path.open("rb") as file:
+                while part := file.read(2**20):
+                    found.update(part)
     return found.hexdigest()

@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
-
 from tbcm import scores
 from tbcm.errors import UserError
 from tbcm.files import content, write_whole
-from tbcm.sampling import draw_images, load_drawing_run, save_image
+from tbcm.progress import tracked
+from tbcm.sampling import draw_images, load_drawing_run, save_image, student_folder
 
 
 def read_metadata(path: str | Path) -> list[tuple[str, str]]:
@@ -51,14 +49,14 @@ def sample_geneval(
         raise UserError(f"images_per_prompt must be at least 1, not {images}.")
     entries, run = read_metadata(metadata), load_drawing_run(run_dir, steps, seed)
     run.teacher.text.check([prompt for _, prompt in entries])
-    student = content(*sorted((Path(run_dir) / "student").iterdir()))
+    student = content(student_folder(run_dir))
     settings = {
         "student": student, "steps": steps, "seed": seed, "images_per_prompt": images,
         "prompts": scores.prompts_digest([prompt for _, prompt in entries]),
     }  # fmt: skip
     # Beside the images: the scorer takes every entry of OUT for a prompt.
     scores.claim(Path(out).with_name(f"{Path(out).name}.settings"), settings)
-    shown = track(entries, "prompts", disable=not Console().is_terminal)
+    shown = tracked(entries, "prompts")
     for i, (line, prompt) in enumerate(shown):
         folder = Path(out) / f"{i:05d}"
         write_whole(folder / "metadata.jsonl", f"{line}\n".encode())

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image, ImageOps
-from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -26,6 +25,7 @@ from tbcm.config import TrainConfig
 from tbcm.errors import UserError
 from tbcm.files import content, write_whole
 from tbcm.models import Teacher
+from tbcm.progress import tracked
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -119,7 +119,7 @@ def encoded(
             f"{teacher.path} has no vae/ to encode images with; save the whole pipeline."
         )
     folder = Path(config.latents_cache or Path(config.images) / "tbcm_latents")
-    salt = content(*sorted(vae.iterdir())) + repr(teacher.latent_shape)
+    salt = content(vae) + repr(teacher.latent_shape)
     names = [content(image, salt=salt) for image in images]
     files = [folder / f"{name}.safetensors" for name in names]
     unique = dict(zip(files, images, strict=True))
@@ -142,7 +142,7 @@ def encode(pairs: list[tuple[Path, Path]], teacher: Teacher, device: torch.devic
     ratio = vae.spatial_compression_ratio
     processor = VaeImageProcessor(vae_scale_factor=ratio)
     height, width = (ratio * side for side in teacher.latent_shape[1:])
-    for path, file in track(pairs, "latents", disable=len(pairs) < 2):
+    for path, file in tracked(pairs, "latents"):
         pixels = processor.preprocess(opened(path), height, width, resize_mode="crop").to(device)
         latent = vae.encode(pixels).latent[0] * vae.config.scaling_factor
         write_whole(file, save({"latent": latent.cpu().contiguous()}))

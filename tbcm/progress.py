@@ -7,6 +7,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,11 +24,17 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeRemainingColumn,
+    track,
 )  # fmt: skip
 
 from tbcm.checkpoint import kept_metrics
 from tbcm.config import TrainConfig
 from tbcm.files import flush, write_whole, writing
+
+
+def tracked(items: Iterable[Any], name: str, **options: Any) -> Iterable[Any]:
+    """rich's `track` where there is a terminal; elsewhere it would print an empty line."""
+    return track(items, name, disable=not Console().is_terminal, **options)
 
 
 def peak_memory_mb() -> float:

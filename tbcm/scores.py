@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from tbcm.errors import UserError
 from tbcm.files import check_writable, content, write_whole
 from tbcm.images import opened
+from tbcm.progress import tracked
 from tbcm.sampling import (
     Run,
     draw_images,
@@ -196,7 +195,7 @@ def score_run(
     run.teacher.text.check([item.prompt for item in items])
     judges = load_judges(inception, clip, run.device)
     settings = {
-        "student": content(*sorted(student_folder(run_dir).iterdir())),
+        "student": content(student_folder(run_dir)),
         "images_of": str(Path(images).resolve()),
         "steps": steps, "seed": seed, "inception": content(Path(inception)), "clip_model": clip,
         "images": len(items), "prompts": prompts_digest([item.prompt for item in items]),
@@ -205,7 +204,7 @@ def score_run(
     claim(out, settings)
     continue_from(out, judges)
     starts = range(len(judges.scores), len(items), BATCH)
-    for start in track(starts, "images", disable=not Console().is_terminal):
+    for start in tracked(starts, "images"):
         batch = items[start : start + BATCH]
         made = drawn(run, batch, [seed + start + i for i in range(len(batch))], steps, out)
         judges.see(made, [opened(item.image) for item in batch], [item.prompt for item in batch])

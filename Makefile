@@ -49,7 +49,8 @@ rows: $(INSTALLED)
 	for size in "" "--latent 8" "--latent 32" "--layers 2" "--layers 4" "--batch 2" "--batch 4" "--model sana-1.6b"; do \
 		$(MODEL) $(CPU)/growth.jsonl --seed 1 --layers 1 --latent 16 $$size || exit 1; done
 	$(PY) -m bench.others --device cpu --seconds 20 --json $(CPU)/others.jsonl
-	$(PY) -m tbcm bench step --json $(CPU)/digits-step.json --methods tbcm scm sana_sprint
+	$(PY) -m tbcm bench step --json $(CPU)/digits-step.json --methods tbcm scm sana_sprint \
+		--modes eager compile fused
 	$(PY) -m tbcm bench step --json $(CPU)/sana-step.json --model sana-0.6b --steps 4
 
 # The README's figures, docs/benchmarks.md and its plots, from the rows in bench/results.

@@ -67,9 +67,10 @@ def quality(report: dict[str, Any]) -> list[str]:
 def speed(step: dict[str, Any]) -> list[str]:
     """The sentence of `tbcm bench step`."""
     eager, fused = step["eager"], step["fused"]
+    compiled = f"{step['compile']['ms']:.0f} with torch.compile, " if "compile" in step else ""
     return [
         f"One step of it, in turns on {step['threads']} CPU threads: {eager['ms']:.0f} ms plain, "
-        f"{fused['ms']:.0f} ms fused, **{step['speedup']:.2f} times faster**; peak memory "
+        f"{compiled}{fused['ms']:.0f} fused, **{step['speedup']:.2f} times faster**; peak memory "
         f"{eager['peak_mb']:.0f} and {fused['peak_mb']:.0f} MiB (`tbcm bench step`)."
     ]
 

@@ -56,24 +56,41 @@ TBCM_INLINE void value(const Problem& p, float* dst, bool moving, int64_t b, int
   p.v.row(dst, moving, 0, b, h, n);
 }
 
+// Calls f(d) for the vectors of a row of n numbers, which is padded to a whole number of lanes.
+template <class Vector, class F>
+TBCM_INLINE void for_row(int64_t n, const F& f) {
+  for (int64_t d = 0; d < round_up(n, LANES); d += lanes<Vector>) f(d);
+}
+
 // z += the sum of m rows.
+template <class Vector>
 TBCM_INLINE void add_rows(float* z, const float* x, int64_t ldx, int64_t m, int64_t n) {
-  for (int64_t d = 0; d < n; d += LANES) {
-    Lanes sum = {};
-    for (int64_t r = 0; r < m; ++r) sum += get(x + r * ldx + d);
-    put(z + d, get(z + d) + sum);
-  }
+  for_row<Vector>(n, [&](int64_t d) __attribute__((always_inline)) {
+    Vector sum = {};
+    for (int64_t r = 0; r < m; ++r) sum += get<Vector>(x + r * ldx + d);
+    put(z + d, get<Vector>(z + d) + sum);
+  });
 }
 
 // y += a x
+template <class Vector>
 TBCM_INLINE void add_scaled(float* y, float a, const float* x, int64_t n) {
-  for (int64_t d = 0; d < n; d += LANES) put(y + d, get(y + d) + a * get(x + d));
+  for_row<Vector>(n, [&](int64_t d) __attribute__((always_inline)) {
+    put(y + d, get<Vector>(y + d) + a * get<Vector>(x + d));
+  });
+}
+
+// x *= a
+template <class Vector>
+TBCM_INLINE void scale(float* x, float a, int64_t n) {
+  for_row<Vector>(n, [&](int64_t d) __attribute__((always_inline)) { put(x + d, get<Vector>(x + d) * a); });
 }
 
 // a.b in fp32, of rows that are padded with zeros.
+template <class Vector>
 TBCM_INLINE float inner(const float* a, const float* b, int64_t n) {
-  Lanes sum = {};
-  for (int64_t d = 0; d < n; d += LANES) sum += get(a + d) * get(b + d);
+  Vector sum = {};
+  for_row<Vector>(n, [&](int64_t d) __attribute__((always_inline)) { sum += get<Vector>(a + d) * get<Vector>(b + d); });
   return total(sum);
 }
 
@@ -87,7 +104,9 @@ TBCM_INLINE void feature_row(const Problem& p, const Input& in, float* x, float*
   apply<Vector>(p.feature, x, slope, in.x.width);
   if (!in.tx) return;
   in.tangent(tx, 0, b, h, n);
-  for (int64_t d = 0; d < in.padded(); d += LANES) put(tx + d, get(tx + d) * get(slope + d));
+  for_row<Vector>(in.x.width, [&](int64_t d) __attribute__((always_inline)) {
+    put(tx + d, get<Vector>(tx + d) * get<Vector>(slope + d));
+  });
 }
 
 struct Forward : Problem {
@@ -113,6 +132,7 @@ TBCM_INLINE int64_t forward_floats(const Forward& p, Arena* arena, ForwardTiles*
 // S = phi(k)' v, z = sum of phi(k), and their tangents, over all keys, of heads [h, h + count).
 template <class Isa>
 TBCM_INLINE void gather(const Forward& p, const ForwardTiles& t, int64_t b, int64_t h, int64_t count) {
+  using Vector = typename Isa::Vector;
   const Isa isa;
   const int64_t width = p.width(), columns = p.columns(), ldq = p.ldq(), ldv = p.ldv();
   zero(t.state, count * p.floats());
@@ -123,32 +143,33 @@ TBCM_INLINE void gather(const Forward& p, const ForwardTiles& t, int64_t b, int6
     for (int64_t r = 0; r < m; ++r)
       for (int64_t g = 0; g < count; ++g) {
         const int64_t row = g * TOKENS + r;
-        feature_row<typename Isa::Vector>(p, p.k, t.x + row * ldq, t.slope, t.tx + row * ldq, b, h + g, i + r);
+        feature_row<Vector>(p, p.k, t.x + row * ldq, t.slope, t.tx + row * ldq, b, h + g, i + r);
         value(p, t.v + row * ldv, false, b, h + g, i + r);
         if (p.v.tx) value(p, t.tv + row * ldv, true, b, h + g, i + r);
       }
     for (int64_t g = 0; g < count; ++g) {
       const int64_t q = g * TOKENS * ldq, v = g * TOKENS * ldv, s = g * p.floats();
       add_transposed(isa, t.x + q, ldq, t.v + v, ldv, t.state + s, ldv, width, columns, m);
-      add_rows(t.z + g * ldq, t.x + q, ldq, m, width);
+      add_rows<Vector>(t.z + g * ldq, t.x + q, ldq, m, width);
       if (p.k.tx) add_transposed(isa, t.tx + q, ldq, t.v + v, ldv, t.tstate + s, ldv, width, columns, m);
-      if (p.k.tx) add_rows(t.tz + g * ldq, t.tx + q, ldq, m, width);
+      if (p.k.tx) add_rows<Vector>(t.tz + g * ldq, t.tx + q, ldq, m, width);
       if (p.v.tx) add_transposed(isa, t.x + q, ldq, t.tv + v, ldv, t.tstate + s, ldv, width, columns, m);
     }
   }
 }
 
 // o = n / (q.z + eps), to = (tn - o (q.z)') / (q.z + eps), for row r of n and tn of head g of the group.
+template <class Vector>
 TBCM_INLINE void divide(const Forward& p, const ForwardTiles& t, int64_t b, int64_t h, int64_t g, int64_t i, int64_t r) {
   const int64_t width = p.width(), row = g * TOKENS + r;
   const float *x = t.x + row * p.ldq(), *tx = t.tx + row * p.ldq(), *z = t.z + g * p.ldq();
   float *n = t.v + row * p.ldv(), *tn = t.tv + row * p.ldv();
-  const float inverse = 1.f / (inner(x, z, width) + p.eps);
-  for (int64_t d = 0; d < p.columns(); d += LANES) put(n + d, get(n + d) * inverse);
+  const float inverse = 1.f / (inner<Vector>(x, z, width) + p.eps);
+  scale<Vector>(n, inverse, p.columns());
   write(p.o, p.o.offset(0, b, h + g, i + r), n, 1);
   if (!p.to) return;
-  const float drift = (p.k.tx ? inner(x, t.tz + g * p.ldq(), width) : 0) + (p.q.tx ? inner(tx, z, width) : 0);
-  add_scaled(tn, -drift, n, p.columns());
+  const float drift = (p.k.tx ? inner<Vector>(x, t.tz + g * p.ldq(), width) : 0) + (p.q.tx ? inner<Vector>(tx, z, width) : 0);
+  add_scaled<Vector>(tn, -drift, n, p.columns());
   write(p.to, p.to.offset(0, b, h + g, i + r), tn, inverse);
 }
 
@@ -165,6 +186,7 @@ TBCM_INLINE void write_state(const Forward& p, const ForwardTiles& t, int64_t b,
 
 template <class Isa>
 TBCM_INLINE void forward_tasks(const Forward& p, int64_t begin, int64_t end) {
+  using Vector = typename Isa::Vector;
   const Isa isa;
   ForwardTiles t;
   Arena arena{aligned_scratch(forward_floats(p, nullptr, &t))};
@@ -179,7 +201,7 @@ TBCM_INLINE void forward_tasks(const Forward& p, int64_t begin, int64_t end) {
       for (int64_t r = 0; r < m; ++r)
         for (int64_t g = 0; g < count; ++g) {
           const int64_t row = (g * TOKENS + r) * ldq;
-          feature_row<typename Isa::Vector>(p, p.q, t.x + row, t.slope, t.tx + row, b, h + g, i + r);
+          feature_row<Vector>(p, p.q, t.x + row, t.slope, t.tx + row, b, h + g, i + r);
         }
       for (int64_t g = 0; g < count; ++g) {
         const int64_t q = g * TOKENS * ldq, v = g * TOKENS * ldv, s = g * p.floats();
@@ -189,7 +211,7 @@ TBCM_INLINE void forward_tasks(const Forward& p, int64_t begin, int64_t end) {
         if (p.state_moves()) add_product(isa, t.x + q, ldq, t.tstate + s, ldv, t.tv + v, ldv, m, columns, width);
       }
       for (int64_t r = 0; r < m; ++r)
-        for (int64_t g = 0; g < count; ++g) divide(p, t, b, h, g, i, r);
+        for (int64_t g = 0; g < count; ++g) divide<Vector>(p, t, b, h, g, i, r);
     }
   }
 }
@@ -234,47 +256,52 @@ TBCM_INLINE void slopes_row(const Problem& p, const Input& in, const BackwardTil
 }
 
 // The gradient of a normalised token: (gphi + a z) phi'(x).
+template <class Vector>
 TBCM_INLINE void write_gradient(const Problem& p, const BackwardTiles& t, const Operand& out, int64_t row, int64_t at,
                                 float a, const float* z) {
   float *g = t.gx + row * p.ldq(), *slope = t.slope + row * p.ldq();
-  for (int64_t d = 0; d < p.width(); d += LANES) put(g + d, (get(g + d) + a * get(z + d)) * get(slope + d));
+  for_row<Vector>(p.width(), [&](int64_t d) __attribute__((always_inline)) {
+    put(g + d, (get<Vector>(g + d) + a * get<Vector>(z + d)) * get<Vector>(slope + d));
+  });
   write(out, at, g, 1);
 }
 
 // From row r of n: the gradients of n, g / (q.z + eps), and of q.z, -g.o / (q.z + eps).
+template <class Vector>
 TBCM_INLINE void divide(const Backward& p, const BackwardTiles& t, int64_t b, int64_t h, int64_t g, int64_t i, int64_t r) {
   const int64_t row = g * TOKENS + r, columns = p.columns();
   float *gn = t.v + row * p.ldv(), *n = t.n + row * p.ldv();
-  const float inverse = 1.f / (inner(t.x + row * p.ldq(), t.z + g * p.ldq(), p.width()) + p.eps);
+  const float inverse = 1.f / (inner<Vector>(t.x + row * p.ldq(), t.z + g * p.ldq(), p.width()) + p.eps);
   look_ahead(p.go, b, h + g, i + r, p.q.tokens);
   read(gn, p.go, p.go.offset(0, b, h + g, i + r));
   t.rate[row] = -dot(gn, n, columns) * inverse * inverse;
-  for (int64_t d = 0; d < columns; d += LANES) put(gn + d, get(gn + d) * inverse);
+  scale<Vector>(gn, inverse, columns);
 }
 
 // A tile of queries: gphi(q) = gn S' + rate z, gS += phi(q)' gn, gz += rate phi(q).
 template <class Isa>
 TBCM_INLINE void backward_queries(const Backward& p, const BackwardTiles& t, int64_t b, int64_t h, int64_t count, int64_t i,
                                   int64_t m) {
+  using Vector = typename Isa::Vector;
   const Isa isa;
   const int64_t width = p.width(), columns = p.columns(), ldq = p.ldq(), ldv = p.ldv();
   for (int64_t r = 0; r < m; ++r)
-    for (int64_t g = 0; g < count; ++g) slopes_row<typename Isa::Vector>(p, p.q, t, g * TOKENS + r, b, h + g, i + r);
+    for (int64_t g = 0; g < count; ++g) slopes_row<Vector>(p, p.q, t, g * TOKENS + r, b, h + g, i + r);
   for (int64_t g = 0; g < count; ++g)
     set_product(isa, t.x + g * TOKENS * ldq, ldq, t.state + g * p.floats(), ldv, t.n + g * TOKENS * ldv, ldv, m, columns,
                 width);
   for (int64_t r = 0; r < m; ++r)
-    for (int64_t g = 0; g < count; ++g) divide(p, t, b, h, g, i, r);
+    for (int64_t g = 0; g < count; ++g) divide<Vector>(p, t, b, h, g, i, r);
   for (int64_t g = 0; g < count; ++g) {
     const int64_t q = g * TOKENS * ldq, v = g * TOKENS * ldv;
     set_product(isa, t.v + v, ldv, t.turned + g * columns * ldq, ldq, t.gx + q, ldq, m, width, columns);
     add_transposed(isa, t.x + q, ldq, t.v + v, ldv, t.gstate + g * p.floats(), ldv, width, columns, m);
-    for (int64_t r = 0; r < m; ++r) add_scaled(t.gz + g * ldq, t.rate[g * TOKENS + r], t.x + q + r * ldq, width);
+    for (int64_t r = 0; r < m; ++r) add_scaled<Vector>(t.gz + g * ldq, t.rate[g * TOKENS + r], t.x + q + r * ldq, width);
   }
   for (int64_t r = 0; r < m; ++r)
     for (int64_t g = 0; g < count; ++g) {
       const int64_t row = g * TOKENS + r;
-      write_gradient(p, t, p.gq, row, p.gq.offset(0, b, h + g, i + r), t.rate[row], t.z + g * ldq);
+      write_gradient<Vector>(p, t, p.gq, row, p.gq.offset(0, b, h + g, i + r), t.rate[row], t.z + g * ldq);
     }
 }
 
@@ -282,11 +309,12 @@ TBCM_INLINE void backward_queries(const Backward& p, const BackwardTiles& t, int
 template <class Isa>
 TBCM_INLINE void backward_keys(const Backward& p, const BackwardTiles& t, int64_t b, int64_t h, int64_t count, int64_t i,
                                int64_t m) {
+  using Vector = typename Isa::Vector;
   const Isa isa;
   const int64_t width = p.width(), columns = p.columns(), ldq = p.ldq(), ldv = p.ldv();
   for (int64_t r = 0; r < m; ++r)
     for (int64_t g = 0; g < count; ++g) {
-      slopes_row<typename Isa::Vector>(p, p.k, t, g * TOKENS + r, b, h + g, i + r);
+      slopes_row<Vector>(p, p.k, t, g * TOKENS + r, b, h + g, i + r);
       value(p, t.v + (g * TOKENS + r) * ldv, false, b, h + g, i + r);
     }
   for (int64_t g = 0; g < count; ++g) {
@@ -296,7 +324,7 @@ TBCM_INLINE void backward_keys(const Backward& p, const BackwardTiles& t, int64_
   }
   for (int64_t r = 0; r < m; ++r)
     for (int64_t g = 0; g < count; ++g) {
-      write_gradient(p, t, p.gk, g * TOKENS + r, p.gk.offset(0, b, h + g, i + r), 1, t.gz + g * ldq);
+      write_gradient<Vector>(p, t, p.gk, g * TOKENS + r, p.gk.offset(0, b, h + g, i + r), 1, t.gz + g * ldq);
       write(p.gv, p.gv.offset(0, b, h + g, i + r), t.n + (g * TOKENS + r) * ldv, 1);
     }
 }

@@ -136,7 +136,7 @@ def students(args: argparse.Namespace) -> dict[str, Student]:
 
 
 def disagreement(stock: Student, fused: Student) -> list[str]:
-    """Where the fused model is wrong: off in each of DRAWS draws of x, as in the first.
+    """Where the fused model is wrong: what `_off` finds in each of DRAWS draws of x.
 
     In one draw that can be chance: a ReLU whose argument is zero but for rounding opens in one
     model alone, which moves a gradient by one element of all. A wrong kernel is wrong in all.

@@ -72,17 +72,14 @@ TBCM_INLINE void hide(const Problem& p, float* s, int64_t b, int64_t h, int64_t 
 }
 
 template <class Vector>
-constexpr int64_t width_of = sizeof(Vector) / sizeof(float);
-
-template <class Vector>
 TBCM_INLINE float greatest(const float* s, int64_t n) {
   Vector top = get<Vector>(s);
-  for (int64_t j = width_of<Vector>; j < n; j += width_of<Vector>) {
+  for (int64_t j = lanes<Vector>; j < n; j += lanes<Vector>) {
     const Vector v = get<Vector>(s + j);
     top = v > top ? v : top;
   }
   float m = top[0];
-  for (int64_t i = 1; i < width_of<Vector>; ++i) m = top[i] > m ? top[i] : m;
+  for (int64_t i = 1; i < lanes<Vector>; ++i) m = top[i] > m ? top[i] : m;
   return m;
 }
 
@@ -90,7 +87,7 @@ TBCM_INLINE float greatest(const float* s, int64_t n) {
 template <class Vector>
 TBCM_INLINE float exponentiate(float* s, float shift, int64_t n) {
   Vector sum = {};
-  for (int64_t j = 0; j < n; j += width_of<Vector>) {
+  for (int64_t j = 0; j < n; j += lanes<Vector>) {
     const Vector e = exponential(get<Vector>(s + j) - shift);
     put(s + j, e);
     sum += e;
@@ -102,17 +99,12 @@ TBCM_INLINE float exponentiate(float* s, float shift, int64_t n) {
 template <class Vector>
 TBCM_INLINE float weigh(float* t, const float* e, float scale, int64_t n) {
   Vector sum = {};
-  for (int64_t j = 0; j < n; j += width_of<Vector>) {
+  for (int64_t j = 0; j < n; j += lanes<Vector>) {
     const Vector v = get<Vector>(e + j) * (get<Vector>(t + j) * scale);
     put(t + j, v);
     sum += v;
   }
   return total(sum);
-}
-
-template <class Vector>
-TBCM_INLINE void rescale(float* x, float factor, int64_t n) {
-  for (int64_t j = 0; j < n; j += width_of<Vector>) put(x + j, get<Vector>(x + j) * factor);
 }
 
 }  // namespace tbcm::attention

@@ -226,7 +226,7 @@ TBCM_INLINE void load_row(const Backward& p, const BackwardTiles& t, int64_t b, 
 // a = P (A - shift).
 template <class Vector>
 TBCM_INLINE void join(const float* s, float* e, float* ts, float* a, float scale, float mu, float shift, int64_t n) {
-  for (int64_t j = 0; j < n; j += width_of<Vector>) {
+  for (int64_t j = 0; j < n; j += lanes<Vector>) {
     const Vector p = get<Vector>(s + j), rate = get<Vector>(ts + j) * scale - mu, pull = get<Vector>(a + j) - shift;
     put(e + j, get<Vector>(e + j) + pull * rate);
     put(ts + j, p * rate);
@@ -237,7 +237,7 @@ TBCM_INLINE void join(const float* s, float* e, float* ts, float* a, float scale
 // e = P (e - d)
 template <class Vector>
 TBCM_INLINE void draw(float* e, const float* s, float d, int64_t n) {
-  for (int64_t j = 0; j < n; j += width_of<Vector>) put(e + j, get<Vector>(s + j) * (get<Vector>(e + j) - d));
+  for (int64_t j = 0; j < n; j += lanes<Vector>) put(e + j, get<Vector>(s + j) * (get<Vector>(e + j) - d));
 }
 
 // One lane of the backward pass through the tangent on one tile; see reference.py.

@@ -40,7 +40,7 @@ constexpr int64_t CHAIN = 16;
 template <class Vector, int rows, int columns, bool Transposed>
 TBCM_INLINE void block(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth,
                        bool add) {
-  constexpr int width = sizeof(Vector) / sizeof(float), vectors = columns / width;
+  constexpr int width = lanes<Vector>, vectors = columns / width;
   Vector sum[rows][vectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vector row[vectors];

@@ -77,6 +77,12 @@ TBCM_INLINE void for_lanes(int64_t begin, int64_t end, const F& f) {
   if (begin < end) f(begin, end - begin);
 }
 
+// x *= factor, of n numbers or up to a vector more.
+template <class Vector>
+TBCM_INLINE void rescale(float* x, float factor, int64_t n) {
+  for (int64_t j = 0; j < n; j += lanes<Vector>) put(x + j, get<Vector>(x + j) * factor);
+}
+
 // The sum of all lanes, by halves.
 template <class Vector>
 TBCM_INLINE auto total(Vector v) {

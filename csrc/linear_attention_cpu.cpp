@@ -13,8 +13,7 @@ enum class Feature { relu, elu, identity };
 // x = phi(x), slope = phi'(x), for n features; zeros of phi up to a whole number of lanes.
 template <class Vector>
 TBCM_INLINE void apply(Feature feature, float* x, float* slope, int64_t n) {
-  constexpr int64_t step = sizeof(Vector) / sizeof(float);
-  for (int64_t d = 0; d < round_up(n, LANES); d += step) {
+  for (int64_t d = 0; d < round_up(n, LANES); d += lanes<Vector>) {
     const Vector v = get<Vector>(x + d), one = Vector{} + 1.f;
     if (feature == Feature::relu) {
       put(x + d, v < 0 ? Vector{} : v);  // a NaN stays one
@@ -78,12 +77,6 @@ TBCM_INLINE void add_scaled(float* y, float a, const float* x, int64_t n) {
   for_row<Vector>(n, [&](int64_t d) __attribute__((always_inline)) {
     put(y + d, get<Vector>(y + d) + a * get<Vector>(x + d));
   });
-}
-
-// x *= a
-template <class Vector>
-TBCM_INLINE void scale(float* x, float a, int64_t n) {
-  for_row<Vector>(n, [&](int64_t d) __attribute__((always_inline)) { put(x + d, get<Vector>(x + d) * a); });
 }
 
 // a.b in fp32, of rows that are padded with zeros.
@@ -165,7 +158,7 @@ TBCM_INLINE void divide(const Forward& p, const ForwardTiles& t, int64_t b, int6
   const float *x = t.x + row * p.ldq(), *tx = t.tx + row * p.ldq(), *z = t.z + g * p.ldq();
   float *n = t.v + row * p.ldv(), *tn = t.tv + row * p.ldv();
   const float inverse = 1.f / (inner<Vector>(x, z, width) + p.eps);
-  scale<Vector>(n, inverse, p.columns());
+  rescale<Vector>(n, inverse, round_up(p.columns(), LANES));
   write(p.o, p.o.offset(0, b, h + g, i + r), n, 1);
   if (!p.to) return;
   const float drift = (p.k.tx ? inner<Vector>(x, t.tz + g * p.ldq(), width) : 0) + (p.q.tx ? inner<Vector>(tx, z, width) : 0);
@@ -275,7 +268,7 @@ TBCM_INLINE void divide(const Backward& p, const BackwardTiles& t, int64_t b, in
   look_ahead(p.go, b, h + g, i + r, p.q.tokens);
   read(gn, p.go, p.go.offset(0, b, h + g, i + r));
   t.rate[row] = -dot(gn, n, columns) * inverse * inverse;
-  scale<Vector>(gn, inverse, columns);
+  rescale<Vector>(gn, inverse, round_up(columns, LANES));
 }
 
 // A tile of queries: gphi(q) = gn S' + rate z, gS += phi(q)' gn, gz += rate phi(q).

@@ -36,16 +36,16 @@ struct Problem {
 };
 
 // Keys or values of one head: rows [S, D], and the transposed blocks [D, span] one after the other.
-TBCM_INLINE void pack_rows(float* dst, const Problem& p, const Input& x, bool moving, int64_t l, int64_t b, int64_t h) {
-  for (int64_t n = 0; n < p.all_keys(); ++n) x.row(dst + n * tile_stride(x.x.width), moving, l, b, h, n);
+TBCM_CLONES static void pack_rows(float* dst, const Problem& p, const Input& x, bool moving, int64_t l, int64_t b, int64_t h) {
+  for (int64_t n = 0; n < p.all_keys(); ++n) read_row(dst + n * tile_stride(x.x.width), x, moving, l, b, h, n);
 }
 
-TBCM_INLINE void pack_transposed(float* dst, const Problem& p, const Input& x, bool moving, int64_t l, int64_t b,
+TBCM_CLONES static void pack_transposed(float* dst, const Problem& p, const Input& x, bool moving, int64_t l, int64_t b,
                                  int64_t h) {
   float rows[LANES * MAX_WIDTH];
   for (int64_t j = 0; j < p.all_keys(); j += LANES) {
     float* corner = dst + j / p.span * x.x.width * p.span_stride() + j % p.span;
-    for (int64_t i = 0; i < LANES; ++i) x.row(rows + i * MAX_WIDTH, moving, l, b, h, j + i);
+    for (int64_t i = 0; i < LANES; ++i) read_row(rows + i * MAX_WIDTH, x, moving, l, b, h, j + i);
     for (int64_t d = 0; d < x.x.width; ++d)
       for (int64_t i = 0; i < LANES; ++i) corner[d * p.span_stride() + i] = rows[i * MAX_WIDTH + d];
   }

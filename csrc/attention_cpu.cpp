@@ -118,8 +118,8 @@ TBCM_INLINE void forward_tasks(const Forward& p, int64_t begin, int64_t end) {
     const int64_t m = smaller(QUERIES, p.queries - i);
     const int64_t rows = round_up(m, 8);
     for (int64_t r = 0; r < rows; ++r) {
-      p.q.primal(t.q + r * ldq, b, h, i + r);
-      for (int64_t l = 0; l < p.lanes && p.q.tx; ++l) p.q.tangent(t.tq + (l * QUERIES + r) * ldq, l, b, h, i + r);
+      read_row(t.q + r * ldq, p.q, false, 0, b, h, i + r);
+      for (int64_t l = 0; l < p.lanes && p.q.tx; ++l) read_row(t.tq + (l * QUERIES + r) * ldq, p.q, true, l, b, h, i + r);
       t.top[r] = HIDDEN;
       t.total[r] = 0;
     }
@@ -198,10 +198,10 @@ TBCM_INLINE void pack_keys(const Backward& p, const BackwardTiles& t, int64_t b,
 }
 
 // Queries and cotangents of row n, and d = G.O + H.TO - glse, shift = H.O - gmu.
-TBCM_INLINE void load_row(const Backward& p, const BackwardTiles& t, int64_t b, int64_t h, int64_t n, int64_t r) {
+TBCM_CLONES static void load_row(const Backward& p, const BackwardTiles& t, int64_t b, int64_t h, int64_t n, int64_t r) {
   const int64_t ldq = p.q_stride(), ldv = p.v_stride(), dv = p.v.x.width, row = (b * p.heads + h) * p.queries + n;
   float o[MAX_WIDTH], to[MAX_WIDTH];
-  p.q.primal(t.q + r * ldq, b, h, n);
+  read_row(t.q + r * ldq, p.q, false, 0, b, h, n);
   read(o, p.o, p.o.offset(0, b, h, n));
   t.lse[r] = p.lse[row] == HIDDEN ? 0 : p.lse[row];
   t.d[r] = p.glse ? -p.glse[row] : 0;
@@ -211,7 +211,7 @@ TBCM_INLINE void load_row(const Backward& p, const BackwardTiles& t, int64_t b, 
   }
   for (int64_t l = 0; p.through() && l < p.lanes; ++l) {
     const int64_t at = l * QUERIES + r, all = l * p.batch * p.heads * p.queries + row;
-    if (p.q.tx) p.q.tangent(t.tq + at * ldq, l, b, h, n);
+    if (p.q.tx) read_row(t.tq + at * ldq, p.q, true, l, b, h, n);
     t.mu[at] = p.mu[all];
     t.shift[at] = p.gmu ? -p.gmu[all] : 0;
     if (!p.gto) continue;

@@ -52,7 +52,7 @@ TBCM_INLINE void look_ahead(const Operand& x, int64_t b, int64_t h, int64_t n, i
 
 TBCM_INLINE void value(const Problem& p, float* dst, bool moving, int64_t b, int64_t h, int64_t n) {
   look_ahead(moving ? p.v.tx : p.v.x, b, h, n, p.v.tokens);
-  p.v.row(dst, moving, 0, b, h, n);
+  read_row(dst, p.v, moving, 0, b, h, n);
 }
 
 // Calls f(d) for the vectors of a row of n numbers, which is padded to a whole number of lanes.
@@ -93,10 +93,10 @@ TBCM_INLINE void feature_row(const Problem& p, const Input& in, float* x, float*
                              int64_t n) {
   look_ahead(in.x, b, h, n, in.tokens);
   look_ahead(in.tx, b, h, n, in.tokens);
-  in.primal(x, b, h, n);
+  read_row(x, in, false, 0, b, h, n);
   apply<Vector>(p.feature, x, slope, in.x.width);
   if (!in.tx) return;
-  in.tangent(tx, 0, b, h, n);
+  read_row(tx, in, true, 0, b, h, n);
   for_row<Vector>(in.x.width, [&](int64_t d) __attribute__((always_inline)) {
     put(tx + d, get<Vector>(tx + d) * get<Vector>(slope + d));
   });
@@ -244,7 +244,7 @@ template <class Vector>
 TBCM_INLINE void slopes_row(const Problem& p, const Input& in, const BackwardTiles& t, int64_t row, int64_t b, int64_t h,
                             int64_t n) {
   look_ahead(in.x, b, h, n, in.tokens);
-  in.primal(t.x + row * p.ldq(), b, h, n);
+  read_row(t.x + row * p.ldq(), in, false, 0, b, h, n);
   apply<Vector>(p.feature, t.x + row * p.ldq(), t.slope + row * p.ldq(), in.x.width);
 }
 

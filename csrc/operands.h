@@ -29,9 +29,9 @@ struct Operand {
 template <class T>
 TBCM_INLINE void read_as(float* dst, const T* src, int64_t n) {
   int64_t d = 0;
-  for (; d + LANES <= n; d += LANES) put(dst + d, get(src + d, LANES));
+  for (; d + LANES <= n; d += LANES) load(dst + d, src + d, LANES);
   if (d == n) return;
-  put(dst + d, Lanes{});
+  std::memset(dst + d, 0, LANES * sizeof(float));
   load(dst + d, src + d, n - d);
 }
 
@@ -50,7 +50,7 @@ TBCM_INLINE void write_as(T* dst, const float* src, float factor, int64_t n) {
   for (; d < n; ++d) narrow(src[d] * factor, &dst[d]);
 }
 
-TBCM_INLINE void write(const Operand& x, int64_t at, const float* src, float factor) {
+TBCM_CLONES static void write(const Operand& x, int64_t at, const float* src, float factor) {
   switch (x.type) {
     case Type::f32: write_as(reinterpret_cast<float*>(x.data) + at, src, factor, x.width); break;
     case Type::bf16: write_as(reinterpret_cast<bfloat16*>(x.data) + at, src, factor, x.width); break;
@@ -77,44 +77,26 @@ struct Input {
   }
   TBCM_INLINE int64_t padded() const { return round_up(x.width, LANES); }
 
-  TBCM_INLINE bool clear(float* dst, int64_t b, int64_t n) const {
-    if (n < tokens && !(seen && !seen[b * tokens + n])) return false;
-    for (int64_t d = 0; d < padded(); d += LANES) put(dst + d, Lanes{});
-    return true;
-  }
-
-  TBCM_INLINE void normalize(float* dst, int64_t b, int64_t h, int64_t n) const {
-    if (norm.weight.empty()) return;
-    const float* w = norm.weight.data() + (norm.all_heads ? h * padded() : 0);
-    const float r = norm.r[statistic(0, b, h, n)];
-    for (int64_t d = 0; d < padded(); d += LANES) put(dst + d, get(dst + d) * (get(w + d) * r));
-  }
-
-  // Row n of the primal; n may lie beyond the end.
-  TBCM_INLINE void primal(float* dst, int64_t b, int64_t h, int64_t n) const {
-    if (clear(dst, b, n)) return;
-    read(dst, x, x.offset(0, b, h, n));
-    normalize(dst, b, h, n);
-  }
-
-  // Row n of a lane of the tangent: w r (tx - x r^2 m) where there is a norm.
-  TBCM_INLINE void tangent(float* dst, int64_t l, int64_t b, int64_t h, int64_t n) const {
-    if (clear(dst, b, n)) return;
-    read(dst, tx, tx.offset(l, b, h, n));
-    if (!norm.weight.empty()) {
-      float row[MAX_WIDTH];
-      read(row, x, x.offset(0, b, h, n));
-      const float r = norm.r[statistic(0, b, h, n)], drift = r * r * norm.m[statistic(l, b, h, n)];
-      for (int64_t d = 0; d < padded(); d += LANES) put(dst + d, get(dst + d) - get(row + d) * drift);
-    }
-    normalize(dst, b, h, n);
-  }
-
-  TBCM_INLINE void row(float* dst, bool moving, int64_t l, int64_t b, int64_t h, int64_t n) const {
-    if (moving) tangent(dst, l, b, h, n);
-    else primal(dst, b, h, n);
-  }
+  TBCM_INLINE bool hidden(int64_t b, int64_t n) const { return n >= tokens || (seen && !seen[b * tokens + n]); }
 };
+
+// Row n of the primal, or of a lane of the tangent: w r (tx - x r^2 m) where there is a norm; n may lie beyond the end.
+TBCM_INLINE void read_row(float* dst, const Input& in, bool moving, int64_t l, int64_t b, int64_t h, int64_t n) {
+  if (in.hidden(b, n)) return void(std::memset(dst, 0, in.padded() * sizeof(float)));
+  read(dst, moving ? in.tx : in.x, moving ? in.tx.offset(l, b, h, n) : in.x.offset(0, b, h, n));
+  if (in.norm.weight.empty()) return;
+  const float* w = in.norm.weight.data() + (in.norm.all_heads ? h * in.padded() : 0);
+  const float r = in.norm.r[in.statistic(0, b, h, n)];
+  if (moving) {
+    float row[MAX_WIDTH];
+    read(row, in.x, in.x.offset(0, b, h, n));
+    const float drift = r * r * in.norm.m[in.statistic(l, b, h, n)];
+    for (int64_t d = 0; d < in.padded(); d += LANES)
+      for (int64_t i = d; i < d + LANES; ++i) dst[i] -= row[i] * drift;
+  }
+  for (int64_t d = 0; d < in.padded(); d += LANES)
+    for (int64_t i = d; i < d + LANES; ++i) dst[i] *= w[i] * r;
+}
 
 // Consecutive pieces of a thread's scratch, each on a cache line.
 struct Arena {
@@ -147,13 +129,11 @@ TBCM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 // Sums of products in fp64: D = G.O is subtracted from GV', which is nearly the same where few keys are seen.
 typedef double Doubles __attribute__((vector_size(LANES * sizeof(double))));
 
-// a.b by lanes.
+// a.b by lanes, of rows that are padded with zeros.
 TBCM_INLINE Doubles products(const float* a, const float* b, int64_t n) {
   Doubles sum = {};
-  for (int64_t d = 0; d < n; d += LANES) {
-    const int64_t there = smaller(LANES, n - d);
-    sum += __builtin_convertvector(get(a + d, there), Doubles) * __builtin_convertvector(get(b + d, there), Doubles);
-  }
+  for (int64_t d = 0; d < n; d += LANES)
+    sum += __builtin_convertvector(get(a + d), Doubles) * __builtin_convertvector(get(b + d), Doubles);
   return sum;
 }
 

@@ -6,13 +6,10 @@ Repository (CC BY 4.0), as shipped with scikit-learn.
 
 from __future__ import annotations
 
-import re
 from functools import cache
 
 import torch
 from torch import Tensor
-
-from tbcm.errors import UserError
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PHRASINGS = (
@@ -55,19 +52,3 @@ def prompts() -> list[tuple[str, int]]:
         for phrasing in PHRASINGS
         for digit, word in enumerate(WORDS)
     ]
-
-
-def prompt_digit(prompt: str) -> int:
-    """The digit that a prompt asks for, in word or numeral.
-
-    Raises:
-        UserError: the prompt names no digit, or more than one.
-    """
-    pattern = rf"\b({'|'.join(WORDS)}|\d)\b"
-    found = {f.lower() for f in re.findall(pattern, prompt, flags=re.IGNORECASE)}
-    digits = {WORDS.index(f) if f in WORDS else int(f) for f in found}
-    if len(digits) != 1:
-        raise UserError(
-            f"The prompt {prompt!r} must name one digit, as 'a handwritten seven' does."
-        )
-    return digits.pop()

@@ -33,12 +33,8 @@ from tbcm.classifier import accuracy, trained_classifier
 from tbcm.errors import UserError
 from tbcm.files import check_writable, write_whole
 from tbcm.progress import tracked
-from tbcm.sampling import (
-    Run,
-    consistency_sample,
-    load_run,
-    trajectory_sample,
-)
+from tbcm.rollout import Text, rollout, with_null
+from tbcm.sampling import Run, consistency_sample, load_run
 from tbcm.text import TextEncoder
 from tbcm.trigflow import SIGMA_DATA, TrigFlow, route
 
@@ -104,11 +100,12 @@ def teacher_images(
     net: TrigFlow, noise: Tensor, prompts: Prompts, scale: float, name: str = "teacher"
 ) -> Tensor:
     """The ends of the teacher's fine trajectories from `noise` under CFG `scale`."""
-    null = (prompts.text[-1:], prompts.mask[-1:])
-    times = route(TEACHER_STEPS, FLOW_SHIFT)
+    null = Text(prompts.text[-1:], prompts.mask[-1:])
+    times = route(TEACHER_STEPS, FLOW_SHIFT).to(noise)
 
-    def sampler(z: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        return trajectory_sample(net, z, text, mask, *null, scale, times)
+    def sampler(z: Tensor, *text: Tensor) -> Tensor:
+        both, guidance = with_null(Text(*text), null), z.new_full((len(z),), scale)
+        return rollout(net, z, times, both, guidance).x0 / SIGMA_DATA
 
     return draw(sampler, noise, prompts, name)
 

@@ -1,6 +1,6 @@
-"""Images from a student in a few steps, and from a teacher along its whole trajectory.
+"""Images from a student in a few steps.
 
-Source of the samplers: sCM (arXiv 2410.11081) §3 and SANA-Sprint (arXiv 2503.09641).
+Source of the sampler: sCM (arXiv 2410.11081) §3 and SANA-Sprint (arXiv 2503.09641).
 """
 
 from __future__ import annotations
@@ -70,39 +70,6 @@ def check_steps(steps: int) -> None:
     """Raises UserError if no times are known for this number of steps."""
     if steps not in SAMPLE_TIMES:
         raise UserError(f"There is no {steps}-step sampler; steps is one of {[*SAMPLE_TIMES]}.")
-
-
-def trajectory_sample(
-    net: TrigFlow,
-    noise: Tensor,
-    text: Tensor,
-    mask: Tensor,
-    null_text: Tensor,
-    null_mask: Tensor,
-    guidance_scale: float,
-    times: Tensor,
-) -> Tensor:
-    """x0/σ_d at the end of the PF-ODE under CFG, by first-order steps down `times` and then to 0.
-
-    Args:
-        net: teacher.
-        noise: [B, C, H, W] of std σ_d, the state at times[0].
-        text: [B, S, D]; mask: [B, S].
-        null_text: [1, S, D], the null prompt's embedding; null_mask: [1, S], its own mask.
-        guidance_scale: s in V = V_null + s (V_text − V_null); 1 skips the null branch.
-        times: [n], falling, without the final 0.
-    """
-    n = len(noise)
-    null = (null_text.expand(n, -1, -1), null_mask.expand(n, -1))
-    x = noise
-    for t, s in pairwise([*times.to(noise), noise.new_zeros(())]):
-        now = t.expand(n)
-        f = net(x / SIGMA_DATA, now, text, mask)
-        if guidance_scale != 1:
-            f_null = net(x / SIGMA_DATA, now, *null)
-            f = f_null + guidance_scale * (f - f_null)
-        x = to_time(x, SIGMA_DATA * f, now, s.expand(n))
-    return x / SIGMA_DATA
 
 
 def grid(images: Tensor, path: str | Path) -> None:

@@ -48,7 +48,8 @@ def test_scm_adds_noise_to_images_and_asks_the_guided_teacher_there(fused: bool,
     (pixels, labels), _ = digits.load_digits()
     cos, sin = like(torch.cos(t), x), like(torch.sin(t), x)
     torch.testing.assert_close(x, SIGMA_DATA * cos * pixels[draw.rows] + sin * draw.noise)
-    asked = [digits.prompt_digit(parts.prompts[i]) for i in parts.latents.rows[draw.rows]]
+    digit_of = dict(digits.prompts())
+    asked = [digit_of[parts.prompts[i]] for i in parts.latents.rows[draw.rows]]
     assert asked == labels[draw.rows].tolist() and keep.min() == 1
     torch.testing.assert_close(guidance, 0.1 * draw.guidance)
     teacher = distiller(settings(tmp_path)).teacher_net

@@ -21,9 +21,9 @@ from tbcm.evaluate import (
     teacher_images,
 )
 from tbcm.models import load_teacher
-from tbcm.sampling import consistency_sample, grid, load_run, sample_run, trajectory_sample
+from tbcm.sampling import consistency_sample, grid, load_run, sample_run
 from tbcm.student import build_student
-from tbcm.trigflow import SIGMA_DATA, TrigFlow, like, route
+from tbcm.trigflow import SIGMA_DATA, TrigFlow, like
 
 
 class OnePoint(nn.Module):
@@ -81,10 +81,10 @@ def test_consistency_sampler_draws_fresh_noise_from_its_generator(noise):
 
 @pytest.mark.parametrize("scale", [1, 1.5, 4])
 def test_trajectory_under_guidance_is_exact_on_two_points(noise, scale):
-    null_text, null_mask = conditions(1, -0.2)
-    x0 = trajectory_sample(
-        OnePoint(), noise, *conditions(4, 0.3), null_text, null_mask, scale, route(6, 2.5)
-    )
+    named, null = conditions(1, 0.3), conditions(1, -0.2)
+    rows = torch.zeros(4, dtype=torch.int64)
+    prompts = Prompts(*(torch.cat(pair) for pair in zip(named, null, strict=True)), rows)
+    x0 = teacher_images(OnePoint(), noise, prompts, scale)
     assert torch.allclose(x0, torch.full_like(x0, -0.2 + scale * 0.5), atol=1e-12)
 
 
@@ -117,9 +117,7 @@ def test_teacher_draws_the_digit_asked_for(run_dir):
     with torch.no_grad():
         images = teacher_images(TrigFlow(run.teacher.transformer), noise, prompts, 1)
     assert accuracy(trained_classifier(), images, prompts.labels) >= 0.95
-    assert [digits.prompt_digit(prompt) for prompt, _ in digits.prompts()] == [
-        *prompts.labels[:80].tolist()
-    ]
+    assert [digit for _, digit in digits.prompts()] == prompts.labels[:80].tolist()
 
 
 def test_noise_between_steps_is_none_that_an_image_began_with(run_dir, monkeypatch):

@@ -18,9 +18,9 @@ train: $(INSTALLED)
 	$(PY) -m tbcm sample $(RUN) --steps 1 --out $(RUN)/samples.png
 	$(PY) -m tbcm eval $(RUN) --json $(RUN)/eval.json
 
-# Files share up to four processes, whose threads do not spin: they are more than the cores.
+# Up to four processes share the tests; their threads do not spin: they are more than the cores.
 test: $(INSTALLED)
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -46,6 +46,36 @@ def interpreted_bfloat16() -> None:
     interpreter.InterpreterBuilder.create_dot = widened
 
 
+@pytest.fixture(scope="session", autouse=True)
+def language_patched_once() -> None:
+    """Triton's interpreter patches its language for a kernel, and again for each device function
+    that the kernel calls, which was half of its time.
+    """
+    if "TRITON_INTERPRET" not in os.environ or not importlib.util.find_spec("triton"):
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set()
+
+    def once(function):
+        modules = {id(v) for v in function.__globals__.values() if v is tl or v is tl.core}
+        if modules <= patched:
+            return None  # a device function asks for nothing back
+        scope = patch(function)
+        patched.update(modules)
+        restore = scope.restore
+
+        def restore_all():
+            patched.clear()
+            restore()
+
+        scope.restore = restore_all
+        return scope
+
+    interpreter._patch_lang = once
+
+
 @pytest.fixture(autouse=True)
 def default_device() -> Iterator[None]:
     """TBCM_TEST_DEVICE=cuda runs the tests that name no device on the GPU, without TF32."""

@@ -54,7 +54,7 @@ def test_policy(
             _dispatch.choose(op, impl, torch.empty(0, dtype=dtype, device=device))
         return
     need(impl)
-    few = impl == "triton" and not GPU
+    few = impl == "reference" or (impl == "triton" and not GPU)
     tried = list(cases(op, dtype, device, few))
     assert len(tried) > 8
     assert [f for case in tried for f in check(case, impl)] == []
@@ -255,16 +255,13 @@ def test_opcheck(op: str) -> None:
     module = importlib.import_module(f"tbcm_kernels.{op}.autograd")
     case = next(c for c in cases(op, torch.float32) if c.name == SMALL[op])
     leaves = [v.clone().requires_grad_() for v in case.primals]
-    alone = [
-        [t if i == j else None for j, t in enumerate(case.tangents)] for i in range(len(leaves))
-    ]
-    for tangents in ([None] * len(leaves), case.tangents, *alone):
+    # The weights of linear_attention's norms have no tangents.
+    every = case.tangents[:3] if op == "linear_attention" else case.tangents
+    alone = [[t if t is one else None for t in every] for one in every]
+    for tangents in ([None] * len(every), every, *alone):
         through = any(t is not None for t in tangents)
-        if op == "linear_attention":  # its norms' weights have no tangents
-            tangents = tangents[:3]
-        dtype = []  # of adaln's y, in 16 bits where all move
-        if op == "adaln":
-            dtype = [torch.bfloat16 if tangents is case.tangents else None]
+        # adaln's y is in 16 bits where all move.
+        dtype = [torch.bfloat16 if tangents is every else None] if op == "adaln" else []
         arguments = (*leaves, *tangents, *case.options.values(), *dtype, through, "reference")
         torch.library.opcheck(getattr(module, f"{op}_op").op, arguments)
 

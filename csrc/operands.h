@@ -129,11 +129,12 @@ TBCM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 // Sums of products in fp64: D = G.O is subtracted from GV', which is nearly the same where few keys are seen.
 typedef double Doubles __attribute__((vector_size(LANES * sizeof(double))));
 
-// a.b by lanes, of rows that are padded with zeros.
+// a.b by lanes.
 TBCM_INLINE Doubles products(const float* a, const float* b, int64_t n) {
   Doubles sum = {};
-  for (int64_t d = 0; d < n; d += LANES)
-    sum += __builtin_convertvector(get(a + d), Doubles) * __builtin_convertvector(get(b + d), Doubles);
+  for_lanes(0, n, [&](int64_t d, auto there) __attribute__((always_inline)) {
+    sum += __builtin_convertvector(get(a + d, there), Doubles) * __builtin_convertvector(get(b + d, there), Doubles);
+  });
   return sum;
 }
 

@@ -1,11 +1,16 @@
-"""The scratch that a CPU thread keeps: not much, and none after it could not be had."""
+"""The scratch that a CPU thread keeps: not much, none after it could not be had, and never read."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
+
+from tbcm_kernels.testing.cases import cases
+from tbcm_kernels.testing.check import run
 
 PROGRAM = """
 import ctypes, gc, resource, torch, tbcm_kernels as tk
@@ -37,15 +42,48 @@ except RuntimeError as error:
 resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
 print(torch.equal(tk.attention(*small, impl="cpu"), want))
 """
+WIDE = {
+    "adaln": "shape (1, 3, 4096)", "attention": "shape (1, 1, 1, 33, 515, 256, 256)",
+    "conv_glu": "shape (1, 4, 4, 320)", "linear_attention": "shape (1, 1, 9, 70, 256, 256)",
+    "rms_norm": "shape (1, 3, 4096)",
+}  # fmt: skip
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("op", WIDE)
+def test_nan_of_one_call_is_not_read_by_the_next(
+    op: str, need: Callable[[str], None], one_thread: None
+) -> None:
+    need("cpu")
+    tried = list(cases(op, torch.float32))
+    wide = next(c for c in tried if c.name == WIDE[op])
+    wants = [run(case, "cpu") for case in tried]
+    for value in wide.primals + wide.tangents:
+        if value is not None:
+            value.fill_(float("nan"))
+    for case, want in zip(tried, wants, strict=True):
+        if case is wide:
+            continue
+        run(wide, "cpu")
+        for a, b in zip(run(case, "cpu"), want, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=case.name)
 
 
 @pytest.mark.kernels
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_scratch_is_given_back() -> None:
     """conv_glu's backward takes 73 MiB here; the keys and values of one head 512 MiB."""
-    run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
-    kept, *error, equal = run.stdout.splitlines() or [""]
-    assert run.returncode == 0, run.stderr
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    kept, *error, equal = done.stdout.splitlines() or [""]
+    assert done.returncode == 0, done.stderr
     assert int(kept) < 32
     assert "failed" in " ".join(error)
     assert equal == "True"

@@ -8,16 +8,16 @@ import statistics
 from pathlib import Path
 
 from bench.environment import Row
+from bench.shapes import SHAPES
 from tbcm.cost import STREAMS, Machine, Sana, seconds, step_memory
 
 
 def of_row(row: Row) -> tuple[Sana, Machine]:
     """The model and the machine of a row of `python -m bench.model`."""
-    width, heads = {"digits": (128, 4), "sana-0.6b": (1152, 16), "sana-1.6b": (2240, 20)}[
-        row["model"]
-    ]
+    shape = next(s for name, s in SHAPES.items() if name.startswith(row["model"]))
     size = 2 if row["dtype"] == "bfloat16" else 4
-    m = Sana(width, row["layers"], row["latent"] ** 2, row["batch"], row["text"], size, heads)
+    tokens, batch, text = row["latent"] ** 2, row["batch"], row["text"]
+    m = Sana(shape.width, row["layers"], tokens, batch, text, size, shape.heads)
     return m, Machine(row["copy_gb_s"] * 1e9, row["matmul_tflop_s"] * 1e12)
 
 

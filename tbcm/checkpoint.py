@@ -22,7 +22,10 @@ from tbcm.config import MAY_CHANGE, TrainConfig, changed_fields, read_config
 from tbcm.errors import UserError
 from tbcm.files import TMP, whole_folder
 
-KEYS = {"step", "config", "prompts", "teacher", "student", "optimizer", "ema", "generator"}
+KEYS = {
+    "step", "skipped", "skipped_in_row", "config", "prompts", "teacher", "student", "log_variance",
+    "optimizer", "ema", "generator", "torch_rng", "cuda_rng",
+}  # fmt: skip
 """What a checkpoint has at least."""
 LOCK = ".lock"
 """Held by the process of a run; a folder with nothing else in it counts as empty."""

@@ -96,6 +96,14 @@ def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def on_threads() -> Iterator[Callable[[Callable[[], object]], list[object]]]:
     """Runs a function on one thread and twice on two, and leaves their number as it was."""
     before = torch.get_num_threads()

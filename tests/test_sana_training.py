@@ -9,7 +9,7 @@ import os
 import time
 import unittest.mock
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
@@ -97,19 +97,13 @@ def exact_stock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "float", keep)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """The error of PyTorch's products varies tenfold with threads; one thread is fair to both."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("exact_stock", "one_thread")
 @pytest.mark.parametrize("size", WIDTHS)
 def test_no_further_from_the_truth_than_stock(size: str) -> None:
-    """In fp32 and bf16, where stock in fp64 on the same rounded weights and inputs is the truth."""
+    """In fp32 and bf16, where stock in fp64 on the same rounded weights and inputs is the truth.
+
+    The error of PyTorch's products varies tenfold with threads; one thread is fair to both.
+    """
     low = _model(*WIDTHS[size]).bfloat16()
     inputs = _to(_inputs(side=10), torch.bfloat16)
     truth = _step(copy.deepcopy(low).double(), _to(inputs, torch.float64))

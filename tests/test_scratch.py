@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -49,19 +49,10 @@ WIDE = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.kernels
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("op", WIDE)
-def test_nan_of_one_call_is_not_read_by_the_next(
-    op: str, need: Callable[[str], None], one_thread: None
-) -> None:
+def test_nan_of_one_call_is_not_read_by_the_next(op: str, need: Callable[[str], None]) -> None:
     need("cpu")
     tried = list(cases(op, torch.float32))
     wide = next(c for c in tried if c.name == WIDE[op])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -42,15 +42,6 @@ TINY = Plan("sana-0.6b", layers=1, resolution=64, route_steps=3, gpu=False)
 @pytest.fixture
 def default_device() -> None:
     """None, as in a benchmark's process: under a device context torch.compile captures no jvp."""
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """The smallest models gain nothing from two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("key", ["loss", "g_norm", "grad_norm"])

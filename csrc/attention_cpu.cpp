@@ -138,7 +138,7 @@ struct Backward : Problem {
   Operand go, gto, o, to, gq, gk, gv, gtq, gtk, gtv;
   const float *lse, *mu, *glse, *gmu;
   int64_t splits;    // shares of the query blocks of a key head
-  float* partial;    // gradients of keys and values of each share, where there are several
+  float* partial;    // gradients of keys and values of each share, where threads share a head
   TBCM_INLINE bool through() const { return gto || gmu; }
   TBCM_INLINE int64_t k_floats() const { return all_keys() * q_stride(); }
   TBCM_INLINE int64_t v_floats() const { return all_keys() * v_stride(); }
@@ -181,7 +181,7 @@ TBCM_INLINE int64_t backward_floats(const Backward& p, Arena* arena, BackwardTil
                           {&t->lse, QUERIES},
                           {&t->shift, lanes * QUERIES},
                           {&t->mu, lanes * QUERIES},
-                          {&t->gk, p.splits > 1 ? 0 : p.key_floats()}};
+                          {&t->gk, p.partial ? 0 : smaller(p.splits, 2) * p.key_floats()}};
   return take(arena, pieces);
 }
 
@@ -287,11 +287,14 @@ TBCM_INLINE void backward_tile(const Backward& p, const BackwardTiles& t, int64_
   add_transposed(isa, t.e, lds, t.q, ldq, t.gk + j * ldq, ldq, n, width, m);
 }
 
-// Writes a head's gradients of keys, values and their tangents, summed over `count` shares.
-TBCM_INLINE void write_keys(const Backward& p, float* first, int64_t count, int64_t b, int64_t g) {
-  for (int64_t share = 1; share < count; ++share)
-    for (int64_t i = 0; i < p.key_floats(); i += LANES) put(first + i, get(first + i) + get(first + share * p.key_floats() + i));
-  const float *gk = first, *gv = gk + p.k_floats(), *gtk = gv + p.v_floats();
+// Adds a share's gradients of keys, values and their tangents to the first one's.
+TBCM_INLINE void add_share(const Backward& p, float* first, const float* share) {
+  for (int64_t i = 0; i < p.key_floats(); i += LANES) put(first + i, get(first + i) + get(share + i));
+}
+
+// Writes a head's gradients of keys, values and their tangents.
+TBCM_INLINE void write_keys(const Backward& p, const float* gk, int64_t b, int64_t g) {
+  const float *gv = gk + p.k_floats(), *gtk = gv + p.v_floats();
   const float* gtv = gtk + (p.gtk ? p.lanes * p.k_floats() : 0);
   for (int64_t n = 0; n < p.keys; ++n) {
     write(p.gk, p.gk.offset(0, b, g, n), gk + n * p.q_stride(), p.scale);
@@ -325,20 +328,23 @@ TBCM_INLINE void backward_tasks(const Backward& p, int64_t begin, int64_t end) {
   BackwardTiles t;
   Arena arena{aligned_scratch(backward_floats(p, nullptr, &t))};
   backward_floats(p, &arena, &t);
+  float* const first = t.gk;  // of the head, where it is the thread's alone, and behind it another share
   const int64_t shared = p.heads / p.groups, units = shared * p.query_blocks();
   int64_t packed = -1;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t share = task % p.splits, head = task / p.splits, b = head / p.groups, g = head % p.groups;
     if (packed != head) pack_keys(p, t, b, g);
     packed = head;
-    if (p.splits > 1) t.gk = p.partial + task * p.key_floats();
+    t.gk = p.partial ? p.partial + task * p.key_floats() : first + (share > 0 ? p.key_floats() : 0);
     t.gv = t.gk + p.k_floats();
     t.gtk = t.gv + p.v_floats();
     t.gtv = t.gtk + (p.gtk ? p.lanes * p.k_floats() : 0);
     zero(t.gk, p.key_floats());
     for (int64_t unit = units * share / p.splits; unit < units * (share + 1) / p.splits; ++unit)
       backward_queries<Isa>(p, t, b, g * shared + unit / p.query_blocks(), unit % p.query_blocks() * QUERIES);
-    if (p.splits == 1) write_keys(p, t.gk, 1, b, g);
+    if (p.partial) continue;
+    if (share > 0) add_share(p, first, t.gk);
+    if (share == p.splits - 1) write_keys(p, first, b, g);
   }
 }
 
@@ -393,13 +399,20 @@ void backward(Maybe go, Maybe glse, Maybe gto, Maybe gmu, Tensor q, Tensor k, Te
   const int64_t heads = p.batch * p.groups, units = p.groups ? p.heads / p.groups * p.query_blocks() : 0;
   if (heads == 0) return;
   p.splits = smaller((BACKWARD_TASKS + heads - 1) / heads, units > 0 ? units : 1);
-  const std::unique_ptr<float[]> partial(p.splits > 1 ? new float[heads * p.splits * p.key_floats()] : nullptr);
+  // Where heads alone keep the threads busy, a thread adds up the shares of its own as it goes, in the same order.
+  const int64_t threads = torch::stable::get_num_threads(), busiest = (heads + threads - 1) / threads;
+  const bool whole = p.splits == 1 || 4 * busiest * threads <= 5 * heads;
+  const std::unique_ptr<float[]> partial(whole ? nullptr : new float[heads * p.splits * p.key_floats()]);
   p.partial = partial.get();
-  parallel(heads * p.splits, QUERIES * p.keys * 4, [&](int64_t a, int64_t z) { run(p, a, z); });
-  if (p.splits == 1) return;
+  const int64_t unit = whole ? p.splits : 1;  // of tasks
+  parallel(heads * p.splits / unit, unit * QUERIES * p.keys * 4, [&](int64_t a, int64_t z) { run(p, a * unit, z * unit); });
+  if (whole) return;
   parallel(heads, p.splits * p.key_floats(), [&](int64_t a, int64_t z) {
-    for (int64_t head = a; head < z; ++head)
-      write_keys(p, p.partial + head * p.splits * p.key_floats(), p.splits, head / p.groups, head % p.groups);
+    for (int64_t head = a; head < z; ++head) {
+      float* const first = p.partial + head * p.splits * p.key_floats();
+      for (int64_t share = 1; share < p.splits; ++share) add_share(p, first, first + share * p.key_floats());
+      write_keys(p, first, head / p.groups, head % p.groups);
+    }
   });
 }
 

@@ -196,9 +196,13 @@ def test_planted_faults_fail(
 # Properties.
 
 
+@pytest.mark.parametrize("sizes", [(2, 4, 2, 70, 130, 32, 32), (1, 4, 1, 70, 130, 32, 32)], ids=str)
 @pytest.mark.parametrize("dtype", NARROW, ids=_id)
-def test_the_same_bits_whatever_the_threads(dtype: torch.dtype, on_threads: Callable) -> None:
-    case = draw("threads", dtype, sizes=(2, 4, 2, 70, 130, 32, 32), q_norm="each", k_norm="all")
+def test_the_same_bits_whatever_the_threads(
+    dtype: torch.dtype, sizes: tuple[int, ...], on_threads: Callable
+) -> None:
+    """Also where threads share the heads' gradients, as two do one key head."""
+    case = draw("threads", dtype, sizes=sizes, q_norm="each", k_norm="all")
     for a, *others in zip(*on_threads(lambda: run(case, "auto")), strict=True):
         assert a is None or all(torch.equal(a, b) for b in others)
 

@@ -32,7 +32,8 @@ def main(argv: list[str]) -> int:
         if args.json:
             with args.json.open("a") as file:
                 print(json.dumps(asdict(report) | {"failure": failure}), file=file)
-    print(f"{count} kernels compiled, {'some fail' if failed else 'none fails'}")
+    found = "some fail" if failed else "none fails" if count else "no name matches"
+    print(f"{count} kernels compiled, {found}")
     return int(failed or not count)
 
 

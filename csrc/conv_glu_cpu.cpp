@@ -101,11 +101,13 @@ struct Window {
   TBCM_INLINE V get(int64_t tap, int64_t x) const { return tbcm::get<V>(at[tap / 3] + (x + tap % 3) * lanes<V>); }
 };
 
-// sum + sum over the taps of w[tap] * window[pixel + offset].
+// sum + sum over the taps of w[tap] * window[pixel + offset]; of two short chains of additions, which round less than one.
 template <class V>
 TBCM_INLINE V stencil(const Window<V>& window, const V* w, int64_t x, V sum) {
-  for (int64_t tap = 0; tap < 9; ++tap) sum += w[tap] * window.get(tap, x);
-  return sum;
+  V others = w[4] * window.get(4, x);
+  for (int64_t tap = 0; tap < 4; ++tap) sum += w[tap] * window.get(tap, x);
+  for (int64_t tap = 5; tap < 9; ++tap) others += w[tap] * window.get(tap, x);
+  return sum + others;
 }
 
 // Row y of c into sums, and of its tangents. One half at a time, and all apart from what follows: nine taps, and later

@@ -2,9 +2,9 @@
 
 `impl="auto"` takes the best one that can run the given tensors; where it must fall back to the
 plain PyTorch reference it says so once. An explicit `impl` runs that implementation or raises.
-"auto" takes a CUDA C++ kernel only where a GPU has passed all proofs in that dtype with the same
-source, which proofs.json records (`python -m bench.proofs` makes it from the rows of such runs). A
-Triton kernel without such a proof runs, and says so once.
+"auto" takes a CUDA C++ kernel only where a GPU of the same compute capability has passed all proofs
+in that dtype with the same source, which proofs.json records (`python -m bench.proofs` makes it
+from the rows of such runs). A Triton kernel without such a proof runs, and says so once.
 """
 
 from __future__ import annotations
@@ -117,10 +117,18 @@ def source(op: str, impl: str) -> str | None:
 
 @functools.cache
 def _proved(op: str, impl: str, dtype: torch.dtype) -> bool:
-    """Whether a GPU has passed all proofs with these sources in this dtype."""
+    """Whether a GPU like this one has passed all proofs with these sources in this dtype."""
     table = json.loads(files("tbcm_kernels").joinpath("proofs.json").read_text())
     name = str(dtype).removeprefix("torch.")
-    return name in table.get(source(op, impl), {}).get("dtypes", ())
+    return name in table.get(source(op, impl), {}).get(capability(), {}).get("dtypes", ())
+
+
+@functools.cache
+def capability() -> str | None:
+    """The compute capability of the GPU at hand, such as "9.0"; other ones run other code."""
+    if not torch.cuda.is_available():
+        return None
+    return "{}.{}".format(*torch.cuda.get_device_capability())
 
 
 def _unproved(op: str, impl: str, dtype: torch.dtype) -> str | None:
@@ -128,8 +136,8 @@ def _unproved(op: str, impl: str, dtype: torch.dtype) -> str | None:
     if impl != "cuda" or _proved(op, impl, dtype):
         return None
     return (
-        "its source has not passed on a GPU in this dtype yet; `python -m tbcm_kernels.testing` "
-        f'tries it on yours and impl="{impl}" runs it; {_TO_RECORD}'
+        "its source has not passed on a GPU of this compute capability in this dtype yet; `python "
+        f'-m tbcm_kernels.testing` tries it on yours and impl="{impl}" runs it; {_TO_RECORD}'
     )
 
 
@@ -189,7 +197,7 @@ def _choice(
             if tell and candidate == "triton" and not _proved(op, candidate, dtype):
                 _notice_unproved(op, dtype)
             return candidate, "available"
-        why_not[candidate] = reason
+        why_not[candidate] = reason or f"it runs on {_DEVICES[candidate]} tensors"
     reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in why_not.items())
     if tell and reasons:
         _notice_fallback(op, device, dtype, reasons)
@@ -246,8 +254,8 @@ def _notice_unproved(op: str, dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     warnings.warn(
         f"tbcm_kernels.{op}: its Triton kernels passed the interpreter and the static audit but "
-        f"have not yet passed on a GPU in {name}; `python -m tbcm_kernels.testing` proves them on "
-        f"yours in minutes; {_TO_RECORD}.",
+        f"have not yet passed on a GPU of this compute capability in {name}; `python -m "
+        f"tbcm_kernels.testing` proves them on yours in minutes; {_TO_RECORD}.",
         stacklevel=2,
     )
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -117,6 +118,22 @@ def on_threads() -> Iterator[Callable[[Callable[[], object]], list[object]]]:
 
     yield results
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """The implementations that each op has called: a test of one must not run another."""
+    from tbcm_kernels import _dispatch
+
+    found = defaultdict(set)
+    module_of = _dispatch.implementation
+
+    def implementation(op: str, impl: str) -> object:
+        found[op].add(impl)
+        return module_of(op, impl)
+
+    monkeypatch.setattr(_dispatch, "implementation", implementation)
+    return found
 
 
 @pytest.fixture

@@ -41,12 +41,16 @@ def _id(value: object) -> str:
 
 
 @pytest.mark.parametrize(("impl", "device", "dtype"), COMBINATIONS, ids=_id)
-def test_policy(impl: str, device: str, dtype: torch.dtype, need: Callable[[str], None]) -> None:
+def test_policy(
+    impl: str, device: str, dtype: torch.dtype, need: Callable[[str], None],
+    ran: dict[str, set[str]],
+) -> None:  # fmt: skip
     need(impl)
     few = impl == "reference" or (impl == "triton" and not GPU)
     tried = list(cases("attention", dtype, device, few))
     assert len(tried) > (12 if few else 60)
     assert [f for case in tried for f in check(case, impl)] == []
+    assert impl == "reference" or ran["attention"] == {impl}
 
 
 def _fuzzed(seed: int) -> Case:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -111,22 +112,31 @@ def test_missing_waits_are_found(library: Path) -> None:
 
 
 def test_proofs_are_of_dtypes_without_a_fault() -> None:
-    about = {"impl": "cuda", "device": "a GPU", "date": "2026-01-01"}
+    about = {"device": "a GPU", "date": "2026-01-01"}
 
-    def rows(source: str | None, dtypes: list[str], **change: object) -> list[dict]:
-        return [about | {"source": source, "dtype": d, "faults": []} | change for d in dtypes]
+    def rows(source: str, dtypes: list[str], **change: object) -> list[dict]:
+        row = about | {"capability": "9.0", "source": source, "faults": []}
+        return [row | {"dtype": d} | change for d in dtypes]
 
     table = proofs.table([
         *rows("adaln:1", DTYPES), *rows("adaln:2", DTYPES[:2]), *rows("adaln:3", DTYPES),
         *rows("adaln:3", DTYPES[:1], faults=["y: too far off"]),
-        *rows(None, DTYPES, impl="cpu"),
+        *rows("adaln:3", DTYPES[:1], capability="8.0"),
     ])  # fmt: skip
-    about = {"device": "a GPU", "date": "2026-01-01"}
     assert table == {
-        "adaln:1": about | {"dtypes": sorted(DTYPES)},
-        "adaln:2": about | {"dtypes": sorted(DTYPES[:2])},
-        "adaln:3": about | {"dtypes": sorted(DTYPES[1:])},
-    }
+        "adaln:1": {"9.0": about | {"dtypes": sorted(DTYPES)}},
+        "adaln:2": {"9.0": about | {"dtypes": sorted(DTYPES[:2])}},
+        "adaln:3": {
+            "8.0": about | {"dtypes": DTYPES[:1]}, "9.0": about | {"dtypes": sorted(DTYPES[1:])},
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(audit_cuda.missing() is not None, reason=str(audit_cuda.missing()))
+def test_the_shipped_table_is_of_todays_sources() -> None:
+    table = json.loads(proofs.TABLE.read_text())
+    assert set(table) <= proofs.sources()
+    assert {source.partition(":")[0] for source in table} >= set(KERNELS)
 
 
 def test_only_proved_kernels_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,12 +148,15 @@ def test_only_proved_kernels_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None
         _dispatch._notice_fallback.cache_clear()
         assert _dispatch._choice("conv_glu", "auto", "cuda", torch.bfloat16)[0] == "reference"
     assert _dispatch._choice("conv_glu", "cuda", "cuda", torch.bfloat16)[0] == "cuda"
-    monkeypatch.setattr(
-        _dispatch.json, "loads", lambda text: {"conv_glu cuda": {"dtypes": ["bfloat16"]}}
-    )
-    _dispatch._proved.cache_clear()
-    assert _dispatch._choice("conv_glu", "auto", "cuda", torch.bfloat16)[0] == "cuda"
-    assert _dispatch._choice("conv_glu", "auto", "cuda", torch.float16)[0] == "reference"
+    table = {"conv_glu cuda": {"9.0": {"dtypes": ["bfloat16"]}}}
+    monkeypatch.setattr(_dispatch.json, "loads", lambda text: table)
+    for capability, dtype, chosen in (
+        ("9.0", torch.bfloat16, "cuda"), ("9.0", torch.float16, "reference"),
+        ("8.0", torch.bfloat16, "reference"),
+    ):  # fmt: skip
+        monkeypatch.setattr(_dispatch, "capability", lambda found=capability: found)
+        _dispatch._proved.cache_clear()
+        assert _dispatch._choice("conv_glu", "auto", "cuda", dtype)[0] == chosen
     _dispatch._proved.cache_clear()
 
 

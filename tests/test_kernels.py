@@ -47,8 +47,9 @@ def _id(value: object) -> str:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("impl", "device", "dtype"), COMBINATIONS, ids=_id)
 def test_policy(
-    op: str, impl: str, device: str, dtype: torch.dtype, need: Callable[[str], None]
-) -> None:
+    op: str, impl: str, device: str, dtype: torch.dtype, need: Callable[[str], None],
+    ran: dict[str, set[str]],
+) -> None:  # fmt: skip
     if impl not in ("reference", *_dispatch.OPS[op]):
         with pytest.raises(ValueError, match=f"no {impl} implementation"):
             _dispatch.choose(op, impl, torch.empty(0, dtype=dtype, device=device))
@@ -58,6 +59,7 @@ def test_policy(
     tried = list(cases(op, dtype, device, few))
     assert len(tried) > 8
     assert [f for case in tried for f in check(case, impl)] == []
+    assert impl == "reference" or ran[op] == {impl}
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -72,21 +74,22 @@ def test_deterministic_whatever_the_threads(op: str, on_threads: Callable) -> No
 def test_tangent_is_linear(op: str, impl: str) -> None:
     """Powers of two scale the tangent to the bit, and a zero tangent gives exactly zero."""
     case = next(c for c in cases(op, torch.float32) if c.name == LARGEST[op])
-    outputs = len(run(case, impl)) - len(case.primals)
 
     def tangents(factor: float) -> list[torch.Tensor]:
         moved = [None if t is None else t * factor for t in case.tangents]
-        return call(case, case.primals, moved, impl)[outputs // 2 :]
+        values = call(case, case.primals, moved, impl)
+        return values[len(values) // 2 :]
 
     for one, four, zero in zip(tangents(1.0), tangents(4.0), tangents(0.0), strict=True):
         assert torch.equal(four, 4 * one)
         assert not zero.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=_id)
 @pytest.mark.parametrize("op", OPS)
-def test_inner_products_agree(op: str) -> None:
+def test_inner_products_agree(op: str, dtype: torch.dtype) -> None:
     """uᵀ(J t) = (Jᵀu)·t ties the tangent to the gradient, both from the kernels."""
-    case = next(c for c in cases(op, torch.float32) if c.name == LARGEST[op])
+    case = next(c for c in cases(op, dtype) if c.name == LARGEST[op])
     leaves = [p.clone().requires_grad_() for p in case.primals]
     values = call(case, leaves, case.tangents)
     half = len(values) // 2
@@ -169,6 +172,22 @@ def test_extreme_inputs_of_the_gate() -> None:
         assert (y[0, :6] == 0).all() and (ty[0, :6].abs() < 1e-30).all(), impl
         # The stencil multiplies its neighbours by zero, so the NaN reaches one pixel to each side.
         assert torch.isfinite(ty[0, :9]).all() and y[0, 9:].isnan().all(), impl
+
+
+def test_moving_weights_of_the_gate_are_the_references(need: Callable[[str], None]) -> None:
+    """Kernels take a tangent of a alone: "auto" falls back and says so, an explicit impl raises."""
+    need("cpu")
+    torch.manual_seed(0)
+    a, ta = torch.randn(2, 1, 6, 8)
+    weight, tweight = torch.randn(2, 8, 1, 3, 3)
+    arguments = (a, weight, None, ta, tweight)
+    _dispatch._notice_fallback.cache_clear()
+    with pytest.warns(UserWarning, match="conv_glu runs its plain PyTorch.*tangent of a alone"):
+        found = tbcm_kernels.conv_glu_jvp(*arguments, height=2, width=3)
+    want = tbcm_kernels.conv_glu_jvp(*arguments, height=2, width=3, impl="reference")
+    assert all(torch.equal(f, w) for f, w in zip(found, want, strict=True))
+    with pytest.raises(ValueError, match="impl='cpu' cannot run: the kernels take a tangent of a"):
+        tbcm_kernels.conv_glu_jvp(*arguments, height=2, width=3, impl="cpu")
 
 
 def _mutants() -> dict[str, object]:

@@ -75,8 +75,8 @@ def conv_glu_jvp(
         tc = conv(silu′(a) ta) + conv(u; tweight) + tbias
         ty = tc₁ · silu(c₂) + c₁ · silu′(c₂) · tc₂
 
-    Args: those of `conv_glu`, then the tangent of each; None is a zero tangent. Tangents of weight
-        and bias run the reference.
+    Args: those of `conv_glu`, then the tangent of each; None is a zero tangent. With tangents of
+        weight or bias "auto" runs the reference, and other kernels raise.
 
     Returns:
         (y, ty); ty is None where all tangents are, and does not require grad under
@@ -102,17 +102,20 @@ def _pair(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     if stopped := _dual.tangent_gradient_stopped():
         tangents = _dual.detached(*tangents)
-    chosen = _choose(impl, primals[0])
-    if _dual.present(tangents[1:]):
-        chosen = "reference"  # the kernels take tangents of a alone
+    chosen = _choose(impl, primals[0], weights_move=_dual.present(tangents[1:]))
     y, ty = conv_glu_op(*primals, *tangents, height, width, not stopped, chosen)
     if stopped:
         ty = ty.detach()
     return y, or_none(ty, _dual.present(tangents))
 
 
-def _choose(impl: str, a: Tensor) -> str:
+def _choose(impl: str, a: Tensor, weights_move: bool = False) -> str:
     chosen = _dispatch.choose("conv_glu", impl, a)
+    if weights_move and chosen != "reference":
+        reason = "the kernels take a tangent of a alone"
+        if impl != "auto":
+            raise ValueError(f"conv_glu: impl={impl!r} cannot run: {reason}; leave impl out.")
+        return _dispatch.fall_back("conv_glu", a.device.type, a.dtype, reason)
     wide = chosen == "cuda" and a.is_cuda and a.dtype == torch.float32
     if wide and impl == "auto" and _dispatch.shared_memory(a.device.index) < _SHARED:
         reason = f"in fp32 its backward takes {_SHARED >> 10} KiB of shared memory a block"

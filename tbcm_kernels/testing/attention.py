@@ -25,14 +25,15 @@ LOSSES: dict[str, tuple[int, ...]] = {
 
 def names() -> list[str]:
     """What the values of `run` and `expected` are, in order."""
-    return [*OUTPUTS, *(f"gradient from {loss} of {x}" for loss in LOSSES for x in INPUTS)]
+    gradients = (f"gradient from {loss} of {x}" for loss in LOSSES for x in INPUTS)
+    return [*OUTPUTS, "o alone", "alone, lse", *gradients]
 
 
 def run(case: Case, impl: str) -> Values:
-    """Outputs and gradients of one implementation."""
+    """Outputs with and without tangents, and gradients of one implementation."""
     with torch.no_grad():
-        outputs = _call(case, _inputs(case), impl)
-    found = [*outputs]
+        found = [*_call(case, _inputs(case), impl)]
+        found += _call(case, _inputs(case, "the value"), impl)[:2]
     for loss, reached in LOSSES.items():
         leaves = [None if x is None else x.detach().requires_grad_() for x in _inputs(case, loss)]
         got = _call(case, leaves, impl)
@@ -56,6 +57,7 @@ def expected(
     outputs = reference.forward(*_each(enter, inputs), setting, store, operand)
     outputs, saved = settle(outputs) if settle else (outputs, _each(enter, outputs))
     found = [x.squeeze(0) if x is not None and i > 1 else x for i, x in enumerate(outputs)]
+    found += outputs[:2]  # they do not depend on the tangents
     for loss, reached in LOSSES.items():
         cotangents = [
             _cotangent(case, i) if i in reached and x is not None else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,9 +73,17 @@ def _variants(
     yield from subsets(layout, options, dtype)
 
 
-def _movable(op: str, layout: Iterable[str]) -> list[str]:
-    """The arguments that may have a tangent: the attentions take none of their norms' weights."""
-    return [n for n in layout if op != "linear_attention" or not n.endswith("weight")]
+def _movable(op: str, layout: Layout) -> list[str]:
+    """The arguments that may have a tangent.
+
+    linear_attention takes none of its norms' weights, nor do conv_glu's kernels of its weight and
+    bias; its reference does, which alone takes fp64.
+    """
+    fixed = {
+        "linear_attention": ("q_weight", "k_weight"),
+        "conv_glu": () if layout.get("a", (0, 0))[1] == torch.float64 else ("weight", "bias"),
+    }
+    return [n for n in layout if n not in fixed.get(op, ())]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -350,7 +358,7 @@ def _draw(
     zeros: bool = False,
 ) -> Case:  # fmt: skip
     present = list(layout) if present is None else present
-    moving = _movable(op, present) if moving is None else moving
+    moving = _movable(op, {n: layout[n] for n in present}) if moving is None else moving
     order = "sliced" if sliced else order or ("tokens" if op == "linear_attention" else "")
 
     def tensors(names: list[str], factor: Callable[[str], float]) -> list[Tensor | None]:

@@ -43,7 +43,7 @@ def check(case: Case, impl: str) -> list[str]:
 
 
 def run(case: Case, impl: str) -> Values:
-    """Outputs, tangents and gradients of one implementation."""
+    """Outputs with tangents, outputs without, and gradients of these, of one implementation."""
     if case.op == "attention":
         return attention.run(case, impl)
     if case.op in objective.LEAVES:
@@ -52,7 +52,13 @@ def run(case: Case, impl: str) -> Values:
         pair = call(case, case.primals, case.tangents, impl)
     leaves = [None if p is None else p.detach().requires_grad_() for p in case.primals]
     outputs = call(case, leaves, [None] * len(leaves), impl)
-    return [*pair, *_gradients(outputs, leaves, _cotangents(case, outputs))]
+    grads = _gradients(outputs, leaves, _cotangents(case, outputs))
+    return [*pair, *_alone(outputs), *grads]
+
+
+def _alone(outputs: Values) -> Values:
+    """Of outputs without tangents, the values: other code than with them."""
+    return [None if o is None else o.detach() for o in outputs[: len(outputs) // 2]]
 
 
 def call(case: Case, primals: Values, tangents: Values, impl: str = "auto") -> Values:
@@ -76,8 +82,11 @@ def _names(case: Case) -> list[str]:
         return attention.names()
     if case.op in objective.LEAVES:
         return objective.names(case)
-    outputs = ["x'", "y", "tx'", "ty"] if case.op == "adaln" else ["y", "ty"]
-    return outputs + [f"gradient of {a}" for a in case.arguments]
+    values = ["x'", "y"] if case.op == "adaln" else ["y"]
+    return [
+        *values, *(f"t{v}" for v in values), *(f"{v} alone" for v in values),
+        *(f"gradient of {a}" for a in case.arguments),
+    ]  # fmt: skip
 
 
 def _truth(case: Case) -> Values:
@@ -89,7 +98,8 @@ def _truth(case: Case) -> Values:
     exact = _forward(case, primals, tangents)
     leaves = [None if p is None else p.requires_grad_() for p in primals]
     outputs = _forward(case, leaves, [None] * len(leaves))
-    return [*exact, *_gradients(outputs, leaves, _cotangents(case, outputs))]
+    grads = _gradients(outputs, leaves, _cotangents(case, outputs))
+    return [*exact, *_alone(outputs), *grads]
 
 
 def _baseline(case: Case, impl: str) -> Values:
@@ -107,7 +117,7 @@ def _baseline(case: Case, impl: str) -> Values:
     plain = _forward(case, primals, [None] * len(primals))
     grads = _backward(case, primals, plain, _cotangents(case, plain), _reference(case.op))
     grads = [None if p is None else g.to(p.dtype) for g, p in zip(grads, case.primals, strict=True)]
-    return [None if o is None else o.double() for o in (*exact, *grads)]
+    return [None if o is None else o.double() for o in (*exact, *_alone(plain), *grads)]
 
 
 def _noise(case: Case, truth: Values, impl: str) -> Values:

@@ -75,7 +75,8 @@ def noise(case: Case, truth: Values, go: Tensor) -> Values:
     )
     squares = [None if t is None else torch.zeros_like(t) for t in truth]
     for _ in range(draws):
-        moved = forward(case, primals, tangents, disturbed) + backward(case, primals, go, disturbed)
+        moved = forward(case, primals, tangents, disturbed)
+        moved += [moved[0], *backward(case, primals, go, disturbed)]
         for total, m, t in zip(squares, moved, truth, strict=True):
             if total is not None:
                 total += torch.nan_to_num(m.detach() - t).square() / draws

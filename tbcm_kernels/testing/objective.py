@@ -18,15 +18,18 @@ LEAVES: dict[str, tuple[str, ...]] = {
 """The functions, and the arguments to which kernels compute gradients."""
 
 OUTPUTS: dict[str, list[str]] = {
-    "flow_input": ["x_fm", "t_fm", "tx_fm", "tt_fm"], "flow_output": ["F", "tF"],
+    "flow_input": ["x_fm", "t_fm", "tx_fm", "tt_fm", "x_fm alone", "t_fm alone"],
+    "flow_output": ["F", "tF", "F alone"],
     "trajectory_step": ["velocity", "x'"], "tangent_loss": ["loss", "norm"],
 }  # fmt: skip
 
 
 def run(case: Case, impl: str) -> Values:
-    """Outputs, with tangents where there are any, and gradients of the value."""
+    """Outputs, where there are tangents with and without them, and gradients of the value."""
     with torch.no_grad():
-        outputs = _call(case, case.primals, impl, moving=case.op.startswith("flow"))
+        outputs = _call(case, case.primals, impl, moving=False)
+        if case.op.startswith("flow"):
+            outputs = (*_call(case, case.primals, impl, moving=True), *outputs)
     leaves = [
         x.detach().requires_grad_() if x is not None and name in LEAVES[case.op] else x
         for name, x in zip(case.arguments, case.primals, strict=True)

@@ -49,6 +49,7 @@ class Proof:
             "op": self.op, "impl": self.impl,
             "source": _dispatch.source(self.op, self.impl) if self.impl in GPU_KERNELS else None,
             "device": torch.cuda.get_device_name() if gpu else f"cpu {platform.machine()}",
+            "capability": _dispatch.capability() if gpu else None,
             "dtype": str(self.dtype).removeprefix("torch."), "cases": self.cases,
             "faults": self.faults, "torch": torch.__version__,
         }  # fmt: skip

@@ -12,6 +12,7 @@ from tbcm_kernels._library import Store
 from tbcm_kernels.attention import reference
 from tbcm_kernels.rms_norm.heads import norm_backward
 from tbcm_kernels.testing.cases import Case
+from tbcm_kernels.testing.compare import spread
 
 Values = list[Tensor | None]
 EPS = 1e-6
@@ -94,7 +95,6 @@ def noise(case: Case, truth: Values, operand: Store | None) -> Values:
     steps = 0.29 * case.primals[0].shape[3] ** 0.5
     arithmetic = torch.promote_types(dtype, torch.float32)
     unit = max(2 if narrow else 1, steps) * torch.finfo(arithmetic).eps
-    draws = 6
     coarse = torch.finfo(dtype).eps / 2 if narrow else unit
 
     def signs(x: Tensor) -> Tensor:
@@ -115,13 +115,7 @@ def noise(case: Case, truth: Values, operand: Store | None) -> Values:
         factor = 1 + torch.rand((), generator=generator, dtype=x.dtype)
         return operand(x * factor) / factor
 
-    squares = [None if t is None else torch.zeros_like(t) for t in truth]
-    for _ in range(draws):
-        moved = expected(case, disturbed, exact, operand and rounded, settle)
-        for total, m, t in zip(squares, moved, truth, strict=True):
-            if total is not None:
-                total += torch.nan_to_num(m - t).square() / draws
-    return [None if x is None else x.sqrt() for x in squares]
+    return spread(truth, lambda: expected(case, disturbed, exact, operand and rounded, settle))
 
 
 def rank(case: Case, name: str) -> int | None:

@@ -35,7 +35,7 @@ def check(case: Case, impl: str) -> list[str]:
             if name.endswith(("weight", "bias")):  # parameters have no rows to judge one by one
                 a, t, b, n = (None if x is None else x.flatten() for x in (a, t, b, n))
             elif case.op in objective.LEAVES and a.ndim > 1:  # a sample shares its numbers
-                a, t, b = (x.flatten(1) for x in (a, t, b))
+                a, t, b, n = (x.flatten(1) for x in (a, t, b, n))
             elif name.endswith("lse"):  # each query has its own
                 a, t, b, n = (x.unsqueeze(-1) for x in (a, t, b, n))
             found += faults(name, a, t, b, a.dtype, n, attention.rank(case, name))
@@ -121,12 +121,14 @@ def _baseline(case: Case, impl: str) -> Values:
 
 
 def _noise(case: Case, truth: Values, impl: str) -> Values:
-    """The attentions subtract nearly equal numbers, which the other ops do not."""
+    """The attentions and the objective subtract nearly equal numbers, which other ops do not."""
     if case.op == "attention":
         return attention.noise(case, truth, _operand(case, impl))
     if case.op == "linear_attention":
         cotangent = _cotangents(case, truth[:1])[0].cpu().double()
         return linear_attention.noise(case, truth, cotangent)
+    if case.op in objective.LEAVES:
+        return objective.noise(case, truth)
     return [None] * len(truth)
 
 

@@ -15,6 +15,8 @@ passes `noise`, which is part of the yardstick, and the `rank` of its rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -75,6 +77,19 @@ def faults(
             f"where {float(limits[i]):.3g} is the limit"
         )
     return found
+
+
+def spread(
+    truth: Sequence[Tensor | None], disturbed: Callable[[], Sequence[Tensor | None]]
+) -> list[Tensor | None]:
+    """The `noise` of each result: its RMS distance from the truth over six disturbed draws."""
+    draws = 6
+    squares = [None if t is None else torch.zeros_like(t) for t in truth]
+    for _ in range(draws):
+        for total, moved, t in zip(squares, disturbed(), truth, strict=True):
+            if total is not None:
+                total += torch.nan_to_num(moved.detach() - t).square() / draws
+    return [None if x is None else x.sqrt() for x in squares]
 
 
 def _draws(rows_noise: Tensor) -> float:

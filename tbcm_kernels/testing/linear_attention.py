@@ -11,6 +11,7 @@ from tbcm_kernels.linear_attention import reference
 from tbcm_kernels.linear_attention.reference import Setting
 from tbcm_kernels.rms_norm.heads import norm_backward
 from tbcm_kernels.testing.cases import Case
+from tbcm_kernels.testing.compare import spread
 
 Values = list[Tensor | None]
 
@@ -64,7 +65,6 @@ def noise(case: Case, truth: Values, go: Tensor) -> Values:
     q = case.primals[0]
     unit = torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps
     unit *= max(2 if q.dtype.itemsize < 4 else 1, 0.29 * q.shape[3] ** 0.5)
-    draws = 6
 
     def disturbed(x: Tensor) -> Tensor:
         return x * (1 + unit * (torch.randint(2, x.shape, generator=generator) * 2 - 1))
@@ -73,11 +73,9 @@ def noise(case: Case, truth: Values, go: Tensor) -> Values:
         [None if x is None else x.detach().cpu().double() for x in xs]
         for xs in (case.primals, case.tangents)
     )
-    squares = [None if t is None else torch.zeros_like(t) for t in truth]
-    for _ in range(draws):
-        moved = forward(case, primals, tangents, disturbed)
-        moved += [moved[0], *backward(case, primals, go, disturbed)]
-        for total, m, t in zip(squares, moved, truth, strict=True):
-            if total is not None:
-                total += torch.nan_to_num(m.detach() - t).square() / draws
-    return [None if x is None else x.sqrt() for x in squares]
+
+    def moved() -> Values:
+        outputs = forward(case, primals, tangents, disturbed)
+        return [*outputs, outputs[0], *backward(case, primals, go, disturbed)]
+
+    return spread(truth, moved)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import tbcm_kernels
 from tbcm_kernels.testing.cases import Case
+from tbcm_kernels.testing.compare import spread
 
 Values = list[Tensor | None]
 LEAVES: dict[str, tuple[str, ...]] = {
@@ -56,6 +57,28 @@ def truth(case: Case) -> Values:
         for values in (case.primals, case.tangents)
     )
     return run(dataclasses.replace(case, primals=primals, tangents=tangents), "reference")
+
+
+def noise(case: Case, exact: Values) -> Values:
+    """How far the truth moves, in RMS, where each input is off by a unit of the arithmetic.
+
+    x' and the direction are differences, and a sample's gradient is divided by the size of its
+    direction.
+    """
+    generator = torch.Generator().manual_seed(7)
+    unit = torch.finfo(torch.promote_types(case.primals[0].dtype, torch.float32)).eps
+
+    def disturbed(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        signs = torch.randint(2, x.shape, generator=generator) * 2 - 1
+        return x.cpu().double() * (1 + unit * signs)
+
+    def moved() -> Values:
+        primals, tangents = ([disturbed(x) for x in xs] for xs in (case.primals, case.tangents))
+        return run(dataclasses.replace(case, primals=primals, tangents=tangents), "reference")
+
+    return spread(exact, moved)
 
 
 def baseline(case: Case) -> Values:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbcm_kernels._dual import in_dual_level, refuse_duals
+from tbcm_kernels._dual import any_dual, in_dual_level
 from tbcm_kernels._short_way import short_way
 
 Store = Callable[[Tensor], Tensor]
@@ -19,7 +19,30 @@ Store = Callable[[Tensor], Tensor]
 CHUNK = 16
 """Rows whose weight gradients one worker sums; fixed, so that sums are deterministic."""
 
-_library = torch.library.Library("tbcm", "DEF")
+
+class _Library(torch.library.Library):
+    """A library whose ops refuse forward-AD duals, as a graph that was recorded calls them with."""
+
+    def impl(self, name: str, kernel: Any, key: str = "", **options: Any) -> None:
+        super().impl(name, _refusing(name, kernel) if key == "Autograd" else kernel, key, **options)
+
+
+def _refusing(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def refusing(keyset: Any, *args: Any, **options: Any) -> Any:
+        if in_dual_level():
+            flat = [x for a in args for x in (a if isinstance(a, list) else [a])]
+            if any_dual(*(x for x in flat if isinstance(x, Tensor))):
+                raise RuntimeError(
+                    f"tbcm::{name} would lose a tangent: a graph that torch.export, a tracer or a "
+                    f'backend such as "eager" has recorded knows the values alone. Record or '
+                    f"compile a function that calls torch.func.jvp, or call that on the model."
+                )
+        return kernel(keyset, *args, **options)
+
+    return refusing
+
+
+_library = _Library("tbcm", "DEF")
 
 
 def register(
@@ -54,7 +77,12 @@ def _guarded(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
         if in_dual_level():
             ctx = _ReadOnce(ctx)
             flat = [g for one in grads for g in (one if isinstance(one, list) else [one])]
-            refuse_duals(f"{name} in backward", *flat, *ctx.saved_tensors)
+            if any_dual(*flat, *ctx.saved_tensors):
+                raise RuntimeError(
+                    f"tbcm_kernels: a tangent would be lost in the backward of {name}, which has "
+                    f"none: call .backward() after dual_level() has ended, or torch.func.jvp on a "
+                    f"function without a backward in it."
+                )
         return backward(ctx, *grads)
 
     return guarded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import tbcm_kernels as tk
@@ -177,6 +179,33 @@ def test_dual_level_inside_a_compiled_function_keeps_the_tangent_or_raises() -> 
         assert "dual_level" in str(refusal)
     else:
         _agrees(pair)
+
+
+@pytest.mark.parametrize("record", [
+    lambda f, x: torch.export.export(f, (x,)).module(), torch.jit.trace, lambda f, x: make_fx(f)(x),
+], ids=["export", "trace", "make_fx"])  # fmt: skip
+@pytest.mark.parametrize("default_device", [None])  # PyTorch's own recorders do not like a mode
+def test_a_recorded_graph_raises_under_forward_mode(record: Callable, default_device: None) -> None:
+    """It holds tbcm's ops as they are below the functions that look for tangents."""
+    x, tx = torch.randn(2, 2, 3, 16)
+    for module in (torch.nn.RMSNorm(16), torch.nn.LayerNorm(16, elementwise_affine=False)):
+        recorded = record(tk.fuse(module).model, x)
+        torch.testing.assert_close(recorded(x), module(x))
+        with pytest.raises(RuntimeError, match=r"would lose a tangent.*call that on the model"):
+            torch.func.jvp(recorded, (x,), (tx,))
+        with fwAD.dual_level(), pytest.raises(RuntimeError, match="would lose a tangent"):
+            recorded(fwAD.make_dual(x, tx))
+
+
+def test_a_graph_recorded_of_a_jvp_keeps_the_tangent() -> None:
+    x, tx = torch.randn(2, 2, 3, 16)
+    norm = tk.fuse(torch.nn.RMSNorm(16)).model
+
+    def pair(x: Tensor, tx: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(norm, (x,), (tx,))
+
+    for found, want in zip(make_fx(pair)(x, tx)(x, tx), pair(x, tx), strict=True):
+        torch.testing.assert_close(found, want)
 
 
 def test_gradient_through_the_tangent_is_exact() -> None:
@@ -387,7 +416,7 @@ def test_forward_mode_over_backward_raises() -> None:
     primals, tangents = _inputs()
     with fwAD.dual_level():
         y = tk.rms_norm(fwAD.make_dual(primals[0], tangents[0]), primals[5])
-        with pytest.raises(RuntimeError, match="in backward"):
+        with pytest.raises(RuntimeError, match="lost in the backward of"):
             torch.autograd.grad(y.pow(3).sum(), primals[0])
 
 
@@ -403,7 +432,7 @@ def test_levels_that_attention_refuses() -> None:
     leaf = x.clone().requires_grad_()
     with fwAD.dual_level():
         o = tk.attention(fwAD.make_dual(leaf, torch.ones_like(x)), x, x)
-        with pytest.raises(RuntimeError, match="in backward"):
+        with pytest.raises(RuntimeError, match="lost in the backward of"):
             torch.autograd.grad(o.pow(3).sum(), leaf)
 
 

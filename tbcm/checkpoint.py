@@ -89,8 +89,8 @@ def latest(run: Path) -> dict[str, Any] | None:
         print(f"{run} was stopped before its first checkpoint: starting again from step 0.")
         return None
     raise UserError(
-        f"There is no checkpoint in {run / 'checkpoints'}; to start a new run, leave out "
-        "--resume_from_checkpoint."
+        f"There is no checkpoint in {run / 'checkpoints'}; start a new run in another output_dir, "
+        "without --resume_from_checkpoint."
     )
 
 

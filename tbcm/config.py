@@ -18,6 +18,10 @@ from tbcm.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
 BUILT_IN = sorted(path.parent.name for path in PRESETS.parent.glob("assets/*/model_index.json"))
+PATHS = (
+    "pretrained_model_name_or_path", "prompts", "validation_prompts", "images", "filter_latent",
+)  # fmt: skip
+"""What may name files or folders of the user's."""
 
 
 @dataclass
@@ -53,7 +57,7 @@ class TrainConfig:
     """On a GPU, replay a fused teacher's whole route as one CUDA graph."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes the GPU if there is one."""
-    mixed_precision: Literal["no", "bf16", False] = "no"
+    mixed_precision: str | bool = "no"
     """bf16 runs the networks under autocast; weights, optimiser and loss stay in fp32. YAML reads a
     plain no as false, which is taken for it."""
     seed: int = 0
@@ -127,7 +131,8 @@ class TrainConfig:
     jitter_each_prompt: bool = True
     """Redraw it for each prompt, not once for all prompts of a step."""
     scm_cfg_scale: list[float] = field(default_factory=lambda: [4.0, 4.5, 5.0])
-    """Guidance scales; one is drawn per prompt and kept along its trajectory."""
+    """Guidance scales, as in [4.5] or "[4, 5]"; one is drawn per prompt and kept along its
+    trajectory."""
     filter_latent: str | None = None
     """File (torch.save of one [C, H, W] latent x0/σ_d): trajectories that end near it are dropped
     with probability 1 − mse."""
@@ -168,6 +173,12 @@ class TrainConfig:
         check_set(self)
         check_seed(self.seed)
         self.mixed_precision = self.mixed_precision or "no"
+        if self.mixed_precision not in ("no", "bf16"):
+            raise UserError(f"mixed_precision must be no or bf16, not {self.mixed_precision}.")
+        for name in PATHS:
+            path = getattr(self, name)
+            if path and Path(path).exists():  # so that a run is the same from any folder
+                setattr(self, name, str(Path(path).absolute()))
         for says, holds, names in RANGES:
             for name in names.split():
                 if not _within(getattr(self, name), holds):

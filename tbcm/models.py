@@ -32,7 +32,7 @@ NEEDED = (
 PARTS = ("transformer", "text_encoder", "tokenizer", "scheduler", "vae")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SPRINT = "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_teacher_diffusers"
-MEND = "save it again as safetensors, or give its --variant"
+MEND = "save it again as safetensors, or give the --variant that its files have"
 TIMESTEP_SCALE = 1e-3
 """SanaPipeline's times in [0, 1000] times this are what a SANA-Sprint teacher takes."""
 

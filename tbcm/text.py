@@ -39,10 +39,24 @@ class TextEncoder:
 
         The length is the tokenizer's own `model_max_length` where that is below Sana's 300 tokens;
         `instruct` takes the instruction that diffusers' pipeline takes.
+
+        Raises:
+            UserError: the instruction alone is longer than the tokenizer's `model_max_length`.
         """
         length = min(tokenizer.model_max_length, SANA_MAX_LENGTH)
         model.eval().requires_grad_(False)
-        return cls(tokenizer, model, length, sana_instruction() if instruct else None)
+        encoder = cls(tokenizer, model, length, sana_instruction() if instruct else None)
+        if instruct and (tokens := encoder.instruction_length()) > tokenizer.model_max_length:
+            raise UserError(
+                f"SANA's instruction before every prompt has {tokens} tokens, and this teacher's "
+                f"text encoder takes {tokenizer.model_max_length}: it was trained without; pass "
+                "--complex_human_instruction false."
+            )
+        return encoder
+
+    def instruction_length(self) -> int:
+        """Tokens of the instruction."""
+        return len(self.tokenizer.encode("\n".join(self.instruction), verbose=False))
 
     def check(self, prompts: list[str]) -> None:
         """Learn before long work whether all prompts fit.
@@ -55,7 +69,7 @@ class TextEncoder:
             # The pipeline keeps the first token and the last max_length − 1, one of them the
             # instruction's.
             before = "\n".join(self.instruction)
-            room += len(self.tokenizer.encode(before, verbose=False)) - 2
+            room += self.instruction_length() - 2
         texts = [before + prompt.lower().strip() for prompt in prompts]
         tokens = self.tokenizer(texts, verbose=False).input_ids
         for prompt, ids in zip(prompts, tokens, strict=True):

@@ -6,13 +6,17 @@ PyTorch, and nothing under `torch.compile`. Where no tangent comes, PyTorch's at
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_gradtrackingtensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from tbcm_kernels._dispatch import fall_back
@@ -49,10 +53,35 @@ def _attend(
     if not any_dual(query, key, value, attn_mask):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
     refuse_modes()
+    kind = query.device.type, query.dtype
+    if attn_mask is not None and (any_dual(attn_mask) or _learns(attn_mask)):
+        fall_back("attention", *kind, "its kernels take a mask that neither moves nor learns")
+        with sdpa_kernel(SDPBackend.MATH):  # the one of PyTorch's that has a tangent
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
     if any(x.shape[-1] % 8 or x.shape[-1] > MAX_HEAD_DIM for x in (query, value)):
         reason = f"its kernels take head dims that are multiples of 8 up to {MAX_HEAD_DIM}"
-        kwargs["impl"] = fall_back("attention", query.device.type, query.dtype, reason)
-    return attention(query, key, value, attn_mask, *args, **kwargs)
+        kwargs["impl"] = fall_back("attention", *kind, reason)
+    if not kwargs.get("enable_gqa"):  # PyTorch broadcasts
+        shape = torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value)))
+        query, key, value = (x.expand(*shape, -1, -1) for x in (query, key, value))
+    if query.ndim in (3, 4):
+        return attention(query, key, value, attn_mask, *args, **kwargs)
+    if attn_mask is not None and attn_mask.ndim > 3:
+        attn_mask = _four(attn_mask.expand(*query.shape[:-3], *attn_mask.shape[-3:]))
+    o = attention(*map(_four, (query, key, value)), attn_mask, *args, **kwargs)
+    return o.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _four(x: Tensor) -> Tensor:
+    """[N, D] or [..., H, N, D] as [B, H, N, D]."""
+    return x.reshape(-1, *x.shape[-3:]) if x.ndim > 3 else x[None, None]
+
+
+def _learns(mask: Tensor) -> bool:
+    """Whether a mask requires grad, which one that was made inside torch.func.jvp hides."""
+    while not torch.compiler.is_compiling() and is_gradtrackingtensor(mask):
+        mask = get_unwrapped(mask)
+    return mask.requires_grad and torch.is_grad_enabled()
 
 
 def forward(stock: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -78,9 +107,11 @@ def _names_attention(function: Any, owner: type, depth: int) -> bool:
 
     Methods are looked up on `owner`.
     """
-    if isinstance(function, staticmethod | classmethod):
-        function = function.__func__
-    if not inspect.isfunction(function):
+    while isinstance(function, staticmethod | classmethod | functools.partial):
+        function = getattr(function, "func", None) or function.__func__
+    if function is F.scaled_dot_product_attention:
+        return True
+    if depth == 0 or not inspect.isfunction(function):
         return False
     inner = inspect.unwrap(function)
     function = inner if inspect.isfunction(inner) else function
@@ -91,10 +122,8 @@ def _names_attention(function: Any, owner: type, depth: int) -> bool:
     if _NAMES & names:
         return True
     named = [function.__globals__.get(n) for n in names]
-    if any(f is F.scaled_dot_product_attention for f in named):
-        return True
     named += [vars(kind).get(n) for kind in owner.__mro__ for n in names]
-    return depth > 1 and any(_names_attention(f, owner, depth - 1) for f in named)
+    return any(_names_attention(f, owner, depth - 1) for f in named)
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

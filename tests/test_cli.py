@@ -13,6 +13,7 @@ import yaml
 
 from tbcm import cli
 from tbcm.config import TrainConfig
+from tbcm.errors import UserError
 
 
 def parsed(*argv: str) -> TrainConfig:
@@ -65,8 +66,22 @@ def test_config_file_goes_over_the_preset_and_round_trips(tmp_path: Path):
     for run in (config, TrainConfig("there")):
         path.write_text(replace(run, resume_from_checkpoint="latest").dump())
         assert parsed("--config", str(path)) == run
+    with pytest.raises(UserError, match="mixed_precision must be no or bf16, not fp16"):
+        parsed("--output_dir", "o", "--mixed_precision", "fp16")
     path.write_text("mixed_precision: no\n")
     assert parsed("--output_dir", "o", "--config", str(path)).mixed_precision == "no"
+
+
+def test_a_run_is_the_same_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Files and folders are kept by their whole path; a folder goes before a name."""
+    monkeypatch.chdir(tmp_path)
+    Path("p.txt").write_text("an owl")
+    Path("digits").mkdir()
+    config = parsed(
+        "--output_dir", "o", "--prompts", "p.txt", "--pretrained_model_name_or_path", "digits"
+    )
+    assert config.prompts == str(tmp_path / "p.txt")
+    assert config.pretrained_model_name_or_path == str(tmp_path / "digits")
 
 
 @pytest.mark.parametrize(

@@ -433,16 +433,76 @@ def test_a_head_dim_that_kernels_do_not_take_runs_in_the_reference() -> None:
             torch.testing.assert_close(ours, theirs)
 
 
-def test_the_gradient_of_a_learned_bias_is_not_lost() -> None:
-    """Inside torch.func.jvp nothing shows that it requires grad."""
-    module, x = Biased(), torch.randn(2, 12, 32, requires_grad=True)
-    (want,) = torch.autograd.grad(module(x).sin().sum(), module.bias)
-    with tk.fuse(module):
-        (got,) = torch.autograd.grad(module(x).sin().sum(), module.bias)
-        value, _ = torch.func.jvp(module, (x,), (x.detach(),))
-        with pytest.raises(RuntimeError, match="attn_mask requires grad"):
-            value.sum().backward()
-    assert _worst(got, want) < 1e-5
+class Masked(nn.Module):
+    """Attention of [..., H, N, D] under a mask that `mask` makes of a parameter and of x."""
+
+    def __init__(self, mask: Callable[[Tensor, Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self.bias, self.mask = nn.Parameter(torch.randn(6, 6)), mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sdpa(x.sin(), x, x.cos(), self.mask(self.bias, x))
+
+
+@pytest.mark.parametrize("mask", [
+    lambda bias, x: bias, lambda bias, x: 2 * bias, lambda bias, x: x @ x.mT,
+], ids=["learns", "is made of what learns", "moves"])  # fmt: skip
+def test_a_mask_that_learns_or_moves_is_pytorchs(mask: Callable) -> None:
+    """Inside torch.func.jvp one that was made there does not show that it requires grad."""
+    module, (x, dx) = Masked(mask), torch.randn(2, 2, 3, 6, 8)
+
+    def pair() -> list[Tensor]:
+        value, tangent = torch.func.jvp(module, (x.requires_grad_(),), (dx,))
+        loss = value.sin().sum() + tangent.cos().sum()
+        return [
+            value,
+            tangent,
+            *torch.autograd.grad(loss, [x, module.bias], materialize_grads=True),
+        ]
+
+    with sdpa_kernel(SDPBackend.MATH):
+        stock = pair()
+    _dispatch._notice_fallback.cache_clear()
+    with tk.fuse(module), pytest.warns(UserWarning, match="neither moves nor learns"):
+        torch.testing.assert_close(pair(), stock)
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (3, 6, 8), (2, 2, 3, 6, 8), (2, 1, 2, 3, 6, 8)], ids=str)
+def test_attention_of_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
+    holes = torch.rand(*shape[:-1], 6) < 0.7
+    for mask in (None, holes, holes[..., :1, :], torch.ones(6, 6, dtype=torch.bool).tril()):
+        module, (x, dx) = Masked(lambda *_, mask=mask: mask), torch.randn(2, *shape)
+        with sdpa_kernel(SDPBackend.MATH):
+            stock = torch.func.jvp(module, (x,), (dx,))
+        with tk.fuse(module):
+            found = torch.func.jvp(module, (x,), (dx,))
+        seen = stock[0].isfinite()  # of a query that sees no key PyTorch's is NaN
+        for ours, theirs in zip(found, stock, strict=True):
+            torch.testing.assert_close(ours[seen], theirs[seen])
+
+
+def test_attention_broadcasts_as_pytorchs_does() -> None:
+    q, dq, k = *torch.randn(2, 2, 3, 6, 8), torch.randn(2, 3, 6, 8)
+    for other in (k[:1], k[:, :1], k[:1, :1]):
+        attend = Attends(other)
+        with sdpa_kernel(SDPBackend.MATH):
+            stock = torch.func.jvp(attend, (q,), (dq,))
+        with tk.fuse(attend):
+            torch.testing.assert_close(torch.func.jvp(attend, (q,), (dq,)), stock)
+
+
+_attend_causally = functools.partial(sdpa, is_causal=True)
+
+
+class Attends(nn.Module):
+    """Attention to keys that are given, by a partial function."""
+
+    def __init__(self, keys: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("keys", keys)
+
+    def forward(self, q: Tensor) -> Tensor:
+        return _attend_causally(q, self.keys, self.keys)
 
 
 def test_a_forward_of_another_instance_or_with_arguments_is_left_alone() -> None:

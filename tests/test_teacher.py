@@ -55,6 +55,13 @@ def test_a_prompt_fills_what_the_instruction_leaves_and_no_token_more(teacher: T
         teacher.text.check(["two owls", words[: fits + 8]])
 
 
+def test_an_instruction_that_the_encoder_cannot_read_is_refused():
+    """The digits' has 12 tokens; SANA's instruction would leave nothing of a prompt."""
+    assert load_teacher("digits").text.max_length == 12
+    with pytest.raises(UserError, match=r"894 tokens.*takes 12.*complex_human_instruction false"):
+        _ = load_teacher("digits", instruct=True).text
+
+
 def test_parts_are_loaded_when_asked_for_and_freed(tiny_teacher: Path):
     teacher = load_teacher(str(tiny_teacher))
     assert vars(teacher).keys() == {"path", "latent_shape", "variant", "instruct"}

@@ -41,7 +41,7 @@ def save_teacher(
     }  # fmt: skip
     transformer = SanaTransformer2DModel(**{**settings, **changes})
     tokenizer = build_tokenizer(PROMPTS)
-    tokenizer.model_max_length = 300
+    tokenizer.model_max_length = 4096
     pipeline = SanaPipeline(
         tokenizer, text_encoder(tokenizer), vae(), transformer, FlowMatchEulerDiscreteScheduler()
     )

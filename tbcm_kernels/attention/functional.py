@@ -241,7 +241,8 @@ def _check_dropout(dropout_p: float) -> None:
 def _refuse_moving(attn_mask: Tensor | None, *weights: Tensor | None) -> None:
     apart = "detach it, or leave out the argument and apply rms_norm before"
     norms = [("a norm weight", w, apart) for w in weights]
-    for name, x, mend in (("attn_mask", attn_mask, "detach it"), *norms):
+    stock = "use F.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)"
+    for name, x, mend in (("attn_mask", attn_mask, stock), *norms):
         if isinstance(x, Tensor) and _dual.unpack(x)[1][0] is not None:
             raise RuntimeError(
                 f"attention: {name} carries a tangent, which the kernels do not take: {mend}."

@@ -54,12 +54,21 @@ def installed(package: str) -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this is run from, marked where it has other changes."""
+    """The commit of the checkout that this is run from, marked where it has other changes.
+
+    New rows in bench/results are none: a benchmark writes them as it goes.
+    """
     root = Path(__file__).parents[1]
     if shutil.which("git") is None or not (root / ".git").exists():
         return None
-    command = ["git", "-C", root, "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+
+    def git(*command: str) -> str:
+        run = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True)
+        return run.stdout.strip()
+
+    head = git("rev-parse", "--short", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!bench/results")
+    return head + ("-dirty" if changed else "") if head else None
 
 
 def driver() -> str | None:

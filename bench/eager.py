@@ -1,4 +1,7 @@
-"""The ops in plain PyTorch, as their users write them, and their tangents by `torch.func.jvp`."""
+"""The ops in plain PyTorch, as their users write them, and their tangents by `torch.func.jvp`.
+
+tbcm's own plain forms where those are to be had without diffusers.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tbcm.trigflow import flow_time, like, wrapped
 
 
 def adaln(x: Tensor, h: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> Any:
@@ -57,17 +62,14 @@ def _norm_of_heads(x: Tensor, weight: Tensor) -> Tensor:
 
 def flow_input(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """SANA-Sprint's way into a flow-matching network: t_FM, and x scaled by λ."""
-    t_fm = torch.sin(t) / (torch.sin(t) + torch.cos(t))
-    s = _like(t_fm, x)
+    t_fm = flow_time(t)
+    s = like(t_fm, x)
     return x * torch.sqrt(s * s + (1 - s) ** 2), t_fm
 
 
 def flow_output(v: Tensor, x: Tensor, t: Tensor) -> Tensor:
     """And out of it: F = [(1 − 2 t_FM) x_FM + λ² v] / λ."""
-    t_fm = torch.sin(t) / (torch.sin(t) + torch.cos(t))
-    s = _like(t_fm, x)
-    norm = torch.sqrt(s * s + (1 - s) ** 2)
-    return ((1 - 2 * s) * (x * norm) + norm * norm * v) / norm
+    return wrapped(lambda *_: v, x, t)
 
 
 def trajectory_step(
@@ -75,8 +77,8 @@ def trajectory_step(
 ) -> tuple[Tensor, Tensor]:
     """Guided velocity, and the step along it from time t to s."""
     without, with_text = out.chunk(2)
-    velocity = 0.5 * (without + _like(guidance, x) * (with_text - without))
-    d = _like(t - s, x)
+    velocity = 0.5 * (without + like(guidance, x) * (with_text - without))
+    d = like(t - s, x)
     return velocity, torch.cos(d) * x - torch.sin(d) * velocity
 
 
@@ -85,16 +87,12 @@ def tangent_loss(
     weight: Tensor, log_variance: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """sCM's objective at r = 0.7 and c = 0.1, and ‖g‖."""
-    cos, sin = _like(torch.cos(t), x), _like(torch.sin(t), x)
+    cos, sin = like(torch.cos(t), x), like(torch.sin(t), x)
     g = -(cos**2) * (0.5 * out.detach() - velocity) - 0.7 * (cos * sin * x + 0.5 * jvp)
     norm = g.flatten(1).norm(dim=1)
-    g_hat = g / _like(norm + 0.1, g)
+    g_hat = g / like(norm + 0.1, g)
     square = (out - out.detach() - g_hat).square().flatten(1).mean(1)
     return (keep * (weight * torch.exp(-log_variance) * square + log_variance)).mean(), norm
-
-
-def _like(t: Tensor, x: Tensor) -> Tensor:
-    return t.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def jvp_of(plain: Callable[..., Any], moving: list[int]) -> Callable[..., Any]:

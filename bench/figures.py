@@ -70,7 +70,7 @@ def speed(step: dict[str, Any]) -> list[str]:
     compiled = f"{step['compile']['ms']:.0f} with torch.compile, " if "compile" in step else ""
     return [
         f"One step of it, in turns on {step['threads']} CPU threads: {eager['ms']:.0f} ms plain, "
-        f"{compiled}{fused['ms']:.0f} fused, **{step['speedup']:.2f} times faster**; peak memory "
+        f"{compiled}{fused['ms']:.0f} fused, **{step['speedup']:.2f} times as fast**; peak memory "
         f"{eager['peak_mb']:.0f} and {fused['peak_mb']:.0f} MiB (`tbcm bench step`)."
     ]
 
@@ -154,7 +154,7 @@ def _memory(row: Row) -> str:
 PASSES_OF_A_MODEL = [
     "",
     "| model | value | value and tangent | of the value's time | step | | "
-    "MiB in a step | saved, per block |",
+    "MiB in a step | saved, per block with its share of the ends |",
     "|---|---|---|---|---|---|---|---|",
 ]
 

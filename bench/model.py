@@ -214,7 +214,7 @@ def measure(models: dict[str, Student], stream: int, args: argparse.Namespace) -
 
 
 def ratios(row: Row) -> Row:
-    """What the milestones are stated in."""
+    """The two ratios that the README shows."""
     return {
         "jvp_over_forward": {m: row[m]["jvp"]["us"] / row[m]["forward"]["us"] for m in row},
         "step_speedup": row["stock"]["step"]["us"] / row["fused"]["step"]["us"],

@@ -235,7 +235,10 @@ class Distiller:
 
     @contextmanager
     def averaging(self, last: bool) -> Iterator[None]:
-        """Processes exchange gradients in the last backward of a step alone."""
+        """Processes exchange gradients in the last backward of a step alone.
+
+        Under FSDP in each, so that none holds a whole gradient.
+        """
         nets = () if last else (self.student_net.transformer, self.log_variance_net)
         with ExitStack() as stack:
             for net in filter(None, nets):

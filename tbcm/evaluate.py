@@ -35,11 +35,11 @@ from tbcm.files import check_writable, write_whole
 from tbcm.progress import tracked
 from tbcm.rollout import Text, rollout, with_null
 from tbcm.sampling import Run, consistency_sample, load_run
+from tbcm.teacher import FLOW_SHIFT
 from tbcm.text import TextEncoder
 from tbcm.trigflow import SIGMA_DATA, TrigFlow, route
 
 TEACHER_STEPS = 20
-FLOW_SHIFT = 2.5
 STUDENT_STEPS = (1, 2, 4)
 CHUNK = 250
 

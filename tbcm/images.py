@@ -114,7 +114,7 @@ def encoded(
 ) -> list[Path]:
     """The files of the images' latents, all of them there."""
     vae = teacher.path / "vae"
-    if not (vae / "config.json").exists():
+    if not teacher.has_vae:
         raise UserError(
             f"{teacher.path} has no vae/ to encode images with; save the whole pipeline."
         )

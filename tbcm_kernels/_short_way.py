@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,23 +36,37 @@ def short_way(
     takes = [_PLAIN.get(str(a.real_type), ()) for a in op._schema.arguments]
     plain = set()  # types of arguments that need no conversion
 
+    def dispatched(*args: Any) -> Any:
+        before, calls.own = calls.own, True
+        try:
+            return op(*args)
+        finally:
+            calls.own = before
+
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*args)
         if (types := tuple(map(type, args))) not in plain:
             if len(types) != len(takes) or not all(map(operator.contains, takes, types)):
-                return op(*args)
+                return dispatched(*args)
             plain.add(types)
         if _watched(args):
-            return op(*args)
+            return dispatched(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return op(*args) if _below_autograd() else recorded(*args)
+            return dispatched(*args) if _below_autograd() else recorded(*args)
         return kernel(*args)
 
     call.op = op
     return call
 
 
+class _Calls(threading.local):
+    """Whether an op is called from here, where tangents have been looked for, or by a graph."""
+
+    own = False
+
+
+calls = _Calls()
 _TENSOR = (Tensor, torch.nn.Parameter)
 _PLAIN = {
     "Tensor": _TENSOR, "Optional[Tensor]": (*_TENSOR, type(None)), "float": (float,),

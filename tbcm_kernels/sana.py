@@ -143,7 +143,9 @@ def forward(
     controlnet_block_samples: tuple[Tensor, ...] | None = None,
     return_dict: bool = True,
 ) -> Any:
-    """Arguments and result of the stock forward; any tensor may be a forward-AD dual.
+    """Arguments and result of the stock forward, which ignores `attention_mask` too.
+
+    Any tensor may be a forward-AD dual.
 
     The text may hold P prompts where the batch holds k·P images: prompt i then serves images i·k to
     (i+1)·k − 1, and its keys and values are computed once. `Fused.encode_text` computes them ahead.

@@ -21,7 +21,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Raises:
         ValueError: shapes that do not fit.
-        RuntimeError: nested forward mode, or torch.func.grad.
+        RuntimeError: under forward mode, a second level of it, or torch.func.grad.
 
     Cost: one GEMM, two under forward mode; `torch.func.jvp` over `F.linear` runs three, because it
     multiplies by a materialised zero tangent of the weight.

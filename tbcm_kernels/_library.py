@@ -29,17 +29,21 @@ class _Library(torch.library.Library):
 
 def _refusing(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     def refusing(keyset: Any, *args: Any, **options: Any) -> Any:
-        if in_dual_level() and not calls.own:
-            flat = [x for a in args for x in (a if isinstance(a, list) else [a])]
-            if any_dual(*(x for x in flat if isinstance(x, Tensor))):
-                raise RuntimeError(
-                    f"tbcm::{name} would lose a tangent: a graph that torch.export, a tracer or a "
-                    f'backend such as "eager" has recorded knows the values alone. Record or '
-                    f"compile a function that calls torch.func.jvp, or call that on the model."
-                )
+        if in_dual_level() and not calls.own and any_dual(*_tensors(args)):
+            raise RuntimeError(
+                f"tbcm::{name} would lose a tangent: a graph that torch.export, a tracer or a "
+                f'backend such as "eager" has recorded knows the values alone. Record or '
+                f"compile a function that calls torch.func.jvp, or call that on the model."
+            )
         return kernel(keyset, *args, **options)
 
     return refusing
+
+
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    """The tensors among arguments, and in lists of them."""
+    flat = (x for v in values for x in (v if isinstance(v, list) else [v]))
+    return [x for x in flat if isinstance(x, Tensor)]
 
 
 _library = _Library("tbcm", "DEF")
@@ -76,8 +80,7 @@ def _guarded(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(ctx: Any, *grads: Tensor | list[Tensor | None] | None) -> Any:
         if in_dual_level():
             ctx = _ReadOnce(ctx)
-            flat = [g for one in grads for g in (one if isinstance(one, list) else [one])]
-            if any_dual(*flat, *ctx.saved_tensors):
+            if any_dual(*_tensors(grads), *ctx.saved_tensors):
                 raise RuntimeError(
                     f"tbcm_kernels: a tangent would be lost in the backward of {name}, which has "
                     f"none: call .backward() after dual_level() has ended, or torch.func.jvp on a "

@@ -12,7 +12,7 @@ from tbcm_kernels._library import Store
 from tbcm_kernels.attention import reference
 from tbcm_kernels.rms_norm.heads import norm_backward
 from tbcm_kernels.testing.cases import Case
-from tbcm_kernels.testing.compare import spread
+from tbcm_kernels.testing.compare import signs, spread
 
 Values = list[Tensor | None]
 EPS = 1e-6
@@ -97,17 +97,14 @@ def noise(case: Case, truth: Values, operand: Store | None) -> Values:
     unit = max(2 if narrow else 1, steps) * torch.finfo(arithmetic).eps
     coarse = torch.finfo(dtype).eps / 2 if narrow else unit
 
-    def signs(x: Tensor) -> Tensor:
-        return torch.randint(2, x.shape, generator=generator) * 2 - 1
-
     def disturbed(x: Tensor, by: float = unit) -> Tensor:
-        return exact(x) * (1 + by * signs(x))
+        return exact(x) * (1 + by * signs(x, generator))
 
     def settle(outputs: Values) -> tuple[Values, Values]:
         o, lse, to, mu = outputs
         if to is None:
             return outputs, [disturbed(o, coarse), disturbed(lse), None, None]
-        to = to + unit * signs(to) * mu.unsqueeze(-1) * o
+        to = to + unit * signs(to, generator) * mu.unsqueeze(-1) * o
         saved = [disturbed(o, coarse), disturbed(lse), disturbed(to, coarse), disturbed(mu)]
         return [o, lse, to, mu], saved
 

@@ -92,6 +92,11 @@ def spread(
     return [None if x is None else x.sqrt() for x in squares]
 
 
+def signs(x: Tensor, generator: torch.Generator) -> Tensor:
+    """1 or −1 for each element, at random."""
+    return torch.randint(2, x.shape, generator=generator) * 2 - 1
+
+
 def _draws(rows_noise: Tensor) -> float:
     """How many rows a statistic averages over: those whose noise makes up most of all noise."""
     energy = rows_noise.square()

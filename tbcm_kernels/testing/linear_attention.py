@@ -11,7 +11,7 @@ from tbcm_kernels.linear_attention import reference
 from tbcm_kernels.linear_attention.reference import Setting
 from tbcm_kernels.rms_norm.heads import norm_backward
 from tbcm_kernels.testing.cases import Case
-from tbcm_kernels.testing.compare import spread
+from tbcm_kernels.testing.compare import signs, spread
 
 Values = list[Tensor | None]
 
@@ -67,7 +67,7 @@ def noise(case: Case, truth: Values, go: Tensor) -> Values:
     unit *= max(2 if q.dtype.itemsize < 4 else 1, 0.29 * q.shape[3] ** 0.5)
 
     def disturbed(x: Tensor) -> Tensor:
-        return x * (1 + unit * (torch.randint(2, x.shape, generator=generator) * 2 - 1))
+        return x * (1 + unit * signs(x, generator))
 
     primals, tangents = (
         [None if x is None else x.detach().cpu().double() for x in xs]

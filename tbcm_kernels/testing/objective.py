@@ -9,7 +9,7 @@ from torch import Tensor
 
 import tbcm_kernels
 from tbcm_kernels.testing.cases import Case
-from tbcm_kernels.testing.compare import spread
+from tbcm_kernels.testing.compare import signs, spread
 
 Values = list[Tensor | None]
 LEAVES: dict[str, tuple[str, ...]] = {
@@ -69,10 +69,7 @@ def noise(case: Case, exact: Values) -> Values:
     unit = torch.finfo(torch.promote_types(case.primals[0].dtype, torch.float32)).eps
 
     def disturbed(x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
-        signs = torch.randint(2, x.shape, generator=generator) * 2 - 1
-        return x.cpu().double() * (1 + unit * signs)
+        return None if x is None else x.cpu().double() * (1 + unit * signs(x, generator))
 
     def moved() -> Values:
         primals, tangents = ([disturbed(x) for x in xs] for xs in (case.primals, case.tangents))

@@ -32,9 +32,8 @@ _FAST_DTYPES = {
     "linear_attention cuda": (torch.bfloat16, torch.float16),
 }
 _DEVICES = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu"}
-_WIDEST_ROW = 4096  # MAX_WIDTH in csrc/rows.h
-_TRITON_WIDEST_ROW = 8192  # MAX_WIDTH in _triton.py
-_TOO_WIDE = f"its rows have at most {_WIDEST_ROW} numbers"
+_WIDEST_ROW = {"cuda": 4096, "triton": 8192}  # MAX_WIDTH in csrc/rows.h and in _triton.py
+_TOO_WIDE = {kind: f"its rows have at most {n} numbers" for kind, n in _WIDEST_ROW.items()}
 _ONLY_ASKED_FOR = {
     ("attention", "triton", torch.float32): "exact fp32 products spill registers; ask by impl",
 }
@@ -43,6 +42,8 @@ _TO_RECORD = (
     "to have that remembered, in a checkout add --record bench/results/NAME/proofs.jsonl, then run "
     "`python -m bench.proofs`"
 )
+Reasons = tuple[tuple[str, str], ...]
+"""Pairs of an implementation and a clause that says why it does not run."""
 OPS: dict[str, tuple[str, ...]] = {
     "adaln": ("cuda", "triton", "cpu"),
     "rms_norm": ("cuda", "triton", "cpu"),
@@ -141,56 +142,60 @@ def _unproved(op: str, impl: str, dtype: torch.dtype) -> str | None:
     )
 
 
-def choose(op: str, impl: str, x: Tensor, *, unfit: str | None = None) -> str:
+def choose(op: str, impl: str, x: Tensor, *, unfit: Reasons = (), avoid: Reasons = ()) -> str:
     """The name of the implementation that runs `op` on tensors like x.
 
     Args:
-        unfit: why CUDA's kernels cannot take these shapes or options, in one clause.
+        unfit: the implementations that cannot take these shapes or options, and why, in one clause.
+        avoid: those that can, but that "auto" leaves out.
 
     Raises:
         ValueError: an unknown `impl`, or an explicit one that cannot run here, with the reason.
     """
-    chosen, reason = _known_choice(op, impl, x.device.type, x.dtype, unfit)
+    chosen, reason = _known_choice(op, impl, x.device.type, x.dtype, unfit, avoid)
     if chosen is None:
         raise ValueError(f"{op}: {reason}.")
     return chosen
 
 
 def choose_for_rows(op: str, impl: str, x: Tensor) -> str:
-    """`choose` for an op whose CUDA kernels keep a row of x in registers."""
-    width = x.shape[-1]
-    chosen = choose(op, impl, x, unfit=_TOO_WIDE if width > _WIDEST_ROW else None)
-    if impl != "auto" or chosen != "triton" or width <= _TRITON_WIDEST_ROW:
-        return chosen
-    reason = f"triton: its rows have at most {_TRITON_WIDEST_ROW} numbers"
-    return fall_back(op, x.device.type, x.dtype, reason)
+    """`choose` for an op whose GPU kernels keep a row of x in registers."""
+    if (width := x.shape[-1]) <= _WIDEST_ROW["cuda"]:
+        return choose(op, impl, x)
+    unfit = tuple((kind, why) for kind, why in _TOO_WIDE.items() if width > _WIDEST_ROW[kind])
+    return choose(op, impl, x, unfit=unfit)
 
 
 @constant_under_compile
 def _known_choice(
-    op: str, impl: str, device: str, dtype: torch.dtype, unfit: str | None
+    op: str, impl: str, device: str, dtype: torch.dtype, unfit: Reasons, avoid: Reasons
 ) -> tuple[str | None, str]:
     """`_choice`, cached, and a constant to torch.compile."""
-    return _remembered(op, impl, device, dtype, unfit)
+    return _remembered(op, impl, device, dtype, unfit, avoid)
 
 
 def _choice(
-    op: str, impl: str, device: str, dtype: torch.dtype, unfit: str | None = None, tell: bool = True
-) -> tuple[str | None, str]:
+    op: str, impl: str, device: str, dtype: torch.dtype, unfit: Reasons = (),
+    avoid: Reasons = (), tell: bool = True,
+) -> tuple[str | None, str]:  # fmt: skip
     """The chosen implementation, or None and why; `tell` warns the user of a fallback."""
     if impl == "reference":
         return impl, "asked for"
     if impl not in IMPLEMENTATIONS:
         return None, f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}"
+    cannot, avoided = dict(unfit), dict(avoid)
     if impl != "auto":
-        reason = refusal(op, impl, device, dtype) or (unfit if impl == "cuda" else None)
-        return (None, f"impl={impl!r} cannot run: {reason}") if reason else (impl, "asked for")
+        reason = refusal(op, impl, device, dtype) or cannot.get(impl)
+        if reason is None:
+            return impl, "asked for"
+        return None, f'impl={impl!r} cannot run: {reason}; impl="auto" takes one that can'
     why_not = {}
     for candidate in OPS[op]:
         reason = (
             refusal(op, candidate, device, dtype)
+            or cannot.get(candidate)
             or _ONLY_ASKED_FOR.get((op, candidate, dtype))
-            or (unfit if candidate == "cuda" else None)
+            or avoided.get(candidate)
             or _unproved(op, candidate, dtype)
         )
         if device == _DEVICES[candidate] and reason is None:

@@ -24,6 +24,7 @@ from tbcm_kernels.adaln import adaln_jvp
 from tbcm_kernels.attention import attention_jvp
 from tbcm_kernels.attention.functional import MAX_HEAD_DIM
 from tbcm_kernels.conv_glu import conv_glu_jvp
+from tbcm_kernels.conv_glu.functional import choose as choose_conv_glu
 from tbcm_kernels.linear import lean, linear_jvp
 from tbcm_kernels.linear_attention import linear_attention_jvp
 from tbcm_kernels.rms_norm import rms_norm_jvp
@@ -385,7 +386,7 @@ def _gated_conv(ff: nn.Module, a: Pair, grid: tuple[int, int]) -> Pair:
     y = conv_glu_jvp(a[0], depth.weight, depth.bias, a[1], height=grid[0], width=grid[1])
     if not lean.worth_it(a[0], y[1]):
         return linear_jvp(y[0], weight, None, y[1])
-    impl = _dispatch.choose("conv_glu", "auto", a[0])
+    impl = choose_conv_glu("auto", a[0])
     return lean.of_conv_glu(y, a[0], depth, grid, weight, impl)
 
 

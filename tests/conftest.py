@@ -149,6 +149,23 @@ def need() -> Callable[[str], None]:
     return need
 
 
+@pytest.fixture
+def gpu_on_meta(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
+    """Meta tensors are dispatched as on a GPU that has proved all; what an implementation lacks
+    there may be put into the fixture.
+    """
+    from tbcm_kernels import _dispatch
+
+    missing = dict.fromkeys(_dispatch.IMPLEMENTATIONS)
+    monkeypatch.setattr(_dispatch, "_known_choice", _dispatch._choice)
+    monkeypatch.setattr(_dispatch, "_proved", lambda *_: True)
+    monkeypatch.setattr(_dispatch, "_DEVICES", dict.fromkeys(_dispatch._DEVICES, "meta"))
+    monkeypatch.setattr(_dispatch, "missing", missing.get)
+    monkeypatch.setattr(_dispatch, "source", lambda op, impl: f"{op} {impl}")
+    _dispatch._notice_fallback.cache_clear()
+    return missing
+
+
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
         x = allocate(*args, **kwargs)

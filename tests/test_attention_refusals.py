@@ -11,7 +11,6 @@ from attention_inputs import heads
 from torch import Tensor
 
 import tbcm_kernels as tk
-from tbcm_kernels import _dispatch
 
 pytestmark = pytest.mark.kernels
 
@@ -151,22 +150,6 @@ def test_a_tangent_of_a_mask_or_weight_raises(
     if "weight" in message:
         with pytest.raises(RuntimeError, match="is a forward-AD dual"):
             torch.func.jvp(lambda t: tk.attention_jvp(q, k, k, **options(t)), (moving,), (moving,))
-
-
-def test_auto_leaves_out_what_spills_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp32, and the way through the tangent at large head dims; both run where asked for."""
-    assert _dispatch._choice("attention", "auto", "cuda", torch.float32)[0] == "reference"
-    monkeypatch.setattr(_dispatch, "choose", lambda op, impl, x: "triton")
-    from tbcm_kernels.attention import functional
-
-    def chosen(width: int, grad: bool, through: bool = True, impl: str = "auto") -> str:
-        q = torch.randn(1, 1, 2, width, requires_grad=grad)
-        return functional._choose(impl, (q, q, q, None, None), (q.detach(), None, None), through)
-
-    with pytest.warns(UserWarning, match="above 128 spill"):
-        assert chosen(136, True) == "reference"
-    assert chosen(136, False) == chosen(136, True, False) == chosen(128, True) == "triton"
-    assert chosen(136, True, impl="triton") == "triton"
 
 
 @pytest.mark.parametrize("norm", [(torch.ones(8), None), (None, 1e-6), torch.ones(8)], ids=str)

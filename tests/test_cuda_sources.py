@@ -9,16 +9,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import proofs
 from tbcm_kernels import _dispatch
-from tbcm_kernels.conv_glu import functional as conv_glu
 from tbcm_kernels.linear_attention import cuda as linear_attention_cuda
-from tbcm_kernels.linear_attention import functional as linear_attention
 from tbcm_kernels.testing import audit_cuda
 from tbcm_kernels.testing import proofs as proofs_of
 
@@ -137,92 +134,6 @@ def test_the_shipped_table_is_of_todays_sources() -> None:
     table = json.loads(proofs.TABLE.read_text())
     assert set(table) <= proofs.sources()
     assert {source.partition(":")[0] for source in table} >= set(KERNELS)
-
-
-def test_only_proved_kernels_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """impl="auto" leaves out a CUDA kernel without a proof, and says how to prove it."""
-    monkeypatch.setattr(_dispatch, "refusal", lambda op, impl, *_: None)
-    monkeypatch.setattr(_dispatch, "source", lambda op, impl: f"{op} {impl}")
-    _dispatch._proved.cache_clear()
-    with pytest.warns(UserWarning, match=r"reference.*cuda: its source.*tbcm_kernels\.testing"):
-        _dispatch._notice_fallback.cache_clear()
-        assert _dispatch._choice("conv_glu", "auto", "cuda", torch.bfloat16)[0] == "reference"
-    assert _dispatch._choice("conv_glu", "cuda", "cuda", torch.bfloat16)[0] == "cuda"
-    table = {"conv_glu cuda": {"9.0": {"dtypes": ["bfloat16"]}}}
-    monkeypatch.setattr(_dispatch.json, "loads", lambda text: table)
-    for capability, dtype, chosen in (
-        ("9.0", torch.bfloat16, "cuda"), ("9.0", torch.float16, "reference"),
-        ("8.0", torch.bfloat16, "reference"),
-    ):  # fmt: skip
-        monkeypatch.setattr(_dispatch, "capability", lambda found=capability: found)
-        _dispatch._proved.cache_clear()
-        assert _dispatch._choice("conv_glu", "auto", "cuda", dtype)[0] == chosen
-    _dispatch._proved.cache_clear()
-
-
-def test_wide_rows_go_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA's kernels have registers for 4096 columns; where Triton is not, the reference runs."""
-    monkeypatch.setattr(_dispatch, "_known_choice", _dispatch._choice)
-    monkeypatch.setattr(_dispatch, "_proved", lambda *_: True)
-    monkeypatch.setattr(_dispatch, "_DEVICES", dict.fromkeys(_dispatch._DEVICES, "meta"))
-    here = {impl: None for impl in _dispatch.IMPLEMENTATIONS}
-    monkeypatch.setattr(_dispatch, "missing", here.get)
-    monkeypatch.setattr(_dispatch, "source", lambda op, impl: f"{op} {impl}")
-    narrow, wide = (torch.empty(1, 1, n, device="meta") for n in (4096, 4097))
-    for op in ("adaln", "rms_norm"):
-        assert _dispatch.choose_for_rows(op, "auto", narrow) == "cuda"
-        assert _dispatch.choose_for_rows(op, "auto", wide) == "triton"
-        with pytest.raises(ValueError, match="at most 4096 numbers"):
-            _dispatch.choose_for_rows(op, "cuda", wide)
-    here |= {"triton": "no Triton", "cpu": "no extension"}
-    _dispatch._notice_fallback.cache_clear()
-    with pytest.warns(UserWarning, match="reference.*at most 4096 numbers.*no Triton"):
-        assert _dispatch.choose_for_rows("adaln", "auto", wide) == "reference"
-
-
-def test_fp32_falls_back_where_shared_memory_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """conv_glu's backward in fp32 does not fit the blocks of consumer GPUs; 16 bits do."""
-    monkeypatch.setattr(_dispatch, "choose", lambda *_: "cuda")
-    monkeypatch.setattr(_dispatch, "_notice_fallback", lambda *_: None)
-
-    def chosen(impl: str, dtype: torch.dtype) -> str:
-        device = SimpleNamespace(index=0)
-        return conv_glu._choose(impl, SimpleNamespace(is_cuda=True, device=device, dtype=dtype))
-
-    for size, found in ((99, "reference"), (163, "cuda")):
-        monkeypatch.setattr(_dispatch, "shared_memory", lambda device, size=size: size << 10)
-        assert chosen("auto", torch.float32) == found
-        assert chosen("cuda", torch.float32) == chosen("auto", torch.half) == "cuda"
-
-
-def test_linear_attention_goes_to_triton_where_cuda_has_no_kernel(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(_dispatch, "_known_choice", _dispatch._choice)
-    monkeypatch.setattr(_dispatch, "_proved", lambda *_: True)
-    monkeypatch.setattr(_dispatch, "_DEVICES", dict.fromkeys(_dispatch._DEVICES, "meta"))
-    monkeypatch.setattr(_dispatch, "missing", lambda impl: None)
-    monkeypatch.setattr(_dispatch, "source", lambda op, impl: f"{op} {impl}")
-
-    def chosen(impl: str, heads: int = 36, width: int = 32, feature_map: str = "relu") -> str:
-        q = torch.empty(1, heads, 4, width, device="meta", dtype=torch.bfloat16)
-        return linear_attention._choose(impl, q, q, feature_map)
-
-    assert chosen("auto") == chosen("auto", heads=96) == chosen("cuda") == "cuda"
-    for other in ({"heads": 97}, {"width": 64}, {"feature_map": "identity"}):
-        assert chosen("auto", **other) == "triton"
-        with pytest.raises(ValueError, match='takes feature_map="relu" and up to 96 heads of 32'):
-            chosen("cuda", **other)
-    monkeypatch.setattr(_dispatch, "shared_memory", lambda device: 163 << 10)
-    q = SimpleNamespace(is_cuda=True, shape=(1, 36, 4, 32), device=SimpleNamespace(index=0))
-    assert "such as Hopper" in linear_attention.why_not_cuda(q, q, "relu")
-
-
-def test_an_older_extension_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "missing", lambda impl: None)
-    monkeypatch.setattr(_dispatch, "source", lambda op, impl: None)
-    chosen, reason = _dispatch._choice("adaln", "cuda", "cuda", torch.float32)
-    assert chosen is None and "older version; build it again" in reason
 
 
 def test_processes_share_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import setuptools
-import torch
 from setuptools import Distribution, Extension
 from setuptools.command.build_ext import build_ext
 
@@ -147,59 +146,6 @@ def test_absent_extension_is_said_and_falls_back() -> None:
         "    print(error)\n"
     )
     assert "install a C++ compiler" in printed
-
-
-@pytest.mark.parametrize("impl", ["cuda", "fastest", ""])
-def test_unknown_implementation_is_refused(impl: str) -> None:
-    with pytest.raises(ValueError, match=r"^adaln: .*impl.* (cuda|one of)"):
-        tbcm_kernels.adaln(torch.ones(1, 1, 8), impl=impl)
-
-
-@pytest.mark.parametrize("impl", ["cpu", "triton"])
-def test_explicit_implementation_that_cannot_run_says_why(impl: str) -> None:
-    if reason := _dispatch.missing(impl):
-        pytest.skip(reason)
-    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
-    x = torch.ones(2, 8, dtype=torch.float64, device=device)
-    with pytest.raises(ValueError, match=f"impl='{impl}' cannot run: it takes .*are float64"):
-        tbcm_kernels.rms_norm(x, impl=impl)
-
-
-def test_fallback_is_said_once() -> None:
-    _dispatch._remembered.cache_clear()
-    _dispatch._notice_fallback.cache_clear()
-    x = torch.ones(2, 8, dtype=torch.float64)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        for _ in range(3):
-            tbcm_kernels.rms_norm(x)
-    assert len(said) == 1
-    assert "rms_norm runs its plain PyTorch reference for float64 on cpu" in str(said[0].message)
-
-
-def test_the_table_of_implementations_leaves_notices_to_come(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(_dispatch, "missing", lambda impl: "it is not there")
-    for known in (_dispatch._remembered, _dispatch._notice_fallback):
-        known.cache_clear()
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            assert {row[1] for row in _dispatch.implementations()} >= {"reference (cpu)"}
-            assert not said
-            tbcm_kernels.rms_norm(torch.ones(2, 8))
-        assert len(said) == 1
-    finally:
-        _dispatch._remembered.cache_clear()
-
-
-def test_rows_that_triton_does_not_take_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "_known_choice", lambda *_: ("triton", "available"))
-    assert _dispatch.choose_for_rows("rms_norm", "auto", torch.ones(1, 8192)) == "triton"
-    with pytest.warns(UserWarning, match="at most 8192 numbers"):
-        assert _dispatch.choose_for_rows("rms_norm", "auto", torch.ones(1, 8193)) == "reference"
-    assert _dispatch.choose_for_rows("rms_norm", "triton", torch.ones(1, 8193)) == "triton"
 
 
 @pytest.mark.parametrize("nvcc", ["exit 1", "echo garbage"])

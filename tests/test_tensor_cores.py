@@ -7,7 +7,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tbcm_kernels import _dispatch
 from tbcm_kernels.testing.cases import cases
 from tbcm_kernels.testing.prove import _faults
 
@@ -68,23 +67,6 @@ def test_fp32_does_with_tf32_where_pytorch_may() -> None:
         torch.set_float32_matmul_precision("highest")
     assert chosen() == exact
     assert attention._precision(torch.bfloat16) == "ieee"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_auto_leaves_out_what_spills_on_a_gpu(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tbcm_kernels.linear_attention import functional
-
-    monkeypatch.setattr(_dispatch, "choose", lambda op, impl, x, unfit: "triton")
-
-    def chosen(width: int, v_width: int, impl: str = "auto") -> str:
-        q, v = (torch.zeros(1, 1, 2, n, dtype=dtype) for n in (width, v_width))
-        return functional._choose(impl, q, v, "relu")
-
-    assert chosen(128, 128) == chosen(136, 8, impl="triton") == "triton"
-    with pytest.warns(UserWarning, match="head dims above 128 spill registers; ask by impl"):
-        assert chosen(136, 8) == chosen(8, 136) == "reference"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tensor cores are at hand")

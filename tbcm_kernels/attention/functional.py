@@ -18,6 +18,7 @@ from tbcm_kernels.rms_norm.heads import Norm, norm_argument, norm_weights
 MAX_HEAD_DIM = 256
 _TRITON_THROUGH = 128
 """The widest head dim whose backward through the tangent "auto" gives to Triton; more spill."""
+_SPILLS = f"head dims above {_TRITON_THROUGH} spill registers through the tangent; ask by impl"
 
 
 def attention(
@@ -223,14 +224,14 @@ def _choose(
 ) -> str:
     """The implementation; the way through the tangent spills in Triton at large head dims."""
     q, _, v, *_ = inputs
-    chosen = _dispatch.choose("attention", impl, q)
-    if chosen != "triton" or impl != "auto" or max(q.shape[3], v.shape[3]) <= _TRITON_THROUGH:
-        return chosen
-    through = through and _dual.present(tangents) and torch.is_grad_enabled()
-    if not through or not any(x is not None and x.requires_grad for x in (*inputs, *tangents)):
-        return chosen
-    reason = f"triton: head dims above {_TRITON_THROUGH} spill registers through the tangent"
-    return _dispatch.fall_back("attention", q.device.type, q.dtype, reason)
+    spills = (
+        max(q.shape[3], v.shape[3]) > _TRITON_THROUGH
+        and through
+        and _dual.present(tangents)
+        and torch.is_grad_enabled()
+        and any(x is not None and x.requires_grad for x in (*inputs, *tangents))
+    )
+    return _dispatch.choose("attention", impl, q, avoid=(("triton", _SPILLS),) if spills else ())
 
 
 def _check_dropout(dropout_p: float) -> None:

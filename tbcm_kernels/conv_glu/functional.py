@@ -102,25 +102,24 @@ def _pair(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     if stopped := _dual.tangent_gradient_stopped():
         tangents = _dual.detached(*tangents)
-    chosen = _choose(impl, primals[0], weights_move=_dual.present(tangents[1:]))
+    chosen = choose(impl, primals[0], weights_move=_dual.present(tangents[1:]))
     y, ty = conv_glu_op(*primals, *tangents, height, width, not stopped, chosen)
     if stopped:
         ty = ty.detach()
     return y, or_none(ty, _dual.present(tangents))
 
 
-def _choose(impl: str, a: Tensor, weights_move: bool = False) -> str:
-    chosen = _dispatch.choose("conv_glu", impl, a)
-    if weights_move and chosen != "reference":
-        reason = "the kernels take a tangent of a alone"
-        if impl != "auto":
-            raise ValueError(f"conv_glu: impl={impl!r} cannot run: {reason}; leave impl out.")
-        return _dispatch.fall_back("conv_glu", a.device.type, a.dtype, reason)
-    wide = chosen == "cuda" and a.is_cuda and a.dtype == torch.float32
-    if wide and impl == "auto" and _dispatch.shared_memory(a.device.index) < _SHARED:
+def choose(impl: str, a: Tensor, weights_move: bool = False) -> str:
+    """The implementation; kernels take a tangent of a alone, and CUDA's much memory in fp32."""
+    unfit = avoid = ()
+    if weights_move:
+        reason = "it takes a tangent of a alone; leave impl out"
+        unfit = tuple((kernel, reason) for kernel in _dispatch.OPS["conv_glu"])
+    in_fp32 = a.is_cuda and a.dtype == torch.float32
+    if in_fp32 and _dispatch.shared_memory(a.device.index) < _SHARED:
         reason = f"in fp32 its backward takes {_SHARED >> 10} KiB of shared memory a block"
-        return _dispatch.fall_back("conv_glu", "cuda", a.dtype, reason)
-    return chosen
+        avoid = (("cuda", reason),)
+    return _dispatch.choose("conv_glu", impl, a, unfit=unfit, avoid=avoid)
 
 
 def _check(a: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -> None:

@@ -20,6 +20,7 @@ CUDA_SHARED = 222 << 10
 """Bytes of shared memory of their blocks at most; every GPU that has them has clusters."""
 TRITON_WIDEST = 128
 """The widest head dim that "auto" gives to Triton."""
+_SPILLS = f"head dims above {TRITON_WIDEST} spill registers; ask by impl"
 
 
 def linear_attention(
@@ -145,12 +146,10 @@ def _run(
 
 def _choose(impl: str, q: Tensor, v: Tensor, feature_map: str) -> str:
     """The implementation; Triton's spill at large head dims."""
-    unfit = why_not_cuda(q, v, feature_map)
-    chosen = _dispatch.choose("linear_attention", impl, q, unfit=unfit)
-    if impl != "auto" or chosen != "triton" or max(q.shape[3], v.shape[3]) <= TRITON_WIDEST:
-        return chosen
-    reason = f"triton: head dims above {TRITON_WIDEST} spill registers; ask by impl"
-    return _dispatch.fall_back("linear_attention", q.device.type, q.dtype, reason)
+    why_not = why_not_cuda(q, v, feature_map)
+    unfit = (("cuda", why_not),) if why_not else ()
+    avoid = (("triton", _SPILLS),) if max(q.shape[3], v.shape[3]) > TRITON_WIDEST else ()
+    return _dispatch.choose("linear_attention", impl, q, unfit=unfit, avoid=avoid)
 
 
 def why_not_cuda(q: Tensor, v: Tensor, feature_map: str) -> str | None:

@@ -1,7 +1,7 @@
 """What is fused in a model whose forward stays its own: attention, linear layers, norms.
 
-A layer gets the forward of its counterpart below, on the instance, where its class is exactly one
-of LAYERS: hooks, parameters and the calls of the model stay as they are.
+Where a layer's class is exactly one of LAYERS, the instance gets the forward that stands there:
+hooks, parameters and the calls of the model stay as they are.
 """
 
 from __future__ import annotations
@@ -18,69 +18,64 @@ from tbcm_kernels.adaln import adaln
 from tbcm_kernels.rms_norm import rms_norm
 
 
-class FP32LayerNorm:
+def fp32_layer_norm(layer: nn.Module, inputs: Tensor) -> Tensor:
     """diffusers' `FP32LayerNorm`."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return modules.LayerNorm.forward(self, inputs).to(inputs.dtype)
+    return modules.LayerNorm.forward(layer, inputs).to(inputs.dtype)
 
 
-class RMSNorm:
+def rms_norm_cast(layer: nn.Module, hidden_states: Tensor) -> Tensor:
     """diffusers' `RMSNorm`, which casts to its weight's dtype where that has 16 bits."""
+    weight = layer.weight
+    if weight is None:
+        return rms_norm(hidden_states, eps=layer.eps)
+    x = hidden_states.to(torch.promote_types(hidden_states.dtype, weight.dtype))
+    y = rms_norm(x, weight, eps=layer.eps)
+    return y.to(weight.dtype) if weight.dtype.itemsize == 2 else y
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if self.weight is None:
-            return rms_norm(hidden_states, eps=self.eps)
-        dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
-        y = rms_norm(hidden_states.to(dtype), self.weight, eps=self.eps)
-        return y.to(self.weight.dtype) if self.weight.dtype.itemsize == 2 else y
 
-
-class AdaLayerNormZero:
+def ada_layer_norm_zero(
+    layer: nn.Module,
+    x: Tensor,
+    timestep: Tensor | None = None,
+    class_labels: Tensor | None = None,
+    hidden_dtype: torch.dtype | None = None,
+    emb: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """diffusers' `AdaLayerNormZero` that is told emb."""
-
-    def forward(
-        self,
-        x: Tensor,
-        timestep: Tensor | None = None,
-        class_labels: Tensor | None = None,
-        hidden_dtype: torch.dtype | None = None,
-        emb: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        shift, scale, *others = self.linear(self.silu(emb)).chunk(6, dim=1)
-        return _modulated(self.norm, x, scale, shift), *others
+    shift, scale, *others = layer.linear(layer.silu(emb)).chunk(6, dim=1)
+    return _modulated(layer.norm, x, scale, shift), *others
 
 
-class AdaLayerNormZeroSingle:
+def ada_layer_norm_zero_single(
+    layer: nn.Module, x: Tensor, emb: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """diffusers' `AdaLayerNormZeroSingle`."""
-
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
-        return _modulated(self.norm, x, scale, shift), gate
+    shift, scale, gate = layer.linear(layer.silu(emb)).chunk(3, dim=1)
+    return _modulated(layer.norm, x, scale, shift), gate
 
 
-class AdaLayerNormContinuous:
+def ada_layer_norm_continuous(
+    layer: nn.Module, x: Tensor, conditioning_embedding: Tensor
+) -> Tensor:
     """diffusers' `AdaLayerNormContinuous`."""
-
-    def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
-        emb = self.linear(self.silu(conditioning_embedding).to(x.dtype))
-        scale, shift = emb.chunk(2, dim=1)
-        return _modulated(self.norm, x, scale, shift)
+    emb = layer.linear(layer.silu(conditioning_embedding).to(x.dtype))
+    scale, shift = emb.chunk(2, dim=1)
+    return _modulated(layer.norm, x, scale, shift)
 
 
 _DIFFUSERS = "diffusers.models.normalization."
 LAYERS = {
-    "torch.nn.modules.linear.Linear": modules.Linear,
-    "torch.nn.modules.normalization.LayerNorm": modules.LayerNorm,
-    "torch.nn.modules.normalization.RMSNorm": modules.RMSNorm,
-    _DIFFUSERS + "FP32LayerNorm": FP32LayerNorm,
-    _DIFFUSERS + "RMSNorm": RMSNorm,
-    _DIFFUSERS + "AdaLayerNormZero": AdaLayerNormZero,
-    _DIFFUSERS + "AdaLayerNormZeroSingle": AdaLayerNormZeroSingle,
-    _DIFFUSERS + "AdaLayerNormContinuous": AdaLayerNormContinuous,
+    "torch.nn.modules.linear.Linear": modules.Linear.forward,
+    "torch.nn.modules.normalization.LayerNorm": modules.LayerNorm.forward,
+    "torch.nn.modules.normalization.RMSNorm": modules.RMSNorm.forward,
+    _DIFFUSERS + "FP32LayerNorm": fp32_layer_norm,
+    _DIFFUSERS + "RMSNorm": rms_norm_cast,
+    _DIFFUSERS + "AdaLayerNormZero": ada_layer_norm_zero,
+    _DIFFUSERS + "AdaLayerNormZeroSingle": ada_layer_norm_zero_single,
+    _DIFFUSERS + "AdaLayerNormContinuous": ada_layer_norm_continuous,
 }
-"""Layer class -> the class whose forward takes its place."""
-COUNTERPARTS.update(kind.forward for kind in LAYERS.values())
+"""Layer class -> the forward that takes its place."""
+COUNTERPARTS.update(LAYERS.values())
 
 
 def swaps(model: nn.Module) -> list[tuple[Any, str, Any]]:
@@ -96,7 +91,7 @@ def swaps(model: nn.Module) -> list[tuple[Any, str, Any]]:
         new = LAYERS.get(f"{type(layer).__module__}.{type(layer).__qualname__}")
         if new is not None and _is_covered(layer):
             # A partial is copied and pickled with its layer; a method's pickle is the class's own.
-            found.append((layer, "forward", functools.partial(new.forward, layer)))
+            found.append((layer, "forward", functools.partial(new, layer)))
     return found
 
 

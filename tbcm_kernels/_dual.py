@@ -222,6 +222,11 @@ def settled(y: Tensor) -> Tensor:
     return pack(primal, *detached(tangent))
 
 
+def held(*tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tangents, constants under `stop_tangent_gradient()`."""
+    return detached(*tangents) if _stopped else tangents
+
+
 def check_tangents(op: str, **pairs: tuple[Tensor | None, Tensor | None]) -> None:
     """Check each (primal, tangent) pair of an explicit call.
 

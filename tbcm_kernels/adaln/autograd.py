@@ -68,6 +68,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     if ctx.through:
         ctx.save_for_backward(x, h, gate, scale, shift, *tangents)
     else:
+        ctx.mark_non_differentiable(*output[2:])
         kept_h = h if ctx.needs_input_grad[2] else None
         ctx.save_for_backward(x if h is None else output[0], kept_h, gate, scale)
 

@@ -118,14 +118,12 @@ def _pair(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     x, h = primals[:2]
-    if stopped := _dual.tangent_gradient_stopped():
-        tangents = _dual.detached(*tangents)
+    tangents = _dual.held(*tangents)
+    through = not _dual.tangent_gradient_stopped()
     chosen = _dispatch.choose_for_rows("adaln", impl, x)
     eps = _dual.number("adaln", "eps", eps)
-    out, y, tout, ty = adaln_op(*primals, *tangents, eps, dtype, not stopped, chosen)
+    out, y, tout, ty = adaln_op(*primals, *tangents, eps, dtype, through, chosen)
     residual_tangent = _dual.present(tangents[:3])
-    if stopped:
-        tout, ty = tout.detach(), ty.detach()
     return (
         x if h is None else out,
         y,

@@ -54,6 +54,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.set_materialize_grads(False)
     ctx.rest = setting[2:]
     ctx.through = through and present(inputs[5:8])
+    if not ctx.through:
+        ctx.mark_non_differentiable(*output[2:])
     kept = output if ctx.through else output[:2]
     tangents = inputs[5:8] if ctx.through else (None, None, None)
     ctx.save_for_backward(*inputs[:5], *tangents, *setting[:2], *kept)

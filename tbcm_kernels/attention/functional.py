@@ -13,7 +13,7 @@ from tbcm_kernels._library import autocast
 from tbcm_kernels.attention import reference
 from tbcm_kernels.attention.autograd import attention_op
 from tbcm_kernels.attention.reference import Setting
-from tbcm_kernels.rms_norm.heads import Norm, norm_argument, norm_weights
+from tbcm_kernels.rms_norm.heads import Norm, norm_argument
 
 MAX_HEAD_DIM = 256
 _TRITON_THROUGH = 128
@@ -81,15 +81,19 @@ def attention(
     Source: arXiv 2205.14135; the tangent: attention/README.md.
     """
     _check_dropout(dropout_p)
-    primals, tangents = _dual.unpack(q, k, v)
-    weights = norm_weights(q_norm, k_norm)
-    if _dual.in_dual_level():
-        _refuse_moving(attn_mask, *weights)
+    plain = impl == "reference"  # which PyTorch differentiates
+    if not plain:
+        _dual.guard_levels("attention")
+    primals, tangents = ((q, k, v), (None,) * 3) if plain else _dual.unpack(q, k, v)
+    _refuse_moving(attn_mask)
     values = _run(
         "attention", primals, tangents, q_norm, k_norm, attn_mask, key_mask, is_causal,
         causal_alignment, scale, enable_gqa, impl,
     )  # fmt: skip
-    o, lse = (_dual.pack(p, t) for p, t in zip(values[:2], values[2:], strict=True))
+    if plain:
+        o, lse = map(_dual.settled, values[:2])
+    else:
+        o, lse = map(_dual.pack, values[:2], values[2:])
     return (o, lse) if return_lse else o
 
 
@@ -130,8 +134,9 @@ def attention_jvp(
     `to` is exact for all six inputs, in 15 GEMMs, and saves them, o, lse, to and tlse.
     """
     _check_dropout(dropout_p)
-    weights = norm_weights(q_norm, k_norm)
-    _dual.refuse_duals("attention_jvp", q, k, v, tq, tk, tv, attn_mask, *weights)
+    if impl != "reference":
+        _dual.guard_levels("attention")
+    _dual.refuse_duals("attention_jvp", q, k, v, tq, tk, tv, attn_mask)
     _dual.check_tangents("attention_jvp", q=(q, tq), k=(k, tk), v=(v, tv))
     o, lse, to, tlse = _run(
         "attention_jvp", (q, k, v), (tq, tk, tv), q_norm, k_norm, attn_mask, key_mask, is_causal,
@@ -202,21 +207,19 @@ def _pair(
     inputs: Sequence[Tensor | None], tangents: Sequence[Tensor | None], setting: Sequence,
     impl: str,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    if stopped := _dual.tangent_gradient_stopped():
-        tangents = _dual.detached(*tangents)
+    tangents = _dual.held(*tangents)
     if impl == "reference":
         lanes = [None if t is None else t.unsqueeze(0) for t in tangents]
         o, lse, *moved = reference.forward(*inputs, *lanes, Setting(*setting))
         moved = [None if x is None else x.squeeze(0) for x in moved]
-        return o, lse, *(_dual.detached(*moved) if stopped else moved)
-    _dual.guard_levels("attention")
-    chosen = _choose(impl, inputs, tangents, not stopped)
+        return o, lse, *_dual.held(*moved)
+    through = not _dual.tangent_gradient_stopped()
+    chosen = _choose(impl, inputs, tangents, through)
     lanes = [None if t is None else t.unsqueeze(0) for t in tangents]
-    o, lse, to, mu = attention_op(*inputs, *lanes, *setting, not stopped, chosen)
+    o, lse, to, mu = attention_op(*inputs, *lanes, *setting, through, chosen)
     if not _dual.present(tangents):
         return o, lse, None, None
-    to, mu = to.squeeze(0), mu.squeeze(0)
-    return (o, lse, to.detach(), mu.detach()) if stopped else (o, lse, to, mu)
+    return o, lse, to.squeeze(0), mu.squeeze(0)
 
 
 def _choose(
@@ -239,15 +242,12 @@ def _check_dropout(dropout_p: float) -> None:
         raise ValueError(f"attention: dropout_p must be 0, got {dropout_p}; it is not supported.")
 
 
-def _refuse_moving(attn_mask: Tensor | None, *weights: Tensor | None) -> None:
-    apart = "detach it, or leave out the argument and apply rms_norm before"
-    norms = [("a norm weight", w, apart) for w in weights]
-    stock = "use F.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)"
-    for name, x, mend in (("attn_mask", attn_mask, stock), *norms):
-        if isinstance(x, Tensor) and _dual.unpack(x)[1][0] is not None:
-            raise RuntimeError(
-                f"attention: {name} carries a tangent, which the kernels do not take: {mend}."
-            )
+def _refuse_moving(attn_mask: Tensor | None) -> None:
+    if isinstance(attn_mask, Tensor) and _dual.any_dual(attn_mask):
+        raise RuntimeError(
+            "attention: attn_mask carries a tangent, which the kernels do not take: use "
+            "F.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)."
+        )
 
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool, exact: bool) -> None:

@@ -35,6 +35,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.set_materialize_grads(False)
     ctx.grid, ctx.impl = (height, width), impl
     ctx.through = through and present(tangents)
+    if not ctx.through:
+        ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(a, weight, bias, *(tangents if ctx.through else ()))
 
 

@@ -100,12 +100,10 @@ def _pair(
     primals: Sequence[Tensor | None], tangents: Sequence[Tensor | None], height: int, width: int,
     impl: str,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    if stopped := _dual.tangent_gradient_stopped():
-        tangents = _dual.detached(*tangents)
+    tangents = _dual.held(*tangents)
+    through = not _dual.tangent_gradient_stopped()
     chosen = choose(impl, primals[0], weights_move=_dual.present(tangents[1:]))
-    y, ty = conv_glu_op(*primals, *tangents, height, width, not stopped, chosen)
-    if stopped:
-        ty = ty.detach()
+    y, ty = conv_glu_op(*primals, *tangents, height, width, through, chosen)
     return y, or_none(ty, _dual.present(tangents))
 
 

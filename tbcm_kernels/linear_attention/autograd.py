@@ -43,6 +43,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.set_materialize_grads(False)
     ctx.setting = tuple(setting)
     ctx.through = through and present(inputs[5:8])
+    ctx.mark_non_differentiable(*output[2 if ctx.through else 1 :])
     kept = inputs[5:8] if ctx.through else (output[2],)
     ctx.save_for_backward(*inputs[:5], *kept)
 

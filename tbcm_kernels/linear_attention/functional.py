@@ -8,10 +8,11 @@ from torch import Tensor
 
 from tbcm_kernels import _dispatch, _dual
 from tbcm_kernels._dual import describe
+from tbcm_kernels._library import or_none
 from tbcm_kernels.linear_attention import reference
 from tbcm_kernels.linear_attention.autograd import linear_attention_op
 from tbcm_kernels.linear_attention.reference import FEATURE_MAPS, Setting
-from tbcm_kernels.rms_norm.heads import Norm, norm_argument, norm_weights
+from tbcm_kernels.rms_norm.heads import Norm, norm_argument
 
 MAX_HEAD_DIM = 256
 CUDA_HEADS = 96
@@ -67,16 +68,14 @@ def linear_attention(
     Cost: 4·B·H·N·D·Dv FLOPs; reads q, k, v, writes o. Saves q, k, v and S, fp32 [B, H, D, Dv + 1].
     Source: arXiv 2006.16236; with ReLU, arXiv 2205.14756 and SANA, arXiv 2410.10629.
     """
-    primals, tangents = _dual.unpack(q, k, v)
-    if _dual.any_dual(*norm_weights(q_norm, k_norm)):
-        raise RuntimeError(
-            "linear_attention: a norm weight carries a tangent, which the kernels do not take: "
-            "detach it, or leave out the argument and apply rms_norm before."
-        )
+    plain = impl == "reference"  # which PyTorch differentiates
+    if not plain:
+        _dual.guard_levels("linear_attention")
+    primals, tangents = ((q, k, v), (None,) * 3) if plain else _dual.unpack(q, k, v)
     o, to = _run(
         "linear_attention", primals, tangents, feature_map, eps, q_norm, k_norm, is_causal, impl
     )
-    return _dual.pack(o, to)
+    return _dual.settled(o) if plain else _dual.pack(o, to)
 
 
 def linear_attention_jvp(
@@ -112,8 +111,9 @@ def linear_attention_jvp(
     Cost: 12·B·H·N·D·Dv FLOPs; reads q, k, v and their tangents, writes o, to. Backward through to
     is exact, by differentiating the reference, and then saves all inputs.
     """
-    weights = norm_weights(q_norm, k_norm)
-    _dual.refuse_duals("linear_attention_jvp", q, k, v, tq, tk, tv, *weights)
+    if impl != "reference":
+        _dual.guard_levels("linear_attention")
+    _dual.refuse_duals("linear_attention_jvp", q, k, v, tq, tk, tv)
     _dual.check_tangents("linear_attention_jvp", q=(q, tq), k=(k, tk), v=(v, tv))
     return _run(
         "linear_attention_jvp", (q, k, v), (tq, tk, tv), feature_map, eps, q_norm, k_norm,
@@ -129,19 +129,16 @@ def _run(
     q, k, v = primals
     q_weight, q_eps = norm_argument(op, "q_norm", q, q_norm)
     k_weight, k_eps = norm_argument(op, "k_norm", k, k_norm)
-    if stopped := _dual.tangent_gradient_stopped():
-        tangents = _dual.detached(*tangents)
+    tangents = _dual.held(*tangents)
     inputs = (*primals, q_weight, k_weight, *tangents)
     setting = (feature_map, _dual.number(op, "eps", eps), q_eps, k_eps)
     if impl == "reference":
         o, to, _ = reference.forward(*inputs, Setting(*setting))
-        return o, to.detach() if stopped and to is not None else to
-    _dual.guard_levels("linear_attention")
+        return o, *_dual.held(to)
     chosen = _choose(impl, q, v, feature_map)
-    o, to, _ = linear_attention_op(*inputs, *setting, not stopped, chosen)
-    if not _dual.present(tangents):
-        return o, None
-    return o, to.detach() if stopped else to
+    through = not _dual.tangent_gradient_stopped()
+    o, to, _ = linear_attention_op(*inputs, *setting, through, chosen)
+    return o, or_none(to, _dual.present(tangents))
 
 
 def _choose(impl: str, q: Tensor, v: Tensor, feature_map: str) -> str:

@@ -34,6 +34,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.set_materialize_grads(False)
     ctx.eps, ctx.impl = eps, impl
     ctx.through = through and (tx is not None or tweight is not None)
+    if not ctx.through:
+        ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, weight, *((tx, tweight) if ctx.through else ()))
 
 

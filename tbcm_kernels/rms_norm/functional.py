@@ -80,13 +80,11 @@ def _pair(
     x: Tensor, weight: Tensor | None, tx: Tensor | None, tweight: Tensor | None, eps: float,
     impl: str,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    if stopped := _dual.tangent_gradient_stopped():
-        tx, tweight = _dual.detached(tx, tweight)
+    tx, tweight = _dual.held(tx, tweight)
+    through = not _dual.tangent_gradient_stopped()
     chosen = _dispatch.choose_for_rows("rms_norm", impl, x)
     eps = _dual.number("rms_norm", "eps", eps)
-    y, ty = rms_norm_op(x, weight, tx, tweight, eps, not stopped, chosen)
-    if stopped:
-        ty = ty.detach()
+    y, ty = rms_norm_op(x, weight, tx, tweight, eps, through, chosen)
     return y, or_none(ty, tx is not None or tweight is not None)
 
 

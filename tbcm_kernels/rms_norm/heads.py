@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tbcm_kernels._dual import describe
+from tbcm_kernels._dual import any_dual, describe
 from tbcm_kernels._library import Store, differentiate, wide
 from tbcm_kernels.rms_norm import reference
 
@@ -58,16 +58,12 @@ def split(x: Tensor, heads: int) -> Tensor:
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(-3, -2)
 
 
-def norm_weights(*norms: Norm | None) -> list[Tensor]:
-    """The weights of the norms that arguments give."""
-    return [norm[0] for norm in norms if isinstance(norm, tuple)]
-
-
 def norm_argument(op: str, name: str, x: Tensor, norm: Norm | None) -> tuple[Tensor | None, float]:
     """Weight and eps of the norm of x [B, H, N, D] that an argument gives, if it does.
 
     Raises:
         ValueError: not a pair of a weight and eps, or a weight that fits neither D nor H·D.
+        RuntimeError: a weight that carries a tangent.
     """
     if norm is None:
         return None, 0.0
@@ -81,5 +77,10 @@ def norm_argument(op: str, name: str, x: Tensor, norm: Norm | None) -> tuple[Ten
         raise ValueError(
             f"{op}: {name} must be (weight, eps) with a floating weight of {widths[0]} elements "
             f"(each head alone) or {widths[1]} (all heads) on {x.device}, got {describe(weight)}."
+        )
+    if any_dual(weight):
+        raise RuntimeError(
+            f"{op}: the weight of {name} carries a tangent, which the kernels do not take: detach "
+            f"it, or leave out the argument and apply rms_norm before."
         )
     return weight, float(eps)

@@ -76,7 +76,7 @@ def tangent_loss(
     scalars = [_dual.number("tangent_loss", name, value) for name, value in options.items()]
     chosen = _dispatch.choose("tangent_loss", impl, out)
     loss, norm, _, _ = tangent_loss_op(out, *constants, log_variance, *scalars, chosen)
-    return loss, norm.detach()
+    return loss, norm
 
 
 def _check(out: Tensor, tensors: tuple[Tensor, ...], numbers: tuple[Tensor | None, ...]) -> None:

@@ -38,6 +38,8 @@ def _input_fake(
 def _input_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, t, tx, tt, through, impl = inputs
     _save(ctx, (x, t), (tx, tt), through, impl, ctx.needs_input_grad[1])
+    if not ctx.through:
+        ctx.mark_non_differentiable(*output[2:])
 
 
 def _input_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -66,6 +68,8 @@ def _output_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     v, x, t, *tangents, through, impl = inputs
     ctx.v_dtype = v.dtype
     _save(ctx, (v, x, t), tangents, through, impl, any(ctx.needs_input_grad[1:3]))
+    if not ctx.through:
+        ctx.mark_non_differentiable(output[1])
 
 
 def _output_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -87,9 +91,9 @@ def _save(
     of x in flow_output.
     """
     ctx.set_materialize_grads(False)
-    through = through and present(tangents)
-    ctx.differentiated, ctx.impl = through or needs, impl
-    kept = tangents if through else [None] * len(tangents)
+    ctx.through = through and present(tangents)
+    ctx.differentiated, ctx.impl = ctx.through or needs, impl
+    kept = tangents if ctx.through else [None] * len(tangents)
     ctx.save_for_backward(*((*primals, *kept) if ctx.differentiated else primals[-1:]))
 
 

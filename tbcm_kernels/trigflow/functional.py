@@ -180,12 +180,10 @@ def trajectory_step(
 def _input(
     x: Tensor, t: Tensor, tx: Tensor | None, tt: Tensor | None, impl: str
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    if stopped := _dual.tangent_gradient_stopped():
-        tx, tt = _dual.detached(tx, tt)
+    tx, tt = _dual.held(tx, tt)
+    through = not _dual.tangent_gradient_stopped()
     chosen = _dispatch.choose("trigflow", impl, x)
-    x_fm, t_fm, tx_fm, tt_fm = flow_input_op(x, t, tx, tt, not stopped, chosen)
-    if stopped:
-        tx_fm, tt_fm = tx_fm.detach(), tt_fm.detach()
+    x_fm, t_fm, tx_fm, tt_fm = flow_input_op(x, t, tx, tt, through, chosen)
     return x_fm, t_fm, or_none(tx_fm, _dual.present((tx, tt))), or_none(tt_fm, tt is not None)
 
 
@@ -193,12 +191,10 @@ def _output(
     v: Tensor, x: Tensor, t: Tensor, tv: Tensor | None, tx: Tensor | None, tt: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    if stopped := _dual.tangent_gradient_stopped():
-        tv, tx, tt = _dual.detached(tv, tx, tt)
+    tv, tx, tt = _dual.held(tv, tx, tt)
+    through = not _dual.tangent_gradient_stopped()
     chosen = _dispatch.choose("trigflow", impl, x)
-    out, tout = flow_output_op(v, x, t, tv, tx, tt, not stopped, chosen)
-    if stopped:
-        tout = tout.detach()
+    out, tout = flow_output_op(v, x, t, tv, tx, tt, through, chosen)
     return out, or_none(tout, _dual.present((tv, tx, tt)))
 
 

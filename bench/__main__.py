@@ -24,7 +24,7 @@ import torch
 import torch._functorch.config
 
 from bench import audit, guard, ops, peers, timing
-from bench.environment import ROOT, Row, environment, machine, source_hash
+from bench.environment import ROOT, Row, environment, machine
 
 BASELINES = ("eager", "two-pass", "compile", "sdpa")
 
@@ -78,7 +78,6 @@ def rows(op: str, name: str, shape: ops.Shape, args: argparse.Namespace) -> Iter
         torch.compiler.reset()
     dtype = getattr(torch, args.dtype)
     about = {"op": op, "shape": name, **asdict(shape), "dtype": args.dtype}
-    about["source"] = source_hash(ops.base(op))
     few = ops.checked(op, shape, dtype, args.device)
     variants = {}
     for impl in ops.implementations(op, args.device, dtype, args.impl):

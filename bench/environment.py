@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from pathlib import Path
 from typing import Any
@@ -47,13 +46,3 @@ def machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name().replace(" ", "-")
     return f"cpu-{torch.get_num_threads()}-cores"
-
-
-def source_hash(folder: str) -> str:
-    """Twelve digits that change with the kernels in a folder of the library, "**" for all."""
-    files = [*(ROOT / "tbcm_kernels").glob(f"{folder}/*.py"), *(ROOT / "csrc").glob("*")]
-    shared = [ROOT / "tbcm_kernels" / name for name in ("_triton.py", "_library.py")]
-    digest = hashlib.sha256()
-    for file in sorted(files) + shared:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import tbcm_kernels
-from bench.environment import environment, source_hash
+from bench.environment import environment
 from bench.model import PASSES, Student, disagreement, measure, parse_common, ratios
 from tbcm import objective
 
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         kind = KINDS[name]
         models = students(kind, args)
         sizes = {k: getattr(args, k) for k in ("layers", "side", "text", "batch", "dtype")}
-        row = {"model": name, **sizes, "source": source_hash("**")}
+        row = {"model": name, **sizes}
         if found := disagreement(**models):
             row["faults"], wrong = found, 1
             print(f"The fused {name} is wrong here and is not timed.", *found, sep="\n")

@@ -51,11 +51,11 @@ def augment(images: Tensor) -> Tensor:
 
 
 @cache
-def trained_classifier(seed: int = 0) -> Classifier:
+def trained_classifier() -> Classifier:
     """The classifier, trained in a few seconds; the caller's random state is left untouched."""
     (images, labels), _ = digits.load_digits()
     with torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         net = Classifier()
         steps = EPOCHS * (len(images) // BATCH)
         optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=0.01)

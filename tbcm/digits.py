@@ -45,10 +45,10 @@ def load_digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return (images[train], labels[train]), (images[held_out], labels[held_out])
 
 
-def prompts() -> list[tuple[str, int]]:
-    """All (prompt, digit) pairs; consecutive ones ask for the digits in turn."""
+def prompts() -> list[str]:
+    """All prompts; the one in row i asks for the digit i mod 10."""
     return [
-        (phrasing.format(word=word, numeral=digit), digit)
+        phrasing.format(word=word, numeral=digit)
         for phrasing in PHRASINGS
         for digit, word in enumerate(WORDS)
     ]

@@ -194,11 +194,16 @@ class Distiller:
     def draw(self) -> Draw:
         """The random choices of this step, for the whole batch."""
         n, gen, scales = self.config.train_batch_size, self.generator, self.config.scm_cfg_scale
-        rows = torch.randint(len(self.prompts), (n,), generator=gen)
+        rows = torch.randint(self.choices, (n,), generator=gen)
         chosen = torch.randint(len(scales), (n,), generator=gen)
         guidance = torch.tensor(scales, dtype=torch.float32)[chosen]
         noise = SIGMA_DATA * torch.randn(n, *self.teacher.latent_shape, generator=gen)
         return Draw(rows, guidance, noise, self.times(n), torch.rand(n, generator=gen))
+
+    @property
+    def choices(self) -> int:
+        """How many prompts a step draws from."""
+        return len(self.prompts)
 
     def times(self, n: int) -> Tensor:
         """The route of n prompts [n, N]: one for all of them, or each its own."""

@@ -42,6 +42,8 @@ from tbcm.trigflow import SIGMA_DATA, TrigFlow, route
 TEACHER_STEPS = 20
 STUDENT_STEPS = (1, 2, 4)
 CHUNK = 250
+SEEDS = (0, 1, 2)
+"""Two or more: fd_teacher compares each seed with the one before it."""
 
 Scores = dict[str, float]
 
@@ -76,7 +78,7 @@ class Prompts:
     @classmethod
     def of(cls, encoder: TextEncoder, n: int) -> Prompts:
         """n prompts, with the null prompt's embedding kept in the last row of text and mask."""
-        names = [prompt for prompt, _ in digits.prompts()]
+        names = digits.prompts()
         text, mask = encoder.encode([*names, ""])
         longest = int(mask.sum(1).max())  # beyond it all is padding: cost without effect
         return cls(text[:, :longest], mask[:, :longest], torch.arange(n) % len(names))
@@ -84,7 +86,7 @@ class Prompts:
     @property
     def labels(self) -> Tensor:
         """The digit that each prompt asks for [n]."""
-        return torch.tensor([digit for _, digit in digits.prompts()])[self.rows]
+        return self.rows % len(digits.WORDS)
 
 
 def draw(
@@ -114,7 +116,7 @@ def few_step_images(
     net: TrigFlow,
     noise: Tensor,
     prompts: Prompts,
-    guidance: float | None,
+    guidance: Callable[[int], Tensor] | None,
     steps: int,
     generator: torch.Generator,
     name: str,
@@ -122,7 +124,7 @@ def few_step_images(
     """Images of `net` in a few steps from `noise`; the generator draws what comes between them."""
 
     def sampler(z: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        g = None if guidance is None else z.new_full((len(z),), guidance)
+        g = guidance and guidance(len(z))
         return consistency_sample(net, z, text, mask, g, steps, generator)
 
     return draw(sampler, noise, prompts, name)
@@ -133,9 +135,8 @@ def images_of_seed(run: Run, teacher: TrigFlow, prompts: Prompts, seed: int) -> 
     generator = torch.Generator().manual_seed(seed)
     shape = (len(prompts.rows), *run.teacher.latent_shape)
     noise = SIGMA_DATA * torch.randn(shape, generator=generator)
-    guidance = run.student.transformer.config.guidance_embeds_scale * run.scale
 
-    def few(net: TrigFlow, guidance: float | None, steps: int) -> Tensor:
+    def few(net: TrigFlow, guidance: Callable[[int], Tensor] | None, steps: int) -> Tensor:
         # Noise between steps comes after the first, in the same way for all.
         again = generator.clone_state()
         name = f"seed {seed}, {steps} step{'s'[: steps > 1]}"
@@ -145,7 +146,7 @@ def images_of_seed(run: Run, teacher: TrigFlow, prompts: Prompts, seed: int) -> 
         "teacher": teacher_images(teacher, noise, prompts, run.scale, f"seed {seed}, teacher"),
         "undistilled": few(teacher, None, 1),
     }
-    return images | {str(n): few(run.student, guidance, n) for n in STUDENT_STEPS}
+    return images | {str(n): few(run.student, run.guidance, n) for n in STUDENT_STEPS}
 
 
 def scores_of_seed(
@@ -190,8 +191,8 @@ def floors(per_seed: list[dict[str, Scores]]) -> Scores:
     }
 
 
-def open_run(run_dir: Path, use_fused: bool) -> tuple[Run, TrigFlow]:
-    """The run and its teacher's network, both fused if asked; refuses a run on other data."""
+def open_run(run_dir: Path) -> tuple[Run, TrigFlow]:
+    """The run and its teacher's network, both fused; refuses a run on other data."""
     run = load_run(run_dir)
     if run.teacher.latent_shape != (1, 8, 8):
         raise UserError(
@@ -199,31 +200,21 @@ def open_run(run_dir: Path, use_fused: bool) -> tuple[Run, TrigFlow]:
             "images and their prompts, to score it by."
         )
     teacher = TrigFlow(run.teacher.transformer)
-    if use_fused:
-        from tbcm_kernels import fuse
+    from tbcm_kernels import fuse
 
-        fuse(teacher.transformer)
-        fuse(run.student.transformer)
+    fuse(teacher.transformer)
+    fuse(run.student.transformer)
     return run, teacher
 
 
 @torch.no_grad()
-def evaluate_run(
-    run_dir: Path,
-    json_path: Path | None,
-    *,
-    samples: int = 2000,
-    seeds: tuple[int, ...] = (0, 1, 2),
-    use_fused: bool = True,
-) -> dict:
+def evaluate_run(run_dir: Path, json_path: Path, samples: int = 2000) -> dict:
     """Scores a run, prints the table, and writes the JSON file whole or not at all.
 
     Args:
         run_dir: a run of `tbcm train` on the built-in digits.
-        json_path: file for the figures, or None.
-        samples: images per contestant and seed.
-        seeds: two or more; fd_teacher compares each seed with the one before it.
-        use_fused: run the networks through `tbcm_kernels.fuse`.
+        json_path: file for the figures.
+        samples: images per contestant and seed, two or more.
 
     Returns:
         {"teacher": {"accuracy", "fd"}, "undistilled": {"accuracy", "fd", "fd_teacher",
@@ -231,23 +222,21 @@ def evaluate_run(
         "spread" has the same shape and holds their standard deviations.
 
     Raises:
-        UserError: fewer than two seeds or samples, an unreadable run, or an unwritable file.
+        UserError: fewer than two samples, an unreadable run, or an unwritable file.
     """
-    if len(seeds) < 2 or samples < 2:
-        raise UserError("An evaluation needs at least two seeds and two samples.")
-    if json_path is not None:
-        check_writable(json_path)
-    run, teacher = open_run(Path(run_dir), use_fused)
+    if samples < 2:
+        raise UserError(f"samples must be at least 2, not {samples}.")
+    check_writable(json_path)
+    run, teacher = open_run(run_dir)
     prompts = Prompts.of(run.teacher.text, samples)
-    images = [images_of_seed(run, teacher, prompts, seed) for seed in seeds]
+    images = [images_of_seed(run, teacher, prompts, seed) for seed in SEEDS]
     per_seed = [
         scores_of_seed(images[i], prompts.labels, images[i - 1]["teacher"])
-        for i in range(len(seeds))
+        for i in range(len(SEEDS))
     ]
-    report = report_of(per_seed) | {"samples": samples, "seeds": list(seeds)}
+    report = report_of(per_seed) | {"samples": samples, "seeds": list(SEEDS)}
     show(report)
-    if json_path is not None:
-        write_whole(json_path, json.dumps(report, indent=2).encode())
+    write_whole(json_path, json.dumps(report, indent=2).encode())
     return report
 
 

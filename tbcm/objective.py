@@ -108,9 +108,9 @@ def tangent_loss(
 class LogVariance(nn.Module):
     """lv(t): one Linear on a sinusoidal embedding of the time; it starts at 0."""
 
-    def __init__(self, channels: int = 128):
+    def __init__(self):
         super().__init__()
-        self.linear = nn.Linear(channels, 1)
+        self.linear = nn.Linear(128, 1)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 

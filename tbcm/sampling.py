@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import median_high
 
@@ -22,7 +21,7 @@ from tbcm.config import TrainConfig, check_seed, read_config
 from tbcm.errors import UserError
 from tbcm.files import check_writable, write_whole
 from tbcm.models import Teacher, load_transformer, teacher_of
-from tbcm.text import read_prompts
+from tbcm.text import load_prompts, read_prompts
 from tbcm.trigflow import SAMPLE_TIMES, SIGMA_DATA, TrigFlow, to_time
 
 GRID_COLUMNS = 10
@@ -55,15 +54,14 @@ def consistency_sample(
         UserError: no times are known for this number of steps.
     """
     check_steps(steps)
-    x = noise
-    for t, s in pairwise(SAMPLE_TIMES[steps]):
-        now, end = noise.new_full((len(noise),), t), noise.new_zeros(len(noise))
+    x, x0, end = noise, None, noise.new_zeros(len(noise))
+    for t in SAMPLE_TIMES[steps][:-1]:  # the last is 0
+        now = torch.full_like(end, t)
+        if x0 is not None:
+            fresh = SIGMA_DATA * randn_tensor(x.shape, generator, x.device, x.dtype)
+            x = to_time(x0, fresh, end, now)
         x0 = to_time(x, SIGMA_DATA * net(x / SIGMA_DATA, now, text, mask, guidance), now, end)
-        if s == 0:
-            return x0 / SIGMA_DATA
-        fresh = SIGMA_DATA * randn_tensor(x.shape, generator, x.device, x.dtype)
-        x = to_time(x0, fresh, end, now.new_full(now.shape, s))
-    raise AssertionError("the times of a sampler end at 0")
+    return x0 / SIGMA_DATA
 
 
 def check_steps(steps: int) -> None:
@@ -171,16 +169,6 @@ def draw_images(run: Run, prompts: list[str], seeds: list[int], steps: int) -> T
     return torch.cat(images)
 
 
-def run_prompts(config: TrainConfig) -> list[str]:
-    """The first prompts of a run, as many as digits has."""
-    from tbcm import images
-
-    own = [prompt for prompt, _ in digits.prompts()]
-    if config.images:
-        return images.captions(config.images)[: len(own)]
-    return read_prompts(config.prompts)[: len(own)] if config.prompts else own
-
-
 def sample_run(
     run_dir: str | Path, steps: int, out: str | Path, prompts_file: str | Path | None, seed: int
 ) -> None:
@@ -195,6 +183,7 @@ def sample_run(
         raise UserError(f"out is a PNG, not {out}; end its name in .png.")
     check_writable(out)
     run = load_drawing_run(run_dir, steps, seed)
-    prompts = read_prompts(prompts_file) if prompts_file else run_prompts(run.config)
+    own = load_prompts(run.config)[: len(digits.prompts())]
+    prompts = read_prompts(prompts_file) if prompts_file else own
     run.teacher.text.check(prompts)
     grid(draw_images(run, prompts, [seed + i for i in range(len(prompts))], steps), out)

@@ -41,15 +41,15 @@ class ScmDistiller(Distiller):
         self.latents = open_latents(config, teacher, prompts, accelerator)
         super().__init__(config, teacher, prompts)
 
-    def draw(self) -> Draw:
-        """As for TBCM, but rows are of images and times [P, 1] are drawn alone."""
-        n, gen, c = self.config.train_batch_size, self.generator, self.config
-        rows = torch.randint(len(self.latents.rows), (n,), generator=gen)
-        chosen = torch.randint(len(c.scm_cfg_scale), (n,), generator=gen)
-        guidance = torch.tensor(c.scm_cfg_scale, dtype=torch.float32)[chosen]
-        noise = SIGMA_DATA * torch.randn(n, *self.teacher.latent_shape, generator=gen)
-        times = normal_times(n, c.logit_mean, c.logit_std, gen)[:, None]
-        return Draw(rows, guidance, noise, times, torch.rand(n, generator=gen))
+    @property
+    def choices(self) -> int:
+        """Rows are of images."""
+        return len(self.latents.rows)
+
+    def times(self, n: int) -> Tensor:
+        """One time for each image [n, 1]."""
+        c = self.config
+        return normal_times(n, c.logit_mean, c.logit_std, self.generator)[:, None]
 
     def images(self, draw: Draw) -> Tensor:
         """x0 [P, C, H, W] of the images drawn."""

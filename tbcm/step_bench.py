@@ -48,7 +48,8 @@ from tbcm.models import Teacher, load_teacher
 from tbcm.progress import peak_memory_mb
 from tbcm.rollout import Text
 from tbcm.sprint import HEAD_BLOCKS, head_blocks
-from tbcm.train import METHODS, load_prompts
+from tbcm.text import load_prompts
+from tbcm.train import METHODS
 
 MODES = ("eager", "compile", "fused")
 VAE = "_vae"

@@ -127,7 +127,7 @@ def build_text_encoder(seed: int) -> TextEncoder:
     """
     from transformers import Gemma2Config, Gemma2Model
 
-    tokenizer = build_tokenizer([prompt for prompt, _ in digits.prompts()])
+    tokenizer = build_tokenizer(digits.prompts())
     config = Gemma2Config(
         vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=128,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
@@ -210,7 +210,7 @@ def train_transformer(cfg: TeacherConfig, text: TextEncoder) -> SanaTransformer2
     optimizer = torch.optim.AdamW(net.parameters(), lr=cfg.learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, cfg.lr_warmup_steps, cfg.max_train_steps)
     generator = torch.Generator().manual_seed(cfg.seed)
-    embeds, mask = text.encode([prompt for prompt, _ in digits.prompts()] + [""])
+    embeds, mask = text.encode([*digits.prompts(), ""])
     batches = Batches(cfg, embeds, mask, generator)
     with _progress() as progress:
         task = progress.add_task("", total=cfg.max_train_steps, loss=0.0, rate=0.0)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tbcm import digits
+from tbcm.config import TrainConfig
 from tbcm.errors import UserError
 
 if TYPE_CHECKING:
@@ -134,3 +136,22 @@ def read_prompts(path: str | Path) -> list[str]:
     if not prompts:
         raise UserError(f"The prompts file {path} holds no prompt; write one per line.")
     return prompts
+
+
+def load_prompts(config: TrainConfig) -> list[str]:
+    """The prompts of a run: its file's, its images' captions, or the built-in teacher's own.
+
+    Raises:
+        UserError: there are none, or they cannot be read.
+    """
+    from tbcm import images
+
+    if config.images:
+        return images.captions(config.images)
+    if config.prompts:
+        return read_prompts(config.prompts)
+    if config.teacher == "digits":
+        return digits.prompts()
+    if config.method != "tbcm":
+        raise UserError(f"{config.method} learns from images; give --images FOLDER.")
+    raise UserError("This teacher has no prompts of its own; give --prompts FILE, one per line.")

@@ -5,18 +5,17 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from tbcm import checkpoint, digits, images, plots
+from tbcm import checkpoint, plots
 from tbcm.config import TrainConfig, unused
 from tbcm.distiller import Distiller
 from tbcm.distributed import check_device, make_accelerator, on_main
-from tbcm.errors import UserError
 from tbcm.files import whole_folder, write_whole
 from tbcm.models import teacher_of
 from tbcm.progress import Log, peak_memory_mb
 from tbcm.sampling import grid
 from tbcm.scm import ScmDistiller
 from tbcm.sprint import SprintDistiller
-from tbcm.text import read_prompts
+from tbcm.text import load_prompts
 
 METHODS = {"tbcm": Distiller, "scm": ScmDistiller, "sana_sprint": SprintDistiller}
 
@@ -135,16 +134,3 @@ def save_grid(distiller: Distiller, log: Log) -> None:
         path = Path(c.output_dir) / "samples" / f"step-{distiller.step:06d}.png"
         grid(pictures, path)
         log.picture(path, distiller.step)
-
-
-def load_prompts(config: TrainConfig) -> list[str]:
-    """The prompts file, the images' captions, or the built-in teacher's own prompts."""
-    if config.images:
-        return images.captions(config.images)
-    if config.prompts:
-        return read_prompts(config.prompts)
-    if config.teacher == "digits":
-        return [prompt for prompt, _ in digits.prompts()]
-    if config.method != "tbcm":
-        raise UserError(f"{config.method} learns from images; give --images FOLDER.")
-    raise UserError("This teacher has no prompts of its own; give --prompts FILE, one per line.")

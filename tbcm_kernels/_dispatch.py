@@ -54,7 +54,8 @@ OPS: dict[str, tuple[str, ...]] = {
     "tangent_loss": ("triton", "cpu"),
     "trigflow": ("triton", "cpu"),
 }
-"""The accelerated implementations of each op; every op also has "reference"."""
+"""The accelerated implementations of each op; each also has "reference", PyTorch's own GEMM for
+linear."""
 
 
 @functools.cache

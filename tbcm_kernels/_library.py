@@ -13,8 +13,8 @@ from torch import Tensor
 from tbcm_kernels._dual import any_dual, in_dual_level
 from tbcm_kernels._short_way import calls, short_way
 
-Store = Callable[[Tensor], Tensor]
-"""A rounding point: what a value becomes when a kernel stores it."""
+Rounding = Callable[[Tensor], Tensor]
+"""What a factor becomes where it enters a matrix product."""
 
 CHUNK = 16
 """Rows whose weight gradients one worker sums; fixed, so that sums are deterministic."""

@@ -2,7 +2,7 @@
 
 An attention processor is the function that a diffusers `Attention` calls with itself. These compute
 value and tangent together, so that `torch.func.jvp` of the model needs no MATH backend and never
-holds an N × S matrix. They keep no state, need no diffusers, and `fuse(model)` sets them.
+holds an N × S matrix. They need no diffusers, and `fuse(model)` sets them.
 """
 
 from __future__ import annotations

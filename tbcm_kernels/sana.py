@@ -1,7 +1,7 @@
 """The forward of diffusers' SanaTransformer2DModel on explicit pairs of value and tangent.
 
-A pair (x, tx) has tx = None where there is no tangent; that work is then skipped. Each residual is
-added by the `adaln` call that normalises the sum, across block borders too. Under
+A pair (x, tx) has tx = None where there is no tangent; that work is then skipped. A residual
+before a norm is added by the `adaln` call that normalises the sum, across block borders too. Under
 `stop_tangent_gradient()` tangents are computed without a graph.
 """
 

@@ -69,7 +69,7 @@ def test_rows_of_every_pass_and_variant(op: str, tmp_path: Path) -> None:
     for row in rows:
         assert row["p20_us"] <= row["us"] <= row["p80_us"] and row["rounds"] == 2
         assert row["baseline"] in plain[row["pass"]]
-        assert row["bytes"] > 0 and len(row["source"]) == 12
+        assert row["bytes"] > 0
         assert row["variant"] != row["baseline"] or row["speedup"] == 1
         floor = {"memory": row["bytes"] / 1e9, "compute": row["flops"] / 1e12}
         assert row["roofline"] * row["us"] == pytest.approx(1e6 * max(floor.values()))

@@ -181,7 +181,7 @@ BAD_FILES = {
         ("export {d}/none {d}/x", "none"),
         ("eval {d}/none --json {d}/x.json", "none"),
         ("eval {d}/none --json {d}/x.json --images {d}/none", "--out"),
-        ("eval {d}/none --json {d}/x.json --samples 0", "two samples"),
+        ("eval {d}/none --json {d}/x.json --samples 0", "samples must be at least 2, not 0"),
         ("eval {d}/none --json {d}/x.json --clip c", "--clip is for --images alone"),
         ("eval {d}/none --json {d}/x.json --seed 1", "--seed is for --images alone"),
         ("bench step --json {d}", "it is a folder"),

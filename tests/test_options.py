@@ -16,7 +16,8 @@ from tbcm.distiller import Distiller
 from tbcm.errors import UserError
 from tbcm.models import load_teacher
 from tbcm.student import build_student
-from tbcm.train import load_prompts, train
+from tbcm.text import load_prompts
+from tbcm.train import train
 from tbcm.trigflow import TrigFlow
 
 

@@ -17,6 +17,7 @@ from tbcm.models import load_teacher
 from tbcm.optimizer import lr_factor
 from tbcm.rollout import rollout
 from tbcm.sampling import consistency_sample
+from tbcm.text import load_prompts
 from tbcm.trigflow import SIGMA_DATA, route
 
 
@@ -32,7 +33,7 @@ def settings(out: Path, **changes: object) -> TrainConfig:
 
 def distiller(config: TrainConfig) -> trainer.Distiller:
     """The parts of a run without its folder."""
-    return trainer.Distiller(config, load_teacher("digits"), trainer.load_prompts(config))
+    return trainer.Distiller(config, load_teacher("digits"), load_prompts(config))
 
 
 def metrics(run: Path) -> list[dict]:
@@ -162,9 +163,7 @@ def test_a_teacher_in_bf16_gives_the_same_numbers(
 ):
     def records() -> list[dict]:
         config = settings(tmp_path, mixed_precision="bf16", **plan)
-        parts = trainer.METHODS[config.method](
-            config, load_teacher("digits"), trainer.load_prompts(config)
-        )
+        parts = trainer.METHODS[config.method](config, load_teacher("digits"), load_prompts(config))
         sizes.append(sum(p.nbytes for p in parts.transformer.parameters()))
         rows = [parts.train_step() for _ in range(2)]
         return [{k: v for k, v in row.items() if k != "prompts_per_s"} for row in rows]
@@ -173,7 +172,7 @@ def test_a_teacher_in_bf16_gives_the_same_numbers(
     narrow = records()
     shared = load_teacher("digits")  # whose next run starts from fp32 again
     config = settings(tmp_path, mixed_precision="bf16", **plan)
-    first, second = (trainer.Distiller(config, shared, trainer.load_prompts(config)) for _ in "12")
+    first, second = (trainer.Distiller(config, shared, load_prompts(config)) for _ in "12")
     assert first.teacher_digest == second.teacher_digest
     monkeypatch.setattr("tbcm.distiller.narrow_products", lambda net: None)
     assert records() == narrow

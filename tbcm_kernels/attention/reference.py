@@ -4,8 +4,8 @@
     Ṡ = s(Q̇Kᵀ + QK̇ᵀ)       μ = rowsum(P∘Ṡ)        Ȯ = (P∘Ṡ)V − μO + PV̇     L̇ = μ
 
 Q and K are RMS-normalised first where weights are given. Tangents have a leading dimension of lanes
-that share S and P: [T, B, H, N, D]. `operand` marks the rounding of a factor that enters a matrix
-product, `store` that of an output; L and μ keep at least fp32.
+that share S and P: [T, B, H, N, D]. Outputs are rounded at the end; L and μ keep at least fp32.
+`operand` marks the rounding of a factor that enters a matrix product.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tbcm_kernels._library import Store, wide, without_autocast
+from tbcm_kernels._library import Rounding, wide, without_autocast
 from tbcm_kernels.rms_norm.heads import normalized
 
 
@@ -35,14 +35,13 @@ class Setting:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, setting: Setting,
-    store: Store | None = None, operand: Store | None = None,
+    operand: Rounding | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """O [B, H, N, Dv], L [B, H, N], Ȯ [T, B, H, N, Dv], μ [T, B, H, N]; no tangents, no Ȯ and μ.
 
     `setting.causal` is the offset c of the rule that query i sees key j where j ≤ i + c, or None.
     """
-    store = store or _rounding(q.dtype)
-    operand = operand or _exact
+    dtype, operand = q.dtype, operand or _exact
     heads = q.shape[1]
     q, tq = normalized(q, q_weight, tq, setting.q_eps, operand)
     k, v, tk, tv = (_shown(x, setting.key_mask) for x in (k, v, tk, tv))
@@ -60,7 +59,7 @@ def forward(
     o = (operand(e) @ v) * inverse
     lse = (top + total.log()).masked_fill(unseen, -torch.inf).squeeze(-1)
     if tq is None and tk is None and tv is None:
-        return store(o), lse, None, None
+        return o.to(dtype), lse, None, None
     lanes = next(t for t in (tq, tk, tv) if t is not None).shape[0]
     mu = o.new_zeros((lanes, *lse.shape))
     to = o.new_zeros((lanes, *o.shape))
@@ -77,7 +76,7 @@ def forward(
         to = (operand(weighted) @ v) * inverse - rest * o
     if tv is not None:
         to = to + (operand(e) @ tv) * inverse
-    return store(o), lse, store(to), mu
+    return o.to(dtype), lse, to.to(dtype), mu
 
 
 @without_autocast
@@ -86,7 +85,7 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, o: Tensor, lse: Tensor,
     to: Tensor | None, mu: Tensor | None, setting: Setting,
-    store: Store | None = None, operand: Store | None = None,
+    operand: Rounding | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of q, k, v, tq, tk, tv, those of q and k before their norm, also through Ȯ and μ.
 
@@ -95,8 +94,7 @@ def backward(
     dV = PᵀG + ṖᵀH;  dV̇ = PᵀH;  dQ = s(dS K + dṠ K̇);  dQ̇ = s dṠ K;
     dK = s(dSᵀQ + dṠᵀQ̇);  dK̇ = s dṠᵀQ.
     """
-    store = store or _rounding(q.dtype)
-    operand = operand or _exact
+    dtype, operand = q.dtype, operand or _exact
     present = [t is not None for t in (tq, tk, tv)]
     heads, groups, scale = q.shape[1], k.shape[1], setting.scale
     q, tq = normalized(q, q_weight, tq, setting.q_eps, operand)
@@ -140,15 +138,11 @@ def backward(
             None if g is None else g.masked_fill(hidden, 0) for g in (gk, gv, gtk, gtv)
         )
     found = (scale * gq, scale * gk, gv, gtq, gtk, gtv)
-    return tuple(None if g is None else store(g) for g in found)
+    return tuple(None if g is None else g.to(dtype) for g in found)
 
 
 def _exact(x: Tensor) -> Tensor:
     return x
-
-
-def _rounding(dtype: torch.dtype) -> Store:
-    return lambda x: x.to(dtype)
 
 
 def _shown(x: Tensor | None, key_mask: Tensor | None) -> Tensor | None:

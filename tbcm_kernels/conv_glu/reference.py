@@ -3,7 +3,7 @@
     u = silu(a)         c = conv(u; w) + b             y = c₁ silu(c₂)
     u̇ = silu′(a) ȧ      ċ = conv(u̇; w) + conv(u; ẇ) + ḃ    ẏ = ċ₁ silu(c₂) + c₁ silu′(c₂) ċ₂
 
-with c = [c₁; c₂] along the channels. `store` marks the one rounding point: y and ẏ at the end.
+with c = [c₁; c₂] along the channels. y and ẏ are rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tbcm_kernels._library import Store, wide, without_autocast
+from tbcm_kernels._library import wide, without_autocast
 
 
 @without_autocast
 def forward(
     a: Tensor, weight: Tensor, bias: Tensor | None, ta: Tensor | None, tweight: Tensor | None,
-    tbias: Tensor | None, height: int, width: int, store: Store | None = None,
+    tbias: Tensor | None, height: int, width: int,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """y and ẏ; ẏ is None where no input has a tangent."""
-    store = store or (lambda v: v.to(a.dtype))
     grid = (height, width)
     a_, ta_ = wide(a), wide(ta)
     w_, b_, tw_, tb_ = (_like(v, a_) for v in (weight, bias, tweight, tbias))
@@ -36,22 +35,21 @@ def forward(
     if tb_ is not None:
         terms.append(tb_.expand(*a.shape))
     if not terms:
-        return store(y), None
+        return y.to(a.dtype), None
     tc1, tc2 = sum(terms[1:], terms[0]).chunk(2, -1)
-    return store(y), store(tc1 * F.silu(c2) + c1 * slope(c2) * tc2)
+    return y.to(a.dtype), (tc1 * F.silu(c2) + c1 * slope(c2) * tc2).to(a.dtype)
 
 
 @without_autocast
 def backward(
     gy: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs_weight: bool,
-    needs_bias: bool, height: int, width: int, store: Store | None = None,
+    needs_bias: bool, height: int, width: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of a, of weight as [9, 2K] and of bias [2K].
 
     gc = [gy silu(c₂); gy c₁ silu′(c₂)],  ga = silu′(a) convᵀ(gc),
     gw[tap] = Σ gc[pixel] u[pixel + tap],  gb = Σ gc.
     """
-    store = store or (lambda v: v.to(a.dtype))
     grid = (height, width)
     a_, gy_ = wide(a), wide(gy)
     w_, b_ = _like(weight, a_), _like(bias, a_)
@@ -69,7 +67,7 @@ def backward(
             for j in range(3)
         ]
         gw = torch.stack(taps)
-    return store(ga), gw, gc.sum((0, 1)) if needs_bias else None
+    return ga.to(a.dtype), gw, gc.sum((0, 1)) if needs_bias else None
 
 
 def _like(parameter: Tensor | None, a: Tensor) -> Tensor | None:

@@ -60,6 +60,7 @@ def linear_jvp(
     Precision: that of PyTorch's GEMM; autocast applies to the tangents too.
     """
     _dual.refuse_duals("linear_jvp", x, weight, bias, tx, tweight, tbias)
+    _dual.check_tangents("linear_jvp", x=(x, tx), weight=(weight, tweight), bias=(bias, tbias))
     return _pair(x, weight, bias, tx, tweight, tbias)
 
 
@@ -68,7 +69,6 @@ def _pair(
     tbias: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     _check(x, weight, bias)
-    _dual.check_tangents("linear_jvp", x=(x, tx), weight=(weight, tweight), bias=(bias, tbias))
     y = _rows(x, weight, bias)
     with _dual.tangent_scope():
         terms = []

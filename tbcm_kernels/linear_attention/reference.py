@@ -5,7 +5,7 @@ With φ applied to q and k, RMS-normalised first where weights are given, and v'
     S = φ(k)ᵀ v'      n = φ(q) S           o = n_v / (n_1 + ε)
     Ṡ = φ̇ᵀv' + φᵀ[v̇, 0]   ṅ = φ̇(q) S + φ(q) Ṡ   ȯ = (ṅ_v − o ṅ_1) / (n_1 + ε)
 
-where φ̇ = φ′(k) k̇. `store` marks the one rounding point: outputs and gradients at the end; the state
+where φ̇ = φ′(k) k̇. Outputs and gradients are rounded once, at the end; the state
 S [B, H, D, Dv + 1] keeps at least fp32. `operand` marks a factor that enters a matrix product.
 """
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tbcm_kernels._library import Store, wide, without_autocast
+from tbcm_kernels._library import Rounding, wide, without_autocast
 from tbcm_kernels.rms_norm.heads import normalized
 
 FEATURE_MAPS = ("relu", "elu+1", "identity")
@@ -42,10 +42,9 @@ def exact(x: Tensor) -> Tensor:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, setting: Setting,
-    store: Store | None = None, operand: Store = exact,
+    operand: Rounding = exact,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """o [B, H, N, Dv], ȯ, which is None without tangents, and the state S."""
-    store = store or (lambda x: x.to(v.dtype))
     q, tq = features(*normalized(q, q_weight, tq, setting.q_eps), setting.feature_map)
     k, tk = features(*normalized(k, k_weight, tk, setting.k_eps), setting.feature_map)
     v1 = F.pad(wide(v), (0, 1), value=1.0)
@@ -63,22 +62,22 @@ def forward(
     if tv is not None:
         tn.append(product(q, product(k.mT, F.pad(wide(tv), (0, 1)))))
     if not tn:
-        return store(o), None, state
+        return o.to(v.dtype), None, state
     tn = sum(tn[1:], tn[0])
-    return store(o), store((tn[..., :-1] - o * tn[..., -1:]) * inverse), state
+    to = (tn[..., :-1] - o * tn[..., -1:]) * inverse
+    return o.to(v.dtype), to.to(v.dtype), state
 
 
 @without_autocast
 def backward(
     go: Tensor, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
-    state: Tensor, setting: Setting, store: Store | None = None, operand: Store = exact,
+    state: Tensor, setting: Setting, operand: Rounding = exact,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, those of q and k before their feature map and after their norm.
 
     g_n = [g, −g·o] / (n_1 + ε);  gφ(q) = g_n Sᵀ;  gS = φ(q)ᵀ g_n
     gφ(k) = v' gSᵀ;  gv = (φ(k) gS)_v
     """
-    store = store or (lambda x: x.to(v.dtype))
     q, _ = normalized(q, q_weight, None, setting.q_eps)
     k, _ = normalized(k, k_weight, None, setting.k_eps)
     (fq, sq), (fk, sk) = (features(x, torch.ones_like(x), setting.feature_map) for x in (q, k))
@@ -91,7 +90,7 @@ def backward(
     gq = operand(gn) @ operand(state).mT
     gk = operand(v1) @ operand(gstate).mT
     gv = operand(fk) @ operand(gstate)
-    return store(gq * sq), store(gk * sk), store(gv[..., :-1])
+    return (gq * sq).to(v.dtype), (gk * sk).to(v.dtype), gv[..., :-1].to(v.dtype)
 
 
 def features(x: Tensor, tx: Tensor | None, feature_map: str) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import tbcm_kernels
-from tbcm_kernels._library import Store
+from tbcm_kernels._library import Rounding
 from tbcm_kernels.attention import reference
 from tbcm_kernels.rms_norm.heads import norm_backward
 from tbcm_kernels.testing.cases import Case
@@ -45,7 +45,7 @@ def run(case: Case, impl: str) -> Values:
 
 
 def expected(
-    case: Case, enter: Store, store: Store | None = None, operand: Store | None = None,
+    case: Case, enter: Rounding, operand: Rounding | None = None,
     settle: Callable[[Values], tuple[Values, Values]] | None = None,
 ) -> Values:  # fmt: skip
     """The same from the reference.
@@ -55,7 +55,7 @@ def expected(
     """
     setting = _setting(case)
     inputs = _lanes(_inputs(case), 5)
-    outputs = reference.forward(*_each(enter, inputs), setting, store, operand)
+    outputs = reference.forward(*_each(enter, inputs), setting, operand)
     outputs, saved = settle(outputs) if settle else (outputs, _each(enter, outputs))
     found = [x.squeeze(0) if x is not None and i > 1 else x for i, x in enumerate(outputs)]
     found += outputs[:2]  # they do not depend on the tangents
@@ -67,12 +67,12 @@ def expected(
         read = [*_each(enter, [*_lanes(cotangents, 2), *inputs]), *saved]
         if loss == "the value":  # a call without tangents
             read = [x if i not in (9, 10, 11, 14, 15) else None for i, x in enumerate(read)]
-        grads = _backward(*read, setting, store, operand)
+        grads = _backward(*read, setting, operand)
         found += [g.squeeze(0) if g is not None and i > 4 else g for i, g in enumerate(grads)]
     return found
 
 
-def _each(f: Store, values: Sequence[Tensor | None]) -> Values:
+def _each(f: Rounding, values: Sequence[Tensor | None]) -> Values:
     return [None if x is None else f(x) for x in values]
 
 
@@ -81,7 +81,7 @@ def _lanes(values: Values, start: int) -> Values:
     return [x.unsqueeze(0) if x is not None and i >= start else x for i, x in enumerate(values)]
 
 
-def noise(case: Case, truth: Values, operand: Store | None) -> Values:
+def noise(case: Case, truth: Values, operand: Rounding | None) -> Values:
     """How far the truth moves, in RMS, where each tensor that a pass reads is off by a unit.
 
     The unit is that of fp32 arithmetic times 0.29 √D, for each step of a sum of D terms rounds it
@@ -112,7 +112,7 @@ def noise(case: Case, truth: Values, operand: Store | None) -> Values:
         factor = 1 + torch.rand((), generator=generator, dtype=x.dtype)
         return operand(x * factor) / factor
 
-    return spread(truth, lambda: expected(case, disturbed, exact, operand and rounded, settle))
+    return spread(truth, lambda: expected(case, disturbed, operand and rounded, settle))
 
 
 def rank(case: Case, name: str) -> int | None:
@@ -130,11 +130,11 @@ def exact(x: Tensor) -> Tensor:
 
 
 def _backward(*arguments: object) -> Values:
-    cotangents, inputs, (setting, store, operand) = arguments[:4], arguments[4:12], arguments[16:]
+    cotangents, inputs, (setting, operand) = arguments[:4], arguments[4:12], arguments[16:]
     if all(c is None for c in cotangents):
         return [None] * len(INPUTS)
     q, k, _, q_weight, k_weight, tq, tk, _ = inputs
-    grads = reference.backward(*arguments[:16], setting, store, operand)
+    grads = reference.backward(*arguments[:16], setting, operand)
     gq, gk, gv, gtq, gtk, gtv = grads
     gq_weight = gk_weight = None
     if q_weight is not None:

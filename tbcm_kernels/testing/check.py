@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tbcm_kernels
 from tbcm_kernels import _dispatch
-from tbcm_kernels._library import Store
+from tbcm_kernels._library import Rounding
 from tbcm_kernels.testing import attention, linear_attention, objective
 from tbcm_kernels.testing.cases import Case
 from tbcm_kernels.testing.compare import faults
@@ -91,7 +91,7 @@ def _names(case: Case) -> list[str]:
 
 def _truth(case: Case) -> Values:
     if case.op == "attention":
-        return attention.expected(case, attention.exact, attention.exact)
+        return attention.expected(case, attention.exact)
     if case.op in objective.LEAVES:
         return objective.truth(case)
     primals, tangents = _doubles(case.primals), _doubles(case.tangents)
@@ -132,7 +132,7 @@ def _noise(case: Case, truth: Values, impl: str) -> Values:
     return [None] * len(truth)
 
 
-def _operand(case: Case, impl: str) -> Store | None:
+def _operand(case: Case, impl: str) -> Rounding | None:
     x = case.primals[0]
     if x.dtype.itemsize > 2 or _dispatch.choose(case.op, impl, x) != "triton":
         return None

@@ -107,16 +107,19 @@ def guard_levels(op: str, mend: str = "") -> None:
             vmap inside jvp, or in a compiled function that is called inside `dual_level()`.
     """
     forward, reverse, batched = _functorch_levels()
-    mend = mend or f'tbcm_kernels.{op}(..., impl="reference")'
     if forward == 0 and fwAD._current_level >= 0 and _under_dynamo():
         raise RuntimeError(
             f"tbcm_kernels.{op}: a compiled function loses its tangents inside dual_level(); "
             f"compile a function that calls torch.func.jvp instead."
         )
+    if forward <= 1 and not reverse and not batched:
+        return
+    mend = mend or f'tbcm_kernels.{op}(..., impl="reference")'
+    mend += ", or undo() the fuse() that has put it there"
     if forward > 1:
         raise RuntimeError(
-            f"tbcm_kernels.{op} supports one level of forward mode, and {forward} are nested here: "
-            f"use {mend}, which plain PyTorch differentiates to any order."
+            f"tbcm_kernels.{op} supports one level of forward mode, and {forward} are nested here; "
+            f"plain PyTorch has any order: use {mend}."
         )
     if reverse:
         raise RuntimeError(
@@ -142,11 +145,35 @@ def in_dual_level() -> bool:
     return fwAD._current_level >= 0
 
 
+@constant_under_compile
+def _levels_in_graph() -> int:
+    """Levels of `torch.func.jvp` that the function which Dynamo traces opens itself."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    graphs = [tracer.graph for tracer in InstructionTranslator.current_tx().output.tracers]
+    names = [node.name for graph in graphs for node in graph.nodes]
+    opened, closed = "_jvp_increment_nesting", "_jvp_decrement_nesting"
+    return sum((opened in name) - (closed in name) for name in names)
+
+
+def _refuse_outer_levels() -> None:
+    """Raise where Dynamo traces inside `torch.func.jvp`: its stand-ins for duals have no tangent.
+
+    A function that may break then runs as it is.
+    """
+    if torch.compiler.is_dynamo_compiling() and _levels_in_graph() < _functorch_levels()[0]:
+        raise RuntimeError(
+            "tbcm_kernels: a compiled function loses its tangents inside torch.func.jvp; compile "
+            "a function that calls torch.func.jvp instead."
+        )
+
+
 def any_dual(*tensors: Tensor | None) -> bool:
     """Whether one of the tensors carries a forward-AD tangent."""
-    return in_dual_level() and any(
-        x is not None and fwAD.unpack_dual(x).tangent is not None for x in tensors
-    )
+    if not in_dual_level():
+        return False
+    _refuse_outer_levels()
+    return any(x is not None and fwAD.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def refuse_duals(op: str, *tensors: Tensor | None) -> None:
@@ -183,6 +210,8 @@ def unpack(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | 
     PyTorch makes duals of two dtypes, as `F.layer_norm` of bf16 with weights in fp32 does. Kernels
     read a tangent as they read its primal, so here it takes that dtype.
     """
+    if in_dual_level():
+        _refuse_outer_levels()
     primals: list[Tensor | None] = []
     tangents: list[Tensor | None] = []
     for x in tensors:

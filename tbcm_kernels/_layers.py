@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,6 +43,48 @@ def function_of(x: Any) -> Any:
 def has_hooks(layer: nn.Module) -> bool:
     """Whether more than the layer's forward runs when it is called."""
     return any(map(layer.__dict__.__getitem__, _HOOKS))
+
+
+@dataclass(frozen=True)
+class Made:
+    """A layer as its library makes it: class, plain values, other objects' types, layers inside."""
+
+    kind: type
+    values: dict[str, Any]
+    objects: dict[str, type]
+    parts: dict[str, Made | None]
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Made:
+        """The description of a layer that nobody has changed."""
+        own = {n: v for n, v in layer.__dict__.items() if n[0] != "_" and n not in _READ}
+        values = {n: v for n, v in own.items() if isinstance(v, _PLAIN)}
+        objects = {n: type(v) for n, v in own.items() if n not in values}
+        parts = {n: None if part is None else cls.of(part) for n, part in layer._modules.items()}
+        return cls(type(layer), values, objects, parts)
+
+    def difference(self, layer: nn.Module) -> str | None:
+        """In what a layer differs, in a clause; None where only its weights may."""
+        if type(layer).forward is not self.kind.forward:
+            return f"is a {type(layer).__module__}.{type(layer).__qualname__}"
+        own = layer.__dict__
+        if not self.values.items() <= own.items():
+            found = next(n for n, v in self.values.items() if (n, v) not in own.items())
+            return f"has {found}={own.get(found)!r}, not {self.values[found]!r}"
+        for name, kind in self.objects.items():
+            if type(own.get(name)) is not kind:
+                return f"has a {type(own.get(name)).__name__}, not {kind.__name__}"
+        parts = own["_modules"].keys()
+        if parts != self.parts.keys() and parts - ADDED != self.parts.keys():
+            return f"has {', '.join(parts) or 'nothing'} in it"
+        return None
+
+
+_PLAIN = (bool, int, float, str, tuple, type(None))
+_READ = ("training", "eps")
+"""What may change, for it is read at each call."""
+ADDED = {"parametrizations"}
+"""Layers inside a layer that its parameters are read through, and that run."""
 
 
 def over_heads(mask: Tensor | None, batch: int) -> Tensor | None:

@@ -176,7 +176,7 @@ def _refusal(attn: nn.Module) -> str | None:
     processor = _stock(attn.get_processor())
     kind = type(processor).__name__
     if isinstance(processor, JVPAttnProcessor | JVPJointAttnProcessor):
-        return f"has a {kind} already; undo() the earlier fuse first"
+        return f"has a {kind} already; undo() the earlier fuse, or set the stock processor, first"
     known = _dispatches(processor) or _path(processor) in PROCESSORS
     if not known and not calls_attention(attn):
         return f"has a {kind}, which does not call F.scaled_dot_product_attention"

@@ -8,6 +8,7 @@ before a norm is added by the `adaln` call that normalises the sum, across block
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tbcm_kernels import _dispatch, _dual
-from tbcm_kernels._layers import does_more
+from tbcm_kernels._layers import ADDED, Made, does_more
 from tbcm_kernels.adaln import adaln_jvp
 from tbcm_kernels.attention import attention_jvp
 from tbcm_kernels.attention.functional import MAX_HEAD_DIM
@@ -85,45 +86,51 @@ def _check(model: nn.Module) -> None:
             raise ValueError(
                 f"fuse: {name}={getattr(config, name)!r} has no fused forward; use the stock model."
             )
-    for i, block in enumerate(model.transformer_blocks):
-        for kind in ("1", "2"):
-            norm, attn = (getattr(block, name + kind) for name in ("norm", "attn"))
-            plain = type(norm) is nn.LayerNorm and not norm.elementwise_affine
-            plain &= not attn.residual_connection and attn.rescale_output_factor == 1
-            if not plain or attn.to_out[1].p > 0:
-                raise ValueError(
-                    f"fuse: norm{kind} or attn{kind} of transformer_blocks.{i} is not as diffusers "
-                    f"makes it; use the stock model."
-                )
     _check_layers(model)
+
+
+_TRUNK = ("patch_embed", "norm_out", "proj_out")
+"""What the fused forward passes by, beside the blocks; the rest runs as modules."""
 
 
 def _check_layers(model: nn.Module) -> None:
     """Also on every call: what a layer gets later, as a hook or adapter, would be passed by."""
-    queue = list(model._modules.values())
-    for layer in queue:  # it grows under the loop, at a tenth of what modules() takes
+    plain = (item for item in model.config.items() if not isinstance(item[1], list | dict))
+    made = _as_made(tuple(plain))
+    parts, block = dict(model._modules), made.parts["transformer_blocks"].parts["0"]
+    queue = [(layer, block) for layer in parts.pop("transformer_blocks")]
+    queue += [(layer, made.parts[n] if n in _TRUNK else None) for n, layer in parts.items()]
+    for layer, want in queue:  # it grows under the loop, at a tenth of what modules() takes
         if layer is None:
             continue
-        queue += layer._modules.values()
-        own, reason = layer.__dict__, None
         if does_more(layer):
             reason = "has hooks or a replaced forward"
-        elif not _is_plain(type(layer).forward):
-            reason = f"is a {type(layer).__name__}"
-        elif "is_cross_attention" in own:
-            processor = type(own.get("processor")).__name__
-            if processor != _PROCESSORS[own["is_cross_attention"]]:
-                reason = f"has a {processor}"
+        elif want is None:
+            kind = type(layer)
+            path = f"{kind.__module__}.{kind.__qualname__}"
+            reason = None if _is_plain(kind.forward) else f"is a {path}"
+        else:
+            reason = want.difference(layer)
         if reason:
             name = next(n for n, m in model.named_modules() if m is layer)
             raise ValueError(
                 f"fuse: {name} {reason}, which the fused forward would pass by; use the stock "
-                f"model."
+                f"model, of adapters the merged one."
             )
+        if inside := layer._modules:
+            wanted = want.parts if want else {}
+            queue += [(part, wanted.get(n)) for n, part in inside.items() if n not in ADDED]
 
 
-_PROCESSORS = ("SanaLinearAttnProcessor2_0", "SanaAttnProcessor2_0")
-"""Of self-attention and of cross-attention."""
+@functools.lru_cache(maxsize=8)
+def _as_made(config: tuple[tuple[str, Any], ...]) -> Made:
+    """A model of this configuration as diffusers makes it, with one block and without memory."""
+    from diffusers import SanaTransformer2DModel
+
+    known = inspect.signature(SanaTransformer2DModel.__init__).parameters
+    settings = {name: value for name, value in config if name in known}
+    with torch.device("meta"):
+        return Made.of(SanaTransformer2DModel(**settings | {"num_layers": 1}))
 
 
 @functools.cache

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 from diffusers import SanaTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 
 import tbcm_kernels as tk
 
@@ -246,9 +247,12 @@ def test_undo_leaves_a_later_wrapper_alone() -> None:
 @pytest.mark.parametrize("name", ["scale_shift_table", "patch_embed.proj.weight",
     "transformer_blocks.0.attn1.to_q.weight", "transformer_blocks.0.attn2.norm_q.weight",
     "transformer_blocks.0.ff.conv_depth.weight", "transformer_blocks.0.scale_shift_table",
-    "proj_out.weight"])  # fmt: skip
-def test_tangents_of_parameters_raise(name: str) -> None:
-    model = _model(TINY)
+    "transformer_blocks.1.attn1.to_out.0.bias", "transformer_blocks.1.ff.conv_inverted.bias",
+    "transformer_blocks.0.ff.conv_point.weight", "proj_out.weight"])  # fmt: skip
+@pytest.mark.parametrize("side", [8, 32])
+def test_tangents_of_parameters_raise(name: str, side: int) -> None:
+    """Also where 256 tokens or more are computed again in backward."""
+    model = _model(TINY | {"sample_size": side})
     inputs = _inputs(model)
     weight = dict(model.named_parameters())[name]
 
@@ -293,7 +297,7 @@ def test_refuses_layers_that_do_more_than_their_weights_say() -> None:
 
     model = _model(TINY)
     model.transformer_blocks[0].attn1.to_q = Adapter(32, 32, bias=False)
-    with pytest.raises(ValueError, match=r"0\.attn1\.to_q is a Adapter"):
+    with pytest.raises(ValueError, match=r"0\.attn1\.to_q is a \S*\.Adapter"):
         tk.fuse(model)
     for hook in ("forward_hook", "forward_pre_hook", "full_backward_hook"):
         model = _model(TINY)
@@ -309,6 +313,13 @@ class Doubled(SanaTransformer2DModel):
         return 2 * super().forward(*args, **options)
 
 
+class Half(nn.Module):
+    """A parametrization of a weight."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
 class Zero:
     """An attention processor of one's own."""
 
@@ -321,24 +332,57 @@ CHANGES = {
     r"attn2 has a SanaLinearAttnProcessor2_0": lambda block: block.attn2.set_processor(
         block.attn1.processor
     ),
-    r"attn1 of transformer_blocks\.1": lambda block: setattr(
+    r"attn1 has rescale_output_factor=2\.0": lambda block: setattr(
         block.attn1, "rescale_output_factor", 2.0
     ),
-    r"attn2 of transformer_blocks\.1": lambda block: setattr(
+    r"attn2 has residual_connection=True": lambda block: setattr(
         block.attn2, "residual_connection", True
     ),
-    r"norm2 or attn2 .*\.1 is not": lambda block: setattr(block.attn2.to_out[1], "p", 0.5),
-    r"norm1 or .*\.1 is not": lambda block: setattr(block, "norm1", torch.nn.LayerNorm(32)),
-    r"norm2 or .*\.1 is not": lambda block: setattr(block, "norm2", torch.nn.RMSNorm(32)),
+    r"attn2\.to_out\.1 has p=0\.5": lambda block: setattr(block.attn2.to_out[1], "p", 0.5),
+    r"attn1\.to_out\.1 is a .*Tanh": lambda block: block.attn1.to_out.__setitem__(1, nn.Tanh()),
+    r"attn1\.norm_q is a .*LayerNorm": lambda block: setattr(
+        block.attn1, "norm_q", nn.LayerNorm(32)
+    ),
+    r"attn2\.to_k is a .*Sequential": lambda block: setattr(block.attn2, "to_k", nn.Sequential()),
+    r"norm1 has elementwise_affine=True": lambda block: setattr(block, "norm1", nn.LayerNorm(32)),
+    r"norm2 is a .*RMSNorm": lambda block: setattr(block, "norm2", nn.RMSNorm(32)),
+    r"ff has residual_connection=True": lambda block: setattr(
+        block.ff, "residual_connection", True
+    ),
+    r"ff\.nonlinearity is a .*ReLU": lambda block: setattr(block.ff, "nonlinearity", nn.ReLU()),
+    r"ff\.conv_depth has dilation=\(2, 2\)": lambda block: setattr(
+        block.ff.conv_depth, "dilation", (2, 2)
+    ),
+    r"ff\.conv_depth has padding_mode='reflect'": lambda block: setattr(
+        block.ff.conv_depth, "padding_mode", "reflect"
+    ),
+    r"attn1 has .*, more in it": lambda block: block.attn1.add_module("more", nn.Linear(2, 2)),
 }
 
 
 @pytest.mark.parametrize("named", CHANGES)
 def test_refuses_blocks_that_are_not_as_diffusers_makes_them(named: str) -> None:
     model = _model(TINY)
+    inputs, handle = _inputs(model), tk.fuse(model)
     CHANGES[named](model.transformer_blocks[1])
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=rf"transformer_blocks\.1\.{named}"):
+        model(**inputs)
+    handle.undo()
+    with pytest.raises(ValueError, match=rf"transformer_blocks\.1\.{named}"):
         tk.fuse(model)
+
+
+def test_refuses_another_end_and_takes_what_it_reads() -> None:
+    model = _model(TINY)
+    model.transformer_blocks[0].norm1.eps = 1e-3
+    parametrize.register_parametrization(model.transformer_blocks[0].attn1.to_q, "weight", Half())
+    inputs = _inputs(model)
+    want = model(**inputs).sample
+    with tk.fuse(model):
+        torch.testing.assert_close(model(**inputs).sample, want, rtol=1e-4, atol=1e-5)
+        model.norm_out.norm = nn.LayerNorm(32)
+        with pytest.raises(ValueError, match=r"norm_out\.norm has elementwise_affine=True"):
+            model(**inputs)
 
 
 def test_refuses_a_forward_of_a_subclass_and_a_wrapper() -> None:

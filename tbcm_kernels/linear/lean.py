@@ -51,6 +51,7 @@ def of_conv_glu(
     y: Pair, a: Tensor, depth: nn.Conv2d, grid: tuple[int, int], weight: Tensor, impl: str
 ) -> Pair:
     """y Wᵀ for y = conv_glu(a) in the implementation."""
+    _dual.refuse_duals("linear_jvp", weight)
     weight = _cast(weight)
     value = linear_of_conv_glu(_cast(y[0]), a, depth.weight, depth.bias, *grid, weight, impl)
     return _with_tangents([value], y[1], [weight])[0]
@@ -83,9 +84,10 @@ def add_product(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
 def _parameters(layers: Sequence[nn.Linear], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Weights, and the biases if there are any, as autocast has them."""
     device = x.device.type
-    weights = autocast([layer.weight for layer in layers], device)
+    weights = [layer.weight for layer in layers]
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    return weights, autocast(biases, device)
+    _dual.refuse_duals("linear_jvp", *weights, *biases)
+    return autocast(weights, device), autocast(biases, device)
 
 
 def _cast(x: Tensor) -> Tensor:

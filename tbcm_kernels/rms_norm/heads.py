@@ -81,6 +81,7 @@ def norm_argument(op: str, name: str, x: Tensor, norm: Norm | None) -> tuple[Ten
     if any_dual(weight):
         raise RuntimeError(
             f"{op}: the weight of {name} carries a tangent, which the kernels do not take: detach "
-            f"it, or leave out the argument and apply rms_norm before."
+            f"it, or leave out the argument and apply rms_norm before (fuse() covers tangents of "
+            f"inputs, not of parameters)."
         )
     return weight, float(eps)

@@ -1,0 +1,65 @@
+"""What an op refuses under PyTorch's transforms, because a tangent would be lost, and the mends."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tbcm_kernels as tk
+
+T, TAPS, WEIGHT = torch.rand(1), torch.randn(8, 1, 3, 3), torch.ones(6, 8)
+OPS: dict[str, Callable[..., Tensor]] = {
+    "linear": lambda x: tk.linear(x, WEIGHT),
+    "rms_norm": tk.rms_norm,
+    "adaln": lambda x, **impl: tk.adaln(x, x.sin(), **impl)[1],
+    "conv_glu": lambda x, **impl: tk.conv_glu(x, TAPS, height=2, width=2, **impl),
+    "attention": lambda x, **impl: tk.attention(x, x.sin(), x.cos(), **impl),
+    "linear_attention": lambda x, **impl: tk.linear_attention(x[None], x[None], x[None], **impl),
+    "flow_input": lambda x, **impl: tk.flow_input(x, T, **impl)[0],
+    "flow_output": lambda x, **impl: tk.flow_output(x, x.sin(), T, **impl),
+}
+PLAIN = {name: functools.partial(f, impl="reference") for name, f in OPS.items()}
+PLAIN["linear"] = lambda x: F.linear(x, WEIGHT)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_vmap_inside_jvp_raises_with_the_mend(name: str) -> None:
+    """The mend that it names is one: the reference's products are those of jvp inside vmap."""
+    x, tx = torch.randn(2, 3, 1, 4, 8)
+    with pytest.raises(RuntimeError, match="put jvp inside vmap"):
+        torch.func.jvp(torch.func.vmap(OPS[name]), (x,), (tx,))
+    got = torch.func.jvp(torch.func.vmap(PLAIN[name]), (x,), (tx,))
+    want = torch.func.vmap(lambda x, tx: torch.func.jvp(OPS[name], (x,), (tx,)))(x, tx)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("name", [*OPS, "a fused layer"])
+@pytest.mark.parametrize("default_device", [None])
+def test_a_compiled_op_inside_jvp_keeps_the_tangent_or_raises(
+    name: str, fullgraph: bool, default_device: None
+) -> None:
+    """With the "eager" backend, the one that PyTorch lets run there, on values without tangents."""
+    torch._dynamo.reset()
+    function = OPS[name] if name in OPS else tk.fuse(nn.Linear(8, 8)).model
+    compiled = torch.compile(function, backend="eager", fullgraph=fullgraph)
+    x, tx = torch.randn(1, 4, 8), torch.randn(1, 4, 8)
+
+    def along(function: Callable[..., Tensor]) -> Tensor:
+        return torch.func.jvp(lambda x: function(x.tanh()), (x,), (tx,))[1]
+
+    if fullgraph:
+        with pytest.raises(Exception, match=r"Observed exception|inside torch\.func\.jvp"):
+            along(compiled)
+    else:
+        torch.testing.assert_close(along(compiled), along(function))
+
+
+def test_vmap_over_nothing_raises() -> None:
+    with pytest.raises(ValueError, match="at least one element"):
+        torch.vmap(tk.rms_norm)(torch.randn(0, 3, 8))

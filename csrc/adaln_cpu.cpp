@@ -8,14 +8,24 @@ struct Statistics {
   float mean, r;
 };
 
+// Of the mean square around a mean that is off by `rest`.
+TBCM_INLINE float inverse_deviation(float square, float rest, float eps) {
+  const float variance = square - rest * rest;
+  return 1.f / __builtin_sqrtf((variance > 0.f ? variance : 0.f) + eps);
+}
+
 TBCM_INLINE Statistics statistics(const float* v, int64_t n, float eps) {
-  float sum = 0.f, square = 0.f;
+  float sum = 0.f, square = 0.f, rest = 0.f;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) sum += v[i];
   const float mean = sum / float(n);
-#pragma omp simd reduction(+ : square)
-  for (int64_t i = 0; i < n; ++i) square += (v[i] - mean) * (v[i] - mean);
-  return {mean, 1.f / __builtin_sqrtf(square / float(n) + eps)};
+#pragma omp simd reduction(+ : square, rest)
+  for (int64_t i = 0; i < n; ++i) {
+    square += (v[i] - mean) * (v[i] - mean);
+    rest += v[i] - mean;
+  }
+  rest /= float(n);  // what rounding has left in the mean
+  return {mean + rest, inverse_deviation(square / float(n), rest, eps)};
 }
 
 // Means of a and of a * xhat: what both the tangent and the gradient of a LayerNorm subtract.
@@ -67,14 +77,21 @@ TBCM_INLINE void forward_row(const Forward<T>& p, int64_t b, int64_t n, const Sp
       tsum += tv[i];
     }
   }
-  const float mean = sum / float(width), tmean = tsum / float(width);
-  float square = 0.f, dot = 0.f;
-#pragma omp simd reduction(+ : square, dot)
+  float mean = sum / float(width), tmean = tsum / float(width);
+  float square = 0.f, dot = 0.f, rest = 0.f, trest = 0.f;
+#pragma omp simd reduction(+ : square, dot, rest, trest)
   for (int64_t i = 0; i < width; ++i) {
     square += (v[i] - mean) * (v[i] - mean);
-    if constexpr (tangent) dot += (v[i] - mean) * (tv[i] - tmean);
+    rest += v[i] - mean;
+    if constexpr (tangent) {
+      dot += (v[i] - mean) * (tv[i] - tmean);
+      trest += tv[i] - tmean;
+    }
   }
-  const float r = 1.f / __builtin_sqrtf(square / float(width) + p.eps), m = r * dot / float(width);
+  rest /= float(width), trest /= float(width);  // what rounding has left in the means
+  mean += rest, tmean += trest;
+  const float r = inverse_deviation(square / float(width), rest, p.eps);
+  const float m = r * (dot / float(width) - rest * trest);
   const float *scale = or_else(p.scale.at(b, n), spare.zeros), *shift = or_else(p.shift.at(b, n), spare.zeros);
   const float *tscale = or_else(p.tscale.at(b, n), spare.zeros), *tshift = or_else(p.tshift.at(b, n), spare.zeros);
   T *y = p.y.at(b, n), *ty = p.ty.at(b, n);

@@ -95,12 +95,20 @@ TBCM_INLINE float exponentiate(float* s, float shift, int64_t n) {
   return total(sum);
 }
 
-// t = e (scale t); returns the sum.
+// The sum of e t.
 template <class Vector>
-TBCM_INLINE float weigh(float* t, const float* e, float scale, int64_t n) {
+TBCM_INLINE float moment(const float* t, const float* e, int64_t n) {
+  Vector sum = {};
+  for (int64_t j = 0; j < n; j += lanes<Vector>) sum += get<Vector>(e + j) * get<Vector>(t + j);
+  return total(sum);
+}
+
+// t = e (scale t - center); returns the sum.
+template <class Vector>
+TBCM_INLINE float weigh(float* t, const float* e, float scale, float center, int64_t n) {
   Vector sum = {};
   for (int64_t j = 0; j < n; j += lanes<Vector>) {
-    const Vector v = get<Vector>(e + j) * (get<Vector>(t + j) * scale);
+    const Vector v = get<Vector>(e + j) * (get<Vector>(t + j) * scale - center);
     put(t + j, v);
     sum += v;
   }

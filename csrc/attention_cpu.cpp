@@ -17,6 +17,7 @@ struct ForwardTiles {
   float *kt, *v, *tkt, *tv;       // K', V and tangents of one head
   float *q, *tq, *s, *ts;         // queries, logits, and the latter's tangent of one lane
   float *o, *to, *top, *total, *u;  // accumulators and row statistics
+  float* center;                  // of a row's rates: their mean over the first block that it sees
 };
 
 TBCM_INLINE int64_t forward_floats(const Forward& p, Arena* arena, ForwardTiles* t) {
@@ -34,7 +35,8 @@ TBCM_INLINE int64_t forward_floats(const Forward& p, Arena* arena, ForwardTiles*
                           {&t->to, p.lanes * o},
                           {&t->top, QUERIES},
                           {&t->total, QUERIES},
-                          {&t->u, p.lanes * QUERIES}};
+                          {&t->u, p.lanes * QUERIES},
+                          {&t->center, p.lanes * QUERIES}};
   return take(arena, pieces);
 }
 
@@ -80,7 +82,12 @@ TBCM_INLINE void forward_block(const Forward& p, const ForwardTiles& t, int64_t 
     if (p.q.tx) set_product(isa, t.tq + l * QUERIES * ldq, ldq, t.kt + at, lds, t.ts, lds, m, padded, width);
     else for (int64_t r = 0; r < m; ++r) zero(t.ts + r * lds, padded);
     if (p.k.tx) add_product(isa, t.q, ldq, t.tkt + l * p.key_blocks() * width * lds + at, lds, t.ts, lds, m, padded, width);
-    for (int64_t r = 0; r < m; ++r) t.u[l * QUERIES + r] += weigh<typename Isa::Vector>(t.ts + r * lds, t.s + r * lds, p.scale, padded);
+    for (int64_t r = 0; r < m; ++r) {
+      float &center = t.center[l * QUERIES + r], *ts = t.ts + r * lds;
+      if (center == HIDDEN && t.total[r] > 0)
+        center = p.scale * moment<typename Isa::Vector>(ts, t.s + r * lds, padded) / t.total[r];
+      t.u[l * QUERIES + r] += weigh<typename Isa::Vector>(ts, t.s + r * lds, p.scale, center == HIDDEN ? 0 : center, padded);
+    }
     add_product(isa, t.ts, lds, t.v + j * ldv, ldv, to, ldv, m, dv, n);
   }
 }
@@ -95,11 +102,11 @@ TBCM_INLINE void finish(const Forward& p, const ForwardTiles& t, int64_t b, int6
   write(p.o, p.o.offset(0, b, h, n), o, 1);
   p.lse[row] = t.top[r] + std::log(t.total[r]);
   for (int64_t l = 0; l < p.lanes; ++l) {
-    const float mu = t.u[l * QUERIES + r] * inverse;
+    const float mu = t.u[l * QUERIES + r] * inverse, center = t.center[l * QUERIES + r];
     float* to = t.to + (l * QUERIES + r) * ldv;
     for (int64_t d = 0; d < p.v.padded(); ++d) to[d] = to[d] * inverse - mu * o[d];
     write(p.to, p.to.offset(l, b, h, n), to, 1);
-    p.mu[l * p.batch * p.heads * p.queries + row] = mu;
+    p.mu[l * p.batch * p.heads * p.queries + row] = center == HIDDEN ? mu : center + mu;
   }
 }
 
@@ -126,6 +133,7 @@ TBCM_INLINE void forward_tasks(const Forward& p, int64_t begin, int64_t end) {
     zero(t.o, rows * ldv);
     for (int64_t l = 0; l < p.lanes; ++l) zero(t.to + l * QUERIES * ldv, rows * ldv);
     zero(t.u, p.lanes * QUERIES);
+    for (int64_t r = 0; r < p.lanes * QUERIES; ++r) t.center[r] = HIDDEN;
     const int64_t seen = smaller(p.last_key(b), i + m + p.causal);  // by some query of the block
     for (int64_t j = 0; j < seen; j += p.span) forward_block<Isa>(p, t, b, h, i, m, j, smaller(p.span, seen - j));
     for (int64_t r = 0; r < m; ++r) finish<Isa>(p, t, b, h, i + r, r);

@@ -96,7 +96,7 @@ TBCM_INLINE auto total(Vector v) {
   }
 }
 
-// exp(x) within one unit in the last place for -87.3 <= x < 88.3; 0 below, infinity above, and
+// exp(x) within 1.1 units in the last place for -87.3 <= x < 88.3; 0 below, infinity above, and
 // a NaN stays a NaN. x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial of degree 7 for exp(r).
 template <class Vector>
 TBCM_INLINE Vector exponential(Vector x) {

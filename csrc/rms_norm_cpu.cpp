@@ -5,10 +5,10 @@
 namespace tbcm::rms_norm {
 namespace {
 
-// Chains of at most 16 additions a lane and one a block: in every instruction set the sum of a wide row has its digits.
+// Chains of at most 16 additions a lane, and blocks in fp64: in every instruction set a wide row has its digits.
 TBCM_INLINE float mean_product(const float* a, const float* b, int64_t n) {
   constexpr int64_t STEP = 4 * LANES, BLOCK = 16 * STEP;
-  float sum = 0.f;
+  double sum = 0.0;
   for (int64_t begin = 0; begin < n; begin += BLOCK) {
     const int64_t end = begin + BLOCK < n ? begin + BLOCK : n, whole = begin + (end - begin) / STEP * STEP;
     Lanes parts[4] = {};
@@ -17,7 +17,7 @@ TBCM_INLINE float mean_product(const float* a, const float* b, int64_t n) {
     for_lanes(whole, end, [&](int64_t i, auto m) __attribute__((always_inline)) { parts[0] += get(a + i, m) * get(b + i, m); });
     sum += total((parts[0] + parts[1]) + (parts[2] + parts[3]));
   }
-  return sum / float(n);
+  return float(sum / double(n));
 }
 
 TBCM_INLINE float inverse_rms(const float* x, int64_t n, float eps) {

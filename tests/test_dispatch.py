@@ -106,8 +106,9 @@ def test_rows_go_where_they_fit(gpu_on_meta: dict[str, str | None]) -> None:
             assert chosen(8193) == "reference"
         gpu_on_meta["cpu"] = None
     gpu_on_meta |= {"triton": "no Triton", "cpu": "no extension"}
+    wide = torch.empty(4097, device="meta")
     with pytest.warns(UserWarning, match="reference.*at most 4096 numbers.*no Triton"):
-        assert _dispatch.choose_for_rows("adaln", "auto", torch.empty(4097, device="meta"))
+        assert _dispatch.choose_for_rows("adaln", "auto", wide) == "reference"
 
 
 def test_conv_glu_in_fp32_falls_back_where_shared_memory_is_small(

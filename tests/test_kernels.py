@@ -181,6 +181,7 @@ def test_moving_weights_of_the_gate_are_the_references(need: Callable[[str], Non
     a, ta = torch.randn(2, 1, 6, 8)
     weight, tweight = torch.randn(2, 8, 1, 3, 3)
     arguments = (a, weight, None, ta, tweight)
+    _dispatch._remembered.cache_clear()
     _dispatch._notice_fallback.cache_clear()
     with pytest.warns(UserWarning, match="conv_glu runs its plain PyTorch.*tangent of a alone"):
         found = tbcm_kernels.conv_glu_jvp(*arguments, height=2, width=3)

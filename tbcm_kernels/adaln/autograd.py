@@ -9,27 +9,19 @@ from torch import Tensor
 
 from tbcm_kernels import _dispatch
 from tbcm_kernels._dual import present
-from tbcm_kernels._library import CHUNK, absent, differentiate, present_or_absent, register
-from tbcm_kernels.adaln import reference
-from tbcm_kernels.adaln.buffers import outputs_there
+from tbcm_kernels._library import CHUNK, differentiate, present_or_absent, register
+from tbcm_kernels.adaln import buffers, reference
 
 
-def _forward(
-    x: Tensor, h: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
-    tx: Tensor | None, th: Tensor | None, tgate: Tensor | None, tscale: Tensor | None,
-    tshift: Tensor | None, eps: float, dtype: torch.dtype | None, through: bool, impl: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    *operands, eps, dtype, _, impl = arguments
+    x, h, gate, scale, shift, tx, th, *others = operands
     kernel, dtype = _dispatch.implementation("adaln", impl), dtype or x.dtype
     if _takes_both(kernel, x, dtype, h, th):
-        outputs = kernel.forward(
-            x, h, gate, scale, shift, tx, th, tgate, tscale, tshift, eps, dtype
-        )
-    else:
-        h, th = _as(x.dtype, h), _as(x.dtype, th)  # saved as it came
-        outputs = kernel.forward(x, h, gate, scale, shift, tx, th, tgate, tscale, tshift, eps)
-        out, y, tout, ty = outputs
-        outputs = out, _as(dtype, y), tout, _as(dtype, ty)
-    return present_or_absent(x, outputs)
+        return present_or_absent(x, kernel.forward(*operands, eps, dtype=dtype))
+    h, th = _as(x.dtype, h), _as(x.dtype, th)  # saved as it came
+    out, y, tout, ty = kernel.forward(x, h, gate, scale, shift, tx, th, *others, eps)
+    return present_or_absent(x, (out, _as(dtype, y), tout, _as(dtype, ty)))
 
 
 def _takes_both(kernel: Any, x: Tensor, dtype: torch.dtype, *narrow: Tensor | None) -> bool:
@@ -45,17 +37,9 @@ def _as(dtype: torch.dtype, x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(dtype)
 
 
-def _forward_fake(
-    x: Tensor, h: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
-    tx: Tensor | None, th: Tensor | None, tgate: Tensor | None, tscale: Tensor | None,
-    tshift: Tensor | None, eps: float, dtype: torch.dtype | None, through: bool, impl: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    there = outputs_there(h, tx, th, tgate, tscale, tshift)
-    dtypes = (x.dtype, dtype or x.dtype) * 2
-    return tuple(
-        x.new_empty(x.shape, dtype=d) if t else absent(x)
-        for t, d in zip(there, dtypes, strict=True)
-    )
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    *operands, _, dtype, _, _ = arguments
+    return present_or_absent(arguments[0], buffers.outputs(*operands, dtype))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -105,38 +89,20 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return gx, gh, *reduced, *[None] * 9
 
 
-def _backward_kernel(
-    gout: Tensor | None, gy: Tensor | None, out: Tensor, h: Tensor | None, gate: Tensor | None,
-    scale: Tensor | None, needs_gate: bool, needs_scale: bool, needs_shift: bool, chunk: int,
-    eps: float, dtype: torch.dtype | None, impl: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    kernel, needs = _dispatch.implementation("adaln", impl), (needs_gate, needs_scale, needs_shift)
+def _backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
+    gout, gy, out, h, gate, scale, *rest, dtype, impl = arguments
+    kernel = _dispatch.implementation("adaln", impl)
     narrow = dtype or (out if gy is None else gy).dtype
     if _takes_both(kernel, out, narrow, gy, h):
-        grads = kernel.backward(gout, gy, out, h, gate, scale, *needs, chunk, eps, narrow)
-    else:
-        gy, h = _as(out.dtype, gy), _as(out.dtype, h)
-        gx, gh, *sums = kernel.backward(gout, gy, out, h, gate, scale, *needs, chunk, eps)
-        grads = gx, _as(dtype or out.dtype, gh), *sums
-    return present_or_absent(out, grads)
+        return present_or_absent(out, kernel.backward(*arguments[:-2], dtype=narrow))
+    gy, h = _as(out.dtype, gy), _as(out.dtype, h)
+    gx, gh, *sums = kernel.backward(gout, gy, out, h, gate, scale, *rest)
+    return present_or_absent(out, (gx, _as(dtype or out.dtype, gh), *sums))
 
 
-def _backward_fake(
-    gout: Tensor | None, gy: Tensor | None, out: Tensor, h: Tensor | None, gate: Tensor | None,
-    scale: Tensor | None, needs_gate: bool, needs_scale: bool, needs_shift: bool, chunk: int,
-    eps: float, dtype: torch.dtype | None, impl: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    batch, tokens, width = out.shape
-    accumulate = torch.promote_types(out.dtype, torch.float32)
-    sums = out.new_empty((batch, -(-tokens // chunk) if chunk else 1, width), dtype=accumulate)
-    norm = gy is not None
-    return (
-        out.new_empty(out.shape),
-        out.new_empty(out.shape, dtype=dtype) if gate is not None else absent(out),
-        torch.empty_like(sums) if needs_gate else absent(out),
-        torch.empty_like(sums) if needs_scale and norm else absent(out),
-        torch.empty_like(sums) if needs_shift and norm else absent(out),
-    )
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    *operands, _, dtype, _ = arguments
+    return present_or_absent(arguments[2], buffers.gradients(*operands, dtype))
 
 
 adaln_op = register(

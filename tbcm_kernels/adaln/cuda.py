@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tbcm_kernels._cuda import scratch_for, stream_of
 from tbcm_kernels._library import CHUNK
-from tbcm_kernels.adaln.buffers import backward_buffers, forward_buffers
+from tbcm_kernels.adaln.buffers import gradients, outputs, rows
 
 MIXED = True
 """They take h, and give y, in 16 bits beside an x in fp32."""
 
 
-def forward(
-    x: Tensor, h: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
-    tx: Tensor | None, th: Tensor | None, tgate: Tensor | None, tscale: Tensor | None,
-    tshift: Tensor | None, eps: float, dtype: torch.dtype | None = None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+def forward(*arguments: Any, dtype: torch.dtype | None = None) -> tuple[Tensor | None, ...]:
     """See reference.forward."""
-    inputs, outputs = forward_buffers(
-        x, h, gate, scale, shift, tx, th, tgate, tscale, tshift, dtype
-    )
-    with stream_of(x) as stream:
-        torch.ops.tbcm_cuda.adaln_forward(*inputs, *outputs, eps, stream)
-    return outputs
-
-
-def backward(
-    gout: Tensor | None, gy: Tensor | None, out: Tensor, h: Tensor | None, gate: Tensor | None,
-    scale: Tensor | None, needs_gate: bool, needs_scale: bool, needs_shift: bool, chunk: int,
-    eps: float, dtype: torch.dtype | None = None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """See reference.backward; a `chunk` of 0 is all tokens of a sample."""
-    inputs, gradients = backward_buffers(
-        gout, gy, out, h, gate, scale, needs_gate, needs_scale, needs_shift, chunk, dtype
-    )
-    parts = -(-out.shape[1] // CHUNK)
-    scratch = None if chunk else scratch_for(gradients[2:], parts)
-    with stream_of(out) as stream:
-        torch.ops.tbcm_cuda.adaln_backward(
-            *inputs, *gradients, scratch, chunk or CHUNK, eps, stream
+    *operands, eps = arguments
+    found = outputs(*operands, dtype)
+    with stream_of(found[1]) as stream:
+        torch.ops.tbcm_cuda.adaln_forward(
+            *rows(*operands[:5]), *rows(*operands[5:]), *found, eps, stream
         )
-    return gradients
+    return found
+
+
+def backward(*arguments: Any, dtype: torch.dtype | None = None) -> tuple[Tensor | None, ...]:
+    """See reference.backward; a `chunk` of 0 is all tokens of a sample. h's gradient in `dtype`."""
+    (gout, gy, *kept), (chunk, eps) = arguments[:6], arguments[-2:]
+    found = gx, _, *sums = gradients(*arguments[:-1], dtype)
+    scratch = None if chunk else scratch_for(sums, -(-gx.shape[1] // CHUNK))
+    with stream_of(gx) as stream:
+        torch.ops.tbcm_cuda.adaln_backward(
+            *rows(gout, gy), *rows(*kept), *found, scratch, chunk or CHUNK, eps, stream
+        )
+    return found

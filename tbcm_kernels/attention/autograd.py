@@ -29,24 +29,18 @@ _SETTING = (
 )
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
-    tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, *rest: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    *setting, _, impl = rest
-    kernel = _dispatch.implementation("attention", impl).forward
-    inputs = (q, k, v, q_weight, k_weight, tq, tk, tv)
-    o, lse, to, mu = kernel(*inputs, Setting(*setting))
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    *setting, _, impl = arguments[8:]
+    kernel, q = _dispatch.implementation("attention", impl).forward, arguments[0]
+    o, lse, to, mu = kernel(*arguments[:8], Setting(*setting))
     if impl == "reference":  # in the memory layout that the fake promises
         o, to = (None if x is None else in_order(q, x) for x in (o, to))
     return present_or_absent(q, (o, lse, to, mu))
 
 
-def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
-    tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, *rest: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    return present_or_absent(q, buffers.outputs(q, v, (tq, tk, tv)))
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    q, _, v, _, _, *tangents = arguments[:8]
+    return present_or_absent(q, buffers.outputs(q, v, tangents))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tbcm_kernels import _dispatch
 from tbcm_kernels._dual import present
-from tbcm_kernels._library import absent, differentiate, present_or_absent, register
-from tbcm_kernels.conv_glu import reference
+from tbcm_kernels._library import differentiate, present_or_absent, register
+from tbcm_kernels.conv_glu import buffers, reference
 
 
-def _forward(
-    a: Tensor, weight: Tensor, bias: Tensor | None, ta: Tensor | None, tweight: Tensor | None,
-    tbias: Tensor | None, height: int, width: int, through: bool, impl: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    *operands, _, impl = arguments
     kernel = _dispatch.implementation("conv_glu", impl).forward
-    return present_or_absent(a, kernel(a, weight, bias, ta, tweight, tbias, height, width))
+    return present_or_absent(operands[0], kernel(*operands))
 
 
-def _forward_fake(
-    a: Tensor, weight: Tensor, bias: Tensor | None, ta: Tensor | None, tweight: Tensor | None,
-    tbias: Tensor | None, height: int, width: int, through: bool, impl: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    y = a.new_empty((*a.shape[:2], a.shape[2] // 2))
-    moving = present((ta, tweight, tbias))
-    return y, torch.empty_like(y) if moving else absent(a)
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    a, _, _, *tangents = arguments[:6]
+    return present_or_absent(a, buffers.outputs(a, present(tangents)))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -56,23 +49,15 @@ def _backward(ctx: Any, gy: Tensor | None, gty: Tensor | None) -> tuple[Tensor |
     return ga, gw, gb.to(bias.dtype) if needs[1] else None, *[None] * 7
 
 
-def _backward_kernel(
-    gy: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs_weight: bool,
-    needs_bias: bool, height: int, width: int, impl: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
+    *operands, impl = arguments
     kernel = _dispatch.implementation("conv_glu", impl).backward
-    found = kernel(gy, a, weight, bias, needs_weight, needs_bias, height, width)
-    return present_or_absent(a, found)
+    return present_or_absent(operands[1], kernel(*operands))
 
 
-def _backward_fake(
-    gy: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs_weight: bool,
-    needs_bias: bool, height: int, width: int, impl: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    accumulate = torch.promote_types(a.dtype, torch.float32)
-    gw = a.new_empty((9, a.shape[2]), dtype=accumulate) if needs_weight else absent(a)
-    gb = a.new_empty(a.shape[2], dtype=accumulate) if needs_bias else absent(a)
-    return a.new_empty(a.shape), gw, gb
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    _, a, _, _, *needs = arguments[:6]
+    return present_or_absent(a, buffers.gradients(a, *needs))
 
 
 conv_glu_op = register(

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from tbcm_kernels import _C  # noqa: F401  (loading it registers the kernels)
-from tbcm_kernels._library import fresh
-from tbcm_kernels.conv_glu.buffers import outputs, parameters
+from tbcm_kernels.conv_glu.buffers import gradients, outputs, parameters
 
 
 def forward(
@@ -15,7 +14,7 @@ def forward(
     tbias: Tensor | None, height: int, width: int,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """See reference.forward; tangents of weight and bias never come here."""
-    y, ty = outputs(a, ta)
+    y, ty = outputs(a, ta is not None)
     ta = None if ta is None else ta.contiguous()
     torch.ops.tbcm_cpu.conv_glu_forward(
         a.contiguous(), *parameters(weight, bias), ta, y, ty, height, width
@@ -28,10 +27,7 @@ def backward(
     needs_bias: bool, height: int, width: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See reference.backward."""
-    batch, _, channels = a.shape
-    ga = fresh(a)
-    gw = a.new_empty((batch, 9, channels), dtype=torch.float32) if needs_weight else None
-    gb = a.new_empty((batch, channels), dtype=torch.float32) if needs_bias else None
+    ga, gw, gb = gradients(a, needs_weight, needs_bias, parts=a.shape[:1])
     torch.ops.tbcm_cpu.conv_glu_backward(
         gy.contiguous(), a.contiguous(), *parameters(weight, bias), ga, gw, gb, height, width
     )

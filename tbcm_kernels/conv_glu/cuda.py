@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from tbcm_kernels._cuda import scratch_for, stream_of
-from tbcm_kernels._library import fresh
-from tbcm_kernels.conv_glu.buffers import outputs, parameters
+from tbcm_kernels.conv_glu.buffers import gradients, outputs, parameters
 
 TILE = 32
 """Rows and columns of an image whose parameter gradients a block sums, as in csrc/conv_glu.h."""
@@ -18,7 +17,7 @@ def forward(
     tbias: Tensor | None, height: int, width: int,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """See reference.forward; tangents of weight and bias never come here."""
-    y, ty = outputs(a, ta)
+    y, ty = outputs(a, ta is not None)
     ta = None if ta is None else ta.contiguous()
     with stream_of(a) as stream:
         torch.ops.tbcm_cuda.conv_glu_forward(
@@ -32,14 +31,11 @@ def backward(
     needs_bias: bool, height: int, width: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See reference.backward."""
-    batch, _, channels = a.shape
     parts = -(-height // TILE) * (-(-width // (TILE - 4)) if width > TILE else 1)
-    ga = fresh(a)
-    gw = a.new_empty((9, channels), dtype=torch.float32) if needs_weight else None
-    gb = a.new_empty(channels, dtype=torch.float32) if needs_bias else None
+    ga, gw, gb = gradients(a, needs_weight, needs_bias)
     with stream_of(a) as stream:
         torch.ops.tbcm_cuda.conv_glu_backward(
             gy.contiguous(), a.contiguous(), *parameters(weight, bias), ga, gw, gb,
-            scratch_for([gw, gb], batch * parts), height, width, stream,
+            scratch_for([gw, gb], len(a) * parts), height, width, stream,
         )  # fmt: skip
     return ga, gw, gb

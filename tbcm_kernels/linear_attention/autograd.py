@@ -18,24 +18,18 @@ _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight"
 _SETTING = "str feature_map, float eps, float q_eps, float k_eps"
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
-    tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, *rest: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    *setting, _, impl = rest
-    kernel = _dispatch.implementation("linear_attention", impl).forward
-    o, to, state = kernel(q, k, v, q_weight, k_weight, tq, tk, tv, Setting(*setting))
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    *setting, _, impl = arguments[8:]
+    kernel, q = _dispatch.implementation("linear_attention", impl).forward, arguments[0]
+    o, to, state = kernel(*arguments[:8], Setting(*setting))
     if impl == "reference":  # in the memory layout that the fake promises
         o, to = (None if x is None else in_order(q, x) for x in (o, to))
     return present_or_absent(q, (o, to, state))
 
 
-def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
-    tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, *rest: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    moving = present((tq, tk, tv))
-    return present_or_absent(q, buffers.outputs(q, v, moving))
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    q, _, v, _, _, *tangents = arguments[:8]
+    return present_or_absent(q, buffers.outputs(q, v, present(tangents)))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -5,28 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tbcm_kernels import _dispatch
-from tbcm_kernels._library import CHUNK, absent, differentiate, present_or_absent, register
-from tbcm_kernels.rms_norm import heads, reference
+from tbcm_kernels._library import CHUNK, differentiate, present_or_absent, register
+from tbcm_kernels.rms_norm import buffers, heads, reference
 
 
-def _forward(
-    x: Tensor, weight: Tensor | None, tx: Tensor | None, tweight: Tensor | None, eps: float,
-    through: bool, impl: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    *operands, eps, _, impl = arguments
     kernel = _dispatch.implementation("rms_norm", impl).forward
-    return present_or_absent(x, kernel(x, weight, tx, tweight, eps))
+    return present_or_absent(operands[0], kernel(*operands, eps))
 
 
-def _forward_fake(
-    x: Tensor, weight: Tensor | None, tx: Tensor | None, tweight: Tensor | None, eps: float,
-    through: bool, impl: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    tangent = tx is not None or tweight is not None
-    return x.new_empty(x.shape), x.new_empty(x.shape) if tangent else absent(x)
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return present_or_absent(arguments[0], buffers.outputs(*arguments[:4]))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -64,22 +57,15 @@ def _gradients(
     return gx, (gw.sum(0) if chunk else gw[0]).to(weight.dtype)
 
 
-def _backward_kernel(
-    gy: Tensor, x: Tensor, weight: Tensor | None, needs_weight: bool, chunk: int, eps: float,
-    impl: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
+    *operands, impl = arguments
     kernel = _dispatch.implementation("rms_norm", impl).backward
-    return present_or_absent(x, kernel(gy, x, weight, needs_weight, chunk, eps))
+    return present_or_absent(operands[1], kernel(*operands))
 
 
-def _backward_fake(
-    gy: Tensor, x: Tensor, weight: Tensor | None, needs_weight: bool, chunk: int, eps: float,
-    impl: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    accumulate = torch.promote_types(x.dtype, torch.float32)
-    chunks = (x.numel() // x.shape[-1] + chunk - 1) // chunk if chunk else 1
-    gw = x.new_empty((chunks, x.shape[-1]), dtype=accumulate) if needs_weight else absent(x)
-    return x.new_empty(x.shape), gw
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    _, x, _, needs_weight, chunk, _, _ = arguments
+    return present_or_absent(x, buffers.gradients(x, needs_weight, chunk))
 
 
 rms_norm_op = register(

@@ -1,4 +1,4 @@
-"""What the compiled kernels of rms_norm read and fill."""
+"""What the op returns, uninitialised: the one place that says which outputs and gradients exist."""
 
 from __future__ import annotations
 
@@ -8,16 +8,24 @@ from torch import Tensor
 from tbcm_kernels._library import fresh, unit_stride
 
 
-def rows(x: Tensor | None) -> Tensor | None:
-    """The tensor [..., C] as rows [1, rows, C] of unit stride."""
-    return None if x is None else unit_stride(x.reshape(1, -1, x.shape[-1]))
+def outputs(
+    x: Tensor, weight: Tensor | None, tx: Tensor | None, tweight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """y, and its tangent where inputs move."""
+    return fresh(x), None if tx is None and tweight is None else fresh(x)
 
 
 def gradients(x: Tensor, needs_weight: bool, chunk: int) -> tuple[Tensor, Tensor | None]:
-    """The gradient of x, and [1, chunks, C] for sums of the weight's over so many rows each.
+    """The gradient of x, and [chunks, C] for sums of the weight's over so many rows each.
 
     A chunk of 0 is all rows.
     """
     chunks = -(-(x.numel() // x.shape[-1]) // chunk) if chunk else 1
-    gw = x.new_empty((1, chunks, x.shape[-1]), dtype=torch.float32) if needs_weight else None
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    gw = x.new_empty((chunks, x.shape[-1]), dtype=accumulate) if needs_weight else None
     return fresh(x), gw
+
+
+def rows(x: Tensor | None) -> Tensor | None:
+    """The tensor [..., C] as rows [1, rows, C] of unit stride."""
+    return None if x is None else unit_stride(x.reshape(1, -1, x.shape[-1]))

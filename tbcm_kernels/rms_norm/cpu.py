@@ -6,16 +6,15 @@ import torch
 from torch import Tensor
 
 from tbcm_kernels import _C  # noqa: F401  (loading it registers the kernels)
-from tbcm_kernels._library import floats, fresh
-from tbcm_kernels.rms_norm.buffers import gradients, rows
+from tbcm_kernels._library import floats
+from tbcm_kernels.rms_norm.buffers import gradients, outputs, rows
 
 
 def forward(
     x: Tensor, weight: Tensor | None, tx: Tensor | None, tweight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None]:
     """See reference.forward."""
-    y = fresh(x)
-    ty = None if tx is None and tweight is None else fresh(x)
+    y, ty = outputs(x, weight, tx, tweight)
     torch.ops.tbcm_cpu.rms_norm_forward(
         rows(x), floats(weight), rows(tx), floats(tweight), rows(y), rows(ty), eps
     )
@@ -28,6 +27,6 @@ def backward(
     """See reference.backward."""
     gx, gw = gradients(x, needs_weight, chunk)
     torch.ops.tbcm_cpu.rms_norm_backward(
-        rows(gy), rows(x), floats(weight), rows(gx), gw, chunk, eps
+        rows(gy), rows(x), floats(weight), rows(gx), rows(gw), chunk, eps
     )
-    return gx, None if gw is None else gw[0]
+    return gx, gw

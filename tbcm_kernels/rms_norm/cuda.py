@@ -6,16 +6,15 @@ import torch
 from torch import Tensor
 
 from tbcm_kernels._cuda import scratch_for, stream_of
-from tbcm_kernels._library import CHUNK, floats, fresh
-from tbcm_kernels.rms_norm.buffers import gradients, rows
+from tbcm_kernels._library import CHUNK, floats
+from tbcm_kernels.rms_norm.buffers import gradients, outputs, rows
 
 
 def forward(
     x: Tensor, weight: Tensor | None, tx: Tensor | None, tweight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None]:
     """See reference.forward."""
-    y = fresh(x)
-    ty = None if tx is None and tweight is None else fresh(x)
+    y, ty = outputs(x, weight, tx, tweight)
     with stream_of(x) as stream:
         torch.ops.tbcm_cuda.rms_norm_forward(
             rows(x), floats(weight), rows(tx), floats(tweight), rows(y), rows(ty), eps, stream
@@ -31,6 +30,6 @@ def backward(
     scratch = scratch_for([gw], -(-(x.numel() // x.shape[-1]) // CHUNK))
     with stream_of(x) as stream:
         torch.ops.tbcm_cuda.rms_norm_backward(
-            rows(gy), rows(x), floats(weight), rows(gx), gw, scratch, CHUNK, eps, stream
+            rows(gy), rows(x), floats(weight), rows(gx), rows(gw), scratch, CHUNK, eps, stream
         )
-    return gx, None if gw is None else gw[0]
+    return gx, gw

@@ -8,23 +8,15 @@ import torch
 from torch import Tensor
 
 from tbcm_kernels import _dispatch
-from tbcm_kernels._library import absent, register
+from tbcm_kernels._library import absent, fresh, register
 
 
-def _forward(
-    out: Tensor, jvp: Tensor, velocity: Tensor, x: Tensor, t: Tensor, keep: Tensor | None,
-    weight: Tensor | None, log_variance: Tensor | None, r: float, c: float, sigma_data: float,
-    impl: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    kernel = _dispatch.implementation("tangent_loss", impl).forward
-    return kernel(out, jvp, velocity, x, t, keep, weight, log_variance, r, c, sigma_data)
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    *operands, impl = arguments
+    return _dispatch.implementation("tangent_loss", impl).forward(*operands)
 
 
-def _forward_fake(
-    out: Tensor, jvp: Tensor, velocity: Tensor, x: Tensor, t: Tensor, keep: Tensor | None,
-    weight: Tensor | None, log_variance: Tensor | None, r: float, c: float, sigma_data: float,
-    impl: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _forward_fake(out: Tensor, *_: Any) -> tuple[Tensor, ...]:
     dtype = torch.promote_types(out.dtype, torch.float32)
     shapes = [(), *[out.shape[:1]] * 3]
     return tuple(out.new_empty(shape, dtype=dtype) for shape in shapes)
@@ -52,20 +44,18 @@ def _backward(ctx: Any, gloss: Tensor | None, *_: None) -> tuple[Tensor | None, 
 
 
 def _backward_kernel(
-    gloss: Tensor, slope: Tensor, glv: Tensor, out: Tensor, jvp: Tensor, velocity: Tensor,
-    x: Tensor, t: Tensor, r: float, sigma_data: float, needs_out: bool, impl: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    gloss: Tensor, slope: Tensor, glv: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    *operands, needs_out, impl = arguments
     if not needs_out:
-        return absent(out), gloss * glv
+        return absent(operands[0]), gloss * glv
     kernel = _dispatch.implementation("tangent_loss", impl).backward
-    return kernel(gloss, slope, out, jvp, velocity, x, t, r, sigma_data), gloss * glv
+    return kernel(gloss, slope, *operands), gloss * glv
 
 
-def _backward_fake(
-    gloss: Tensor, slope: Tensor, glv: Tensor, out: Tensor, jvp: Tensor, velocity: Tensor,
-    x: Tensor, t: Tensor, r: float, sigma_data: float, needs_out: bool, impl: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return out.new_empty(out.shape) if needs_out else absent(out), torch.empty_like(glv)
+def _backward_fake(_: Tensor, __: Tensor, glv: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    out, needs_out = arguments[0], arguments[-2]
+    return fresh(out) if needs_out else absent(out), torch.empty_like(glv)
 
 
 tangent_loss_op = register(

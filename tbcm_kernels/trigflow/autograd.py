@@ -12,27 +12,21 @@ from torch import Tensor
 
 from tbcm_kernels import _dispatch
 from tbcm_kernels._dual import present
-from tbcm_kernels._library import absent, differentiate, present_or_absent, register, wide
+from tbcm_kernels._library import absent, differentiate, fresh, present_or_absent, register, wide
 from tbcm_kernels.trigflow import reference
 
 
-def _input(
-    x: Tensor, t: Tensor, tx: Tensor | None, tt: Tensor | None, through: bool, impl: str
-) -> tuple[Tensor, ...]:
+def _input(*arguments: Any) -> tuple[Tensor, ...]:
+    *operands, _, impl = arguments
     kernel = _dispatch.implementation("trigflow", impl).flow_input
-    return present_or_absent(x, kernel(x, t, tx, tt))
+    return present_or_absent(operands[0], kernel(*operands))
 
 
 def _input_fake(
-    x: Tensor, t: Tensor, tx: Tensor | None, tt: Tensor | None, through: bool, impl: str
+    x: Tensor, t: Tensor, tx: Tensor | None, tt: Tensor | None, *_: Any
 ) -> tuple[Tensor, ...]:
-    moves = tx is not None or tt is not None
-    return (
-        x.new_empty(x.shape),
-        t.new_empty(t.shape),
-        x.new_empty(x.shape) if moves else absent(x),
-        absent(x) if tt is None else t.new_empty(t.shape),
-    )
+    moving = fresh(x) if present((tx, tt)) else None
+    return present_or_absent(x, (fresh(x), fresh(t), moving, None if tt is None else fresh(t)))
 
 
 def _input_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -48,20 +42,15 @@ def _input_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
     return _scaled(ctx, grads[0]), *[None] * 5
 
 
-def _output(
-    v: Tensor, x: Tensor, t: Tensor, tv: Tensor | None, tx: Tensor | None, tt: Tensor | None,
-    through: bool, impl: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _output(*arguments: Any) -> tuple[Tensor, ...]:
+    *operands, _, impl = arguments
     kernel = _dispatch.implementation("trigflow", impl).flow_output
-    return present_or_absent(x, kernel(v, x, t, tv, tx, tt))
+    return present_or_absent(operands[0], kernel(*operands))
 
 
-def _output_fake(
-    v: Tensor, x: Tensor, t: Tensor, tv: Tensor | None, tx: Tensor | None, tt: Tensor | None,
-    through: bool, impl: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    moves = present((tv, tx, tt))
-    return x.new_empty(x.shape), x.new_empty(x.shape) if moves else absent(x)
+def _output_fake(_: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    moves = present(arguments[1:4])
+    return fresh(x), fresh(x) if moves else absent(x)
 
 
 def _output_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -103,17 +92,13 @@ def _scaled(ctx: Any, grad: Tensor | None) -> Tensor | None:
     return None if grad is None else flow_input_op(grad, t, None, None, False, ctx.impl)[0]
 
 
-def _step(
-    x: Tensor, out: Tensor, t: Tensor, s: Tensor, guidance: Tensor, sigma_data: float, impl: str
-) -> tuple[Tensor, Tensor]:
-    kernel = _dispatch.implementation("trigflow", impl).trajectory_step
-    return kernel(x, out, t, s, guidance, sigma_data)
+def _step(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *operands, impl = arguments
+    return _dispatch.implementation("trigflow", impl).trajectory_step(*operands)
 
 
-def _step_fake(
-    x: Tensor, out: Tensor, t: Tensor, s: Tensor, guidance: Tensor, sigma_data: float, impl: str
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape)
+def _step_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return fresh(x), fresh(x)
 
 
 flow_input_op = register(

@@ -127,10 +127,12 @@ def _proved(op: str, impl: str, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def capability() -> str | None:
-    """The compute capability of the GPU at hand, such as "9.0"; other ones run other code."""
-    if not torch.cuda.is_available():
-        return None
-    return "{}.{}".format(*torch.cuda.get_device_capability())
+    """The compute capability of the GPUs at hand, such as "9.0"; other ones run other code.
+
+    None where there is no GPU, or where they differ.
+    """
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return "{}.{}".format(*found.pop()) if len(found) == 1 else None
 
 
 def _unproved(op: str, impl: str, dtype: torch.dtype) -> str | None:

@@ -18,6 +18,9 @@ from torch import Tensor
 from tbcm_kernels._library import Rounding, wide, without_autocast
 from tbcm_kernels.rms_norm.heads import normalized
 
+FIRST_KEYS = 16
+"""Over the mean of which Triton's rates are taken, whatever its blocks."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -65,11 +68,12 @@ def forward(
     to = o.new_zeros((lanes, *o.shape))
     if tq is not None or tk is not None:
         rate = _tangent_of_logits(q, k, tq, tk, setting.scale)
-        center = 0
         # Around its mean, a constant: autograd would subtract large numbers. Kernels that round
-        # the factors of products round P∘Ṡ itself.
+        # P∘Ṡ take the mean over the first keys, which they know before P.
         if operand is _exact:
             center = ((e * rate).sum(-1, keepdim=True) * inverse).detach()
+        else:
+            center = _mean_of_first(rate, setting.key_mask)
         weighted = e * (rate - center)
         rest = weighted.sum(-1, keepdim=True) * inverse
         mu = (center + rest).squeeze(-1)
@@ -185,6 +189,15 @@ def _tangent_of_logits(
     parts = [] if tq is None else [tq @ k.mT]
     parts += [] if tk is None else [q @ tk.mT]
     return scale * sum(parts[1:], parts[0])
+
+
+def _mean_of_first(rate: Tensor, key_mask: Tensor | None) -> Tensor:
+    """[..., N, 1] over the first keys, but for hidden ones, whose rate is zero."""
+    first = rate[..., :FIRST_KEYS]
+    there = first.new_tensor(first.shape[-1])
+    if key_mask is not None:
+        there = key_mask[:, None, None, :FIRST_KEYS].sum(-1, keepdim=True)
+    return first.sum(-1, keepdim=True) / there.clamp(min=1)
 
 
 def _column(x: Tensor | None, like: Tensor) -> Tensor:

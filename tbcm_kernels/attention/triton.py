@@ -15,10 +15,11 @@ from tbcm_kernels._dispatch import may_use_tf32
 from tbcm_kernels._library import fresh_heads
 from tbcm_kernels._triton import AuditCase, device_of, row_config
 from tbcm_kernels.attention import buffers
-from tbcm_kernels.attention.reference import Setting
+from tbcm_kernels.attention.reference import FIRST_KEYS, Setting
 from tbcm_kernels.attention.triton_backward import keys_kernel, queries_kernel, rows_kernel
 from tbcm_kernels.attention.triton_tiles import (
     LOG2E,
+    Mask,
     Operand,
     again,
     chunks_of,
@@ -34,10 +35,31 @@ from tbcm_kernels.attention.triton_tiles import (
     zeros,
 )
 
+_FIRST_KEYS = tl.constexpr(FIRST_KEYS)
+
+
+@triton.jit
+def _seen(key_mask, batch, columns, keys):
+    seen = columns < keys
+    if key_mask is not None:
+        at = key_mask.pointer + batch * key_mask.batch + columns.to(tl.int64) * key_mask.column
+        seen = tl.load(at, seen, other=0) != 0
+    return seen
+
+
+@triton.jit
+def _times_mean(x, y, count):
+    """Each row of a tile x times the mean of the rows of y, of which `count` are not zeros."""
+    total = tl.sum(x[0].to(tl.float32) * (tl.sum(y[0].to(tl.float32), 0) / count)[None, :], 1)
+    for i in tl.static_range(1, len(x)):
+        mean = tl.sum(y[i].to(tl.float32), 0) / count
+        total += tl.sum(x[i].to(tl.float32) * mean[None, :], 1)
+    return total
+
 
 @triton.jit
 def _sweep(
-    state, first, last, q_tile, tq_tiles, k, v, tk, tv, mask, key_mask, rows,
+    state, first, last, q_tile, tq_tiles, centers, k, v, tk, tv, mask, key_mask, rows,
     batch, head, kv_head, queries, keys, scale, causal,
     D: tl.constexpr, DV: tl.constexpr, CHUNKS: tl.constexpr, V_CHUNKS: tl.constexpr,
     LANES: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -49,11 +71,8 @@ def _sweep(
     for start in range(first, last, BN):
         columns = start + local
         seen = None
-        if key_mask is not None:
-            at = key_mask.pointer + batch * key_mask.batch + columns.to(tl.int64) * key_mask.column
-            seen = tl.load(at, columns < keys, other=0) != 0
-        elif EDGE:
-            seen = columns < keys
+        if key_mask is not None or EDGE:
+            seen = _seen(key_mask, batch, columns, keys)
         k_tile = tile(k, 0, batch, kv_head, start, local, seen, D, CHUNKS, UNIT)
         logits = inner(q_tile, k_tile, tl.zeros((BM, BN), tl.float32), PRECISION)
         logits = hidden(
@@ -80,7 +99,7 @@ def _sweep(
                 if tk is not None:
                     tk_tile = tile(tk, t, batch, kv_head, start, local, seen, D, CHUNKS, UNIT)
                     rate = inner(q_tile, tk_tile, rate, PRECISION)
-                weighted = p * (rate * scale)
+                weighted = p * (rate * scale - centers[t][:, None])
                 tmean += tl.sum(weighted, 1)
                 tacc = outer(weighted, v_tile, tacc, PRECISION)
             if tv is not None:
@@ -128,13 +147,29 @@ def forward_kernel(
     if causal is not None:
         last = tl.minimum(keys, tl.maximum(first + BM + causal, 0)).to(tl.int32)
         full = tl.minimum(full, tl.maximum(first + causal + 1, 0) // BN * BN).to(tl.int32)
+    # Ṡ around what it is at the mean of the first keys: P∘Ṡ is rounded, and a mean that the rates
+    # share would drown the rest.
+    centers = ()
+    if tq is not None or tk is not None:
+        columns = tl.arange(0, _FIRST_KEYS)
+        seen = _seen(key_mask, batch, columns, keys)
+        count = tl.maximum(tl.sum(seen.to(tl.float32), 0), 1.0)
+        k_tile = tile(k, 0, batch, kv_head, 0, columns, seen, D, CHUNKS, UNIT)
+        for t in tl.static_range(LANES):
+            center = tl.zeros((BM,), tl.float32)
+            if tq is not None:
+                center += _times_mean(tq_tiles[t], k_tile, count)
+            if tk is not None:
+                tk_tile = tile(tk, t, batch, kv_head, 0, columns, seen, D, CHUNKS, UNIT)
+                center += _times_mean(q_tile, tk_tile, count)
+            centers = centers + (center * scale,)
     state = _sweep(
-        state, 0, full, q_tile, tq_tiles, k, v, tk, tv, mask, key_mask, rows,
+        state, 0, full, q_tile, tq_tiles, centers, k, v, tk, tv, mask, key_mask, rows,
         batch, head, kv_head, queries, keys, scale, causal,
         D, DV, CHUNKS, V_CHUNKS, LANES, UNIT, PRECISION, BM, BN, False, False,
     )  # fmt: skip
     state = _sweep(
-        state, full, last, q_tile, tq_tiles, k, v, tk, tv, mask, key_mask, rows,
+        state, full, last, q_tile, tq_tiles, centers, k, v, tk, tv, mask, key_mask, rows,
         batch, head, kv_head, queries, keys, scale, causal,
         D, DV, CHUNKS, V_CHUNKS, LANES, UNIT, PRECISION, BM, BN, True, causal is not None,
     )  # fmt: skip
@@ -154,6 +189,8 @@ def forward_kernel(
         for i in tl.static_range(len(acc)):
             tacc = tacc + (taccs[t][i] * inverse[:, None] - mean[:, None] * acc[i],)
         store_tile(to, t, batch, head, first, local, there, tacc, DV, V_CHUNKS, UNIT)
+        if tq is not None or tk is not None:
+            mean += tl.where(total == 0, 0.0, centers[t])
         tl.store(mu + t * size + at, mean, there)
 
 
@@ -183,7 +220,8 @@ def norm_kernel(
     if tx is not None:
         at = tx.pointer + batch * tx.batch + row * tx.row + h.to(tl.int64) * tx.head + c
         out = ty.pointer + batch * ty.batch + row * ty.row + h.to(tl.int64) * ty.head + c
-        for t in range(lanes):
+        for lane in range(lanes):
+            t = tl.cast(lane, tl.int64)
             tangent = tl.load(at + t * tx.lane, there, other=0.0).to(tl.float32)
             if ACROSS:
                 mixed = tl.sum(tl.sum(value * tangent, 1), 0) / width
@@ -235,9 +273,13 @@ _MAY_SPILL = {((9, 0), "keys tangent"): 256}
 _FP32 = (16, 16, 8, 1)
 """The same for fp32, at every head dim and on every GPU: exact products run without tensor cores
 and keep their factors in registers, so that they spill."""
+_MASKED_MAY_SPILL = 2048
+"""A tile of an attn_mask has 64-bit addresses, which cost registers; to fit is what counts."""
 _PINNED = {(8, 0): _AMPERE, (9, 0): _HOPPER, (10, 0): _BLACKWELL}
 """The GPUs, by compute capability, that do not search."""
 _INTERPRETED = (32, 16, 4, 1)
+_SMALL = (32, 32, 4, 1)
+"""What fits in 99 KiB of shared memory at any head dim, in 16 bits."""
 _SPLIT = {
     "keys": (1, 1, 1, 2),
     "keys tangent": (1, 2, 2, 4),
@@ -257,10 +299,10 @@ def forward(
     o, lse, to, mu = buffers.outputs(q, v, (tq, tk, tv))
     lanes = 0 if to is None else to.shape[0]
     if o.numel():
-        q, tq = _normalized(q, q_weight, tq, setting.q_eps)
-        k, tk = _normalized(k, k_weight, tk, setting.k_eps)
         share = _lanes_at_once(q, v)
         with device_of(q):
+            q, tq = _normalized(q, q_weight, tq, setting.q_eps)
+            k, tk = _normalized(k, k_weight, tk, setting.k_eps)
             for lane in range(0, max(lanes, 1), share):
                 part = slice(lane, min(lane + share, lanes))
                 tangents = (None if t is None else t[part] for t in (tq, tk, tv, to, mu))
@@ -398,8 +440,7 @@ def _launch(
     """One program for each block of queries, or of keys, and head."""
     (batches, heads, queries, width), (_, groups, keys, _) = q.shape, k.shape
     constants |= _widths(width, v.shape[3]) | {"PRECISION": _precision(q.dtype)}
-    tangents = sum(x is not None for x in tensors)
-    bucket = (queries.bit_length() * 64 + keys.bit_length()) * 64 + tangents
+    bucket = queries.bit_length() * 64 + keys.bit_length()
     arguments = (
         *tensors, mask_operand(setting.attn_mask), mask_operand(setting.key_mask),
         heads, groups, queries, keys, setting.scale, setting.causal, bucket,
@@ -411,10 +452,12 @@ def _launch(
         return (triton.cdiv(queries, config["BM"]) * heads * batches,)
 
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    causal = setting.causal is not None
-    config = _pinned(capability, kind, causal, max(width, v.shape[3]), q.dtype)
+    causal, mask = setting.causal is not None, setting.attn_mask
+    config = _pinned(capability, kind, causal, max(width, v.shape[3]), q.dtype, mask is not None)
     if config is None:
-        _tuned(kernel, kind, max(width, v.shape[3]))[grid](*arguments, **constants)
+        there = tuple(x is not None for x in arguments)
+        variant = width, v.shape[3], there, None if mask is None else mask.dtype
+        _tuned(kernel, kind, variant)[grid](*arguments, **constants)
     else:
         kernel[grid](*arguments, **constants, **_options(config))
 
@@ -439,9 +482,13 @@ def _options(config: Config) -> dict[str, int]:
 
 
 def _pinned(
-    capability: tuple[int, int] | None, kind: str, causal: bool, width: int, dtype: torch.dtype
-) -> Config | None:
-    """The config of a known GPU, or None where it has to be found by timing."""
+    capability: tuple[int, int] | None, kind: str, causal: bool, width: int, dtype: torch.dtype,
+    masked: bool,
+) -> Config | None:  # fmt: skip
+    """The config of a known GPU, or None where it has to be found by timing.
+
+    Tiles of an attn_mask are loaded ahead too: one stage less has room for them.
+    """
     if capability is None:
         return _INTERPRETED
     if dtype == torch.float32:
@@ -449,14 +496,18 @@ def _pinned(
     if capability not in _PINNED:
         return None
     table = _PINNED[capability]
-    return table.get(f"{kind} causal" if causal else kind, table[kind])[_place(width)]
+    config = table.get(f"{kind} causal" if causal else kind, table[kind])[_place(width)]
+    return (*config[:3], max(config[3] - 1, 1)) if masked else config
 
 
 @functools.cache
-def _tuned(kernel: Any, kind: str, width: int) -> Any:
-    """A kernel that times the known configs once for each bucket of lengths."""
-    place = _place(width)
-    known = {config for table in _PINNED.values() for config in table[kind][place:]}
+def _tuned(kernel: Any, kind: str, variant: tuple[Any, ...]) -> Any:
+    """A kernel that times the known configs once for each bucket of lengths.
+
+    `variant` is what else its shared memory depends on, head dims first.
+    """
+    place = _place(max(variant[:2]))
+    known = {config for table in _PINNED.values() for config in table[kind][place:]} | {_SMALL}
     configs = [
         triton.Config({"BM": m, "BN": n}, num_warps=warps, num_stages=stages)
         for m, n, warps, stages in sorted(known)
@@ -465,15 +516,15 @@ def _tuned(kernel: Any, kind: str, width: int) -> Any:
 
 
 _AUDITED = {
-    "forward": (forward_kernel, ("none", "none causal")),
-    "forward tangent": (forward_kernel, ("q", "all", "all causal")),
+    "forward": (forward_kernel, ("none", "none causal", "none masked")),
+    "forward tangent": (forward_kernel, ("q", "all", "all causal", "all masked")),
     "forward lanes": (forward_kernel, ("all",)),
-    "keys": (keys_kernel, ("none", "none causal")),
-    "keys tangent": (keys_kernel, ("q", "all", "all causal")),
-    "queries": (queries_kernel, ("none", "none causal")),
-    "queries tangent": (queries_kernel, ("q", "all", "all causal")),
+    "keys": (keys_kernel, ("none", "none causal", "none masked")),
+    "keys tangent": (keys_kernel, ("q", "all", "all causal", "all masked")),
+    "queries": (queries_kernel, ("none", "none causal", "none masked")),
+    "queries tangent": (queries_kernel, ("q", "all", "all causal", "all masked")),
 }
-"""The kernel of each kind, and the tangents that it is compiled with."""
+"""The kernel of each kind, and the tangents and masks that it is compiled with."""
 
 
 def audit_cases() -> Iterator[AuditCase]:
@@ -481,6 +532,7 @@ def audit_cases() -> Iterator[AuditCase]:
 
     Not fp32, and not the backward through the tangent at head dims above 128: both spill.
     """
+    yield from _other_audits()
     for width in (64, 72, 112, 128, 256):
         for kind, (_, parts) in _AUDITED.items():
             if width > 128 and kind in ("keys tangent", "queries tangent"):
@@ -488,16 +540,38 @@ def audit_cases() -> Iterator[AuditCase]:
             if width > 64 and kind == "forward lanes":
                 continue
             for part in parts:
+                if "masked" in part and width in (72, 112):  # 64 and 128 have as large tiles
+                    continue
                 for gpu in _PINNED:
                     yield from _audits(kind, part, torch.bfloat16, width, gpu)
+
+
+def _other_audits() -> Iterator[AuditCase]:
+    """Norms of SANA's 16 heads of 72, of one lane of tangents and of several, and row scalars."""
+    tensor = Operand("*bf16", "i32", "i32", "i32", "i32")
+    types = {"weight": "*fp32", "eps": "fp32"} | dict.fromkeys(("heads", "rows", "queries"), "i32")
+    types |= dict.fromkeys(("glse", "gmu", "a", "d"), "*fp32")
+    shape = {"WIDTH": 72, "BLOCK": 128}
+    for name, kernel, constants, warps in (
+        ("norm each", norm_kernel, shape | {"ACROSS": False, "HEADS": 8}, 4),
+        ("norm all", norm_kernel, shape | {"ACROSS": True, "HEADS": 16, "lanes": 1}, 8),
+        ("rows", rows_kernel, {"DV": 72, "V_CHUNKS": chunks_of(72), "UNIT": 8, "BM": 32}, 4),
+    ):
+        names = (n for n in kernel.arg_names if n not in constants)
+        arguments = {n: "i32" if n == "lanes" else types.get(n, tensor) for n in names}
+        yield AuditCase(f"attention bf16 {name}", kernel, arguments, constants, warps)
 
 
 def _audits(
     kind: str, part: str, dtype: torch.dtype, width: int, capability: tuple[int, int]
 ) -> Iterator[AuditCase]:  # fmt: skip
-    """One config with the tangents "none", "q" or "all", causal or not, in each of its launches."""
+    """One config in each of its launches, with the tangents "none", "q" or "all".
+
+    It may be causal, or masked in fp32, whose tiles are the largest.
+    """
     kernel = _AUDITED[kind][0]
-    absent = {"mask", "key_mask"} | ({"causal"} if "causal" not in part else set())
+    absent = {"key_mask"}
+    absent |= {n for n, word in (("causal", "causal"), ("mask", "masked")) if word not in part}
     if "none" in part:
         absent |= {"tq", "tk", "tv", "to", "gto", "gtq", "gtk", "gtv", "mu", "a"}
     elif "q" in part:
@@ -509,13 +583,15 @@ def _audits(
             arguments[name] = None
         elif name in ("lse", "mu", "a", "d"):
             arguments[name] = "*fp32"
+        elif name == "mask":
+            arguments[name] = Mask("*fp32", "i32", "i32", "i32", "i32")
         elif name in ("heads", "groups", "queries", "keys", "causal", "bucket"):
             arguments[name] = "i32"
         elif name == "scale":
             arguments[name] = "fp32"
         elif not name.isupper():
             arguments[name] = Operand(f"*{short}", "i32", "i32", "i32", "i32")
-    config = _pinned(capability, kind, "causal" in part, width, dtype)
+    config = _pinned(capability, kind, "causal" in part, width, dtype, "masked" in part)
     blocks = dict(zip(("BM", "BN"), config, strict=False))
     constants = _widths(width, width) | {"UNIT": 8, "PRECISION": "ieee"}
     constants |= blocks
@@ -528,10 +604,11 @@ def _audits(
     for made in _parts(kind, width, dtype, outputs) if outputs else [()]:
         others = dict.fromkeys(set(outputs) - set(made))
         names = " ".join(n for n in made if n and arguments[n])
+        may_spill = _MASKED_MAY_SPILL if "masked" in part else _MAY_SPILL.get((capability, kind), 0)
         if names or not outputs:
             yield AuditCase(
                 f"attention {short} D={width} {kind} {part} {names}".rstrip(), kernel,
                 arguments | others, constants, *config[2:], (10 * capability[0] + capability[1],),
                 hgmma=dtype == torch.bfloat16 and rows >= 64,
-                may_spill=_MAY_SPILL.get((capability, kind), 0),
+                may_spill=may_spill,
             )  # fmt: skip

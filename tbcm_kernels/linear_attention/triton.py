@@ -121,6 +121,7 @@ def _norm(x: Tensor, weight: Tensor | None, tx: Tensor | None, eps: float) -> di
         return {"norm": None, "scalars": None}
     batches, heads, rows, width = x.shape
     if heads_of_norm(x, weight) == 1:
+        eps = max(eps, 1e-38)  # for the zeros of rows beyond the last
         return {"norm": Norm(weight.contiguous(), 0, eps), "scalars": None}
     scalars = torch.empty((batches, rows, 2), dtype=torch.float32, device=x.device)
     if rows:

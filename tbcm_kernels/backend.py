@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tbcm_kernels._layers import refuse_modes
 from tbcm_kernels.attention import attention
+from tbcm_kernels.sdpa import moves_or_learns, pytorchs
 
 NAME = "tbcm_kernels"
 
@@ -58,7 +59,8 @@ def _attend(
         attn_mask = attn_mask[:, None, None]
     refuse_modes()
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    o = attention(
+    attend = pytorchs if moves_or_learns(attn_mask) else attention
+    o = attend(
         q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
         enable_gqa=enable_gqa,
     )  # fmt: skip

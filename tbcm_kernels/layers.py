@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tbcm_kernels import modules, processors
+from tbcm_kernels._dual import any_dual
 from tbcm_kernels._layers import COUNTERPARTS, does_more, has_other_forward
 from tbcm_kernels.adaln import adaln
 from tbcm_kernels.rms_norm import rms_norm
@@ -31,6 +32,11 @@ def rms_norm_cast(layer: nn.Module, hidden_states: Tensor) -> Tensor:
     x = hidden_states.to(torch.promote_types(hidden_states.dtype, weight.dtype))
     y = rms_norm(x, weight, eps=layer.eps)
     return y.to(weight.dtype) if weight.dtype.itemsize == 2 else y
+
+
+def group_norm(layer: nn.Module, input: Tensor) -> Tensor:
+    """PyTorch's `GroupNorm`, which has no tangent where an input is not contiguous."""
+    return nn.GroupNorm.forward(layer, input.contiguous() if any_dual(input) else input)
 
 
 def ada_layer_norm_zero(
@@ -67,6 +73,7 @@ _DIFFUSERS = "diffusers.models.normalization."
 LAYERS = {
     "torch.nn.modules.linear.Linear": modules.Linear.forward,
     "torch.nn.modules.normalization.LayerNorm": modules.LayerNorm.forward,
+    "torch.nn.modules.normalization.GroupNorm": group_norm,
     "torch.nn.modules.normalization.RMSNorm": modules.RMSNorm.forward,
     _DIFFUSERS + "FP32LayerNorm": fp32_layer_norm,
     _DIFFUSERS + "RMSNorm": rms_norm_cast,
@@ -101,9 +108,12 @@ def _is_covered(layer: nn.Module) -> bool:
         return False
     if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
         return len(layer.normalized_shape) == 1
+    if isinstance(layer, nn.GroupNorm):
+        return True
     if type(layer).__name__ == "RMSNorm":
         # A weight of one number would broadcast over any width.
-        return layer.bias is None and len(layer.dim) == 1 and layer.dim[0] > 1
+        narrow = layer.weight is not None and (len(layer.dim) > 1 or layer.dim[0] == 1)
+        return layer.bias is None and not narrow
     norm = getattr(layer, "norm", None)
     if norm is None:
         return isinstance(layer, nn.Linear) and layer.in_features > 0

@@ -7,6 +7,7 @@ holds an N × S matrix. They need no diffusers, and `fuse(model)` sets them.
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 from collections.abc import Callable
@@ -153,6 +154,7 @@ def swaps(model: nn.Module) -> list[tuple[Any, str, Any]]:
         if _dispatches(processor):
             shared = any(owner is processor for owner, _, _ in found)
             found += [] if shared else [(processor, "_attention_backend", backend())]
+            found += _in_scope(module) if _dispatches_otherwise(processor) else []
         elif _path(stock) not in PROCESSORS:
             found += _in_scope(module)
         elif make := PROCESSORS[_path(stock)]:
@@ -199,6 +201,12 @@ def _dispatches(processor: Any) -> bool:
         return False
     code = getattr(kind.__call__, "__code__", None)
     return code is not None and "_attention_backend" in code.co_names
+
+
+def _dispatches_otherwise(processor: Any) -> bool:
+    """Whether one of its calls of `dispatch_attention_fn` is told another backend, or none."""
+    used = [i.argval for i in dis.get_instructions(type(processor).__call__)]
+    return used.count("dispatch_attention_fn") > used.count("_attention_backend")
 
 
 def _path(x: object) -> str:

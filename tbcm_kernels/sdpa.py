@@ -53,14 +53,11 @@ def _attend(
     if not any_dual(query, key, value, attn_mask):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
     refuse_modes()
-    kind = query.device.type, query.dtype
-    if attn_mask is not None and (any_dual(attn_mask) or _learns(attn_mask)):
-        fall_back("attention", *kind, "its kernels take a mask that neither moves nor learns")
-        with sdpa_kernel(SDPBackend.MATH):  # the one of PyTorch's that has a tangent
-            return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
+    if moves_or_learns(attn_mask):
+        return pytorchs(query, key, value, attn_mask, *args, **kwargs)
     if any(x.shape[-1] % 8 or x.shape[-1] > MAX_HEAD_DIM for x in (query, value)):
         reason = f"its kernels take head dims that are multiples of 8 up to {MAX_HEAD_DIM}"
-        kwargs["impl"] = fall_back("attention", *kind, reason)
+        kwargs["impl"] = fall_back("attention", query.device.type, query.dtype, reason)
     if not kwargs.get("enable_gqa"):  # PyTorch broadcasts
         shape = torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value)))
         query, key, value = (x.expand(*shape, -1, -1) for x in (query, key, value))
@@ -77,11 +74,21 @@ def _four(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-3:]) if x.ndim > 3 else x[None, None]
 
 
-def _learns(mask: Tensor) -> bool:
-    """Whether a mask requires grad, which one that was made inside torch.func.jvp hides."""
+def moves_or_learns(mask: Tensor | None) -> bool:
+    """Whether a mask has a tangent or requires grad, which our kernels do not compute."""
+    if mask is None or any_dual(mask):
+        return mask is not None
     while not torch.compiler.is_compiling() and is_gradtrackingtensor(mask):
-        mask = get_unwrapped(mask)
+        mask = get_unwrapped(mask)  # one that was made inside torch.func.jvp hides it
     return mask.requires_grad and torch.is_grad_enabled()
+
+
+def pytorchs(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """PyTorch's attention with a mask that moves or learns, by what has a tangent; it is told."""
+    reason = "its kernels take a mask that neither moves nor learns"
+    fall_back("attention", query.device.type, query.dtype, reason)
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(query, *args, **kwargs)
 
 
 def forward(stock: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import tbcm_kernels as tk
-from tbcm_kernels import layers, modules, processors
+from tbcm_kernels import _dispatch, layers, modules, processors
 from tbcm_kernels.backend import NAME, backend
 
 HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
@@ -85,6 +85,21 @@ def _ltx() -> tuple[nn.Module, Tensor, dict]:
     )  # fmt: skip
     options = {"encoder_attention_mask": MASK, "num_frames": 1, "height": 3, "width": 4}
     return model, torch.randn(2, 12, 4), options
+
+
+def _qwen21() -> tuple[nn.Module, Tensor, dict]:
+    """Its processor gives no backend to one of its calls; text, a picture of 2 by 2, a latent."""
+    model = diffusers.QwenImage21Transformer2DModel(
+        in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        context_in_dim=8, mlp_ratio=2, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    options = {
+        "encoder_hidden_states": torch.randn(2, 8, 8), "timestep": torch.tensor([0.3]),
+        "encoder_hidden_states_mask": torch.ones(2, 8, dtype=torch.bool),
+        "img_mask": torch.tensor([[False] * 5 + [True] + [False] * 2 + [True] * 4] * 2),
+        "img_shapes": [[(1, 2, 2), (1, 4, 4)]] * 2,
+    }  # fmt: skip
+    return model, torch.randn(2, 20, 4), options
 
 
 def _cosmos() -> tuple[nn.Module, Tensor, dict]:
@@ -156,7 +171,7 @@ def _own() -> tuple[nn.Module, Tensor, dict]:
 MODELS = {
     f.__name__[1:]: f
     for f in (
-        *(_cosmos, _cogvideox, _lumina2, _own, _flux, _wan, _wan_of_an_image, _qwen),
+        *(_cosmos, _cogvideox, _lumina2, _own, _flux, _wan, _wan_of_an_image, _qwen, _qwen21),
         *(_sana_video, _hunyuan_video, _ltx),
     )
 }
@@ -206,7 +221,7 @@ def _worst(got: Tensor, want: Tensor) -> float:
 def test_agrees_with_stock(name: str) -> None:
     """Value, tangent and gradients through both; without fuse PyTorch refuses forward mode."""
     model, function, x = _made(name)
-    before = {n: dict(m.__dict__) for n, m in model.named_modules()}
+    before = _attributes(model)
     with sdpa_kernel(SDPBackend.MATH), unittest.mock.patch.object(F, "layer_norm", _layer_norm):
         want = _step(model, function, x)
     with pytest.raises(NotImplementedError, match="forward AD"):
@@ -215,7 +230,19 @@ def test_agrees_with_stock(name: str) -> None:
         got = _step(model, function, x)
     assert len(got) == len(want)
     assert max(map(_worst, got, want)) < 2e-5
-    assert {n: dict(m.__dict__) for n, m in model.named_modules()} == before
+    assert _attributes(model) == before
+
+
+def _attributes(model: nn.Module) -> dict[str, dict[str, object]]:
+    """Those of all modules, but for what some models keep of tensors there."""
+
+    def plain(value: object) -> bool:
+        return not isinstance(value[0] if isinstance(value, list) and value else value, Tensor)
+
+    return {
+        name: {n: v for n, v in module.__dict__.items() if plain(v)}
+        for name, module in model.named_modules()
+    }
 
 
 @pytest.mark.parametrize("default_device", [None])  # in its scope Dynamo knows no Tensor.unflatten
@@ -428,6 +455,7 @@ NORMS = {
     "FP32LayerNorm": {},
     "RMSNorm": {"eps": 1e-6},
     "RMSNorm without weight": {"eps": 1e-6, "elementwise_affine": False},
+    "RMSNorm of no width": {"eps": 1e-6, "elementwise_affine": False},
     "AdaLayerNormContinuous": {
         "conditioning_embedding_dim": 24, "elementwise_affine": False, "eps": 1e-3,
     },
@@ -450,7 +478,8 @@ def test_dtypes_are_those_of_stock(
     kind: str, of_x: torch.dtype, of_weights: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    layer = getattr(normalization, kind.split()[0])(24, **NORMS[kind]).to(of_weights)
+    width = 0 if "no width" in kind else 24  # as Mochi makes those without a weight
+    layer = getattr(normalization, kind.split()[0])(width, **NORMS[kind]).to(of_weights)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, 0.5, 0.3)
     x = torch.randn(2, 5, 24).to(of_x)
@@ -485,6 +514,39 @@ def test_what_the_backend_does_not_do_is_named() -> None:
     shared = [torch.randn(2, 6, 1, 16) for _ in "kv"]
     got = dispatch_attention_fn(q, *shared, enable_gqa=True, backend=backend())
     torch.testing.assert_close(got, dispatch_attention_fn(q, *shared, enable_gqa=True))
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_a_mask_of_the_backend_that_learns_is_pytorchs(moves: bool) -> None:
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    q, bias = torch.randn(2, 6, 2, 16, requires_grad=True), torch.randn(6, 6, requires_grad=True)
+
+    def step(**options: object) -> list[Tensor]:
+        def function(x: Tensor) -> Tensor:
+            return dispatch_attention_fn(x, x, x, attn_mask=bias, **options)
+
+        pair = torch.func.jvp(function, (q,), (torch.ones_like(q),)) if moves else [function(q)]
+        loss = sum(x.sin().sum() for x in pair)
+        return [*pair, *torch.autograd.grad(loss, [q, bias])]
+
+    with sdpa_kernel(SDPBackend.MATH):
+        want = step()
+    _dispatch._notice_fallback.cache_clear()
+    with pytest.warns(UserWarning, match="neither moves nor learns"):
+        torch.testing.assert_close(step(backend=backend()), want)
+
+
+def test_a_group_norm_has_a_tangent_in_any_order_of_memory() -> None:
+    """PyTorch's raises there, as in a UNet whose attention gives images back with channels last."""
+    x, dx = torch.randn(2, 2, 4, 4, 8).permute(0, 1, 4, 2, 3)
+    norm = nn.Sequential(nn.GroupNorm(2, 8))
+    nn.init.normal_(norm[0].weight)
+    want = torch.func.jvp(norm, (x.contiguous(),), (dx.contiguous(),))
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        torch.func.jvp(norm, (x,), (dx,))
+    with tk.fuse(norm):
+        torch.testing.assert_close(torch.func.jvp(norm, (x,), (dx,)), want)
 
 
 def test_processors_that_do_not_call_pytorchs_attention_are_refused() -> None:

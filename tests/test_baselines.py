@@ -23,7 +23,7 @@ from tbcm.errors import UserError
 from tbcm.models import ASSETS, load_teacher
 from tbcm.rollout import rollout
 from tbcm.sampling import consistency_sample
-from tbcm.sprint import Features, Head, Heads
+from tbcm.sprint import HEAD_BLOCKS, Features, Head, Heads
 from tbcm.text import load_prompts
 from tbcm.train import METHODS, train
 from tbcm.trigflow import SIGMA_DATA, like, route
@@ -122,10 +122,82 @@ def test_student_and_heads_each_follow_their_own_loss(tmp_path: Path):
         torch.testing.assert_close(got[id(p)], gradient, rtol=1e-4, atol=1e-5 * scale)
 
 
+def test_what_the_heads_see_is_noised_again(tmp_path: Path):
+    """Images of the set, and those that the student makes of them in one step."""
+    parts = distiller(settings(tmp_path, method="sana_sprint"))
+    parts.features = lambda x, t, text: (x, t)
+    samples = parts.harvest(parts.draw())
+    d, x0 = samples.draw, samples.x0
+
+    def mixed(x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return like(torch.cos(t), x0) * x0 + like(torch.sin(t), x0) * noise
+
+    x = mixed(x0, d.gan_noise, d.gan_t)
+    with torch.no_grad():
+        out = parts.student_net(x / 0.5, d.gan_t, *samples.text, samples.guidance)
+        made = mixed(x, -0.5 * out, d.gan_t)
+        seen = parts.fake_features(samples)
+    for (got, times), want, t in (
+        (seen, mixed(made, d.fake_noise, d.fake_t), d.fake_t),
+        (parts.real_features(samples), mixed(x0, d.real_noise, d.real_t), d.real_t),
+    ):
+        torch.testing.assert_close(got, want)
+        assert torch.equal(times, t)
+
+
+def test_a_head_is_a_residual_of_convolutions():
+    head, tokens = Head(8).eval(), torch.randn(2, 5, 8)
+    rows = tokens.transpose(1, 2)
+    for conv, norm in zip((head.mix, head.near), head.norms, strict=True):
+        y = torch.nn.functional.conv1d(
+            rows, conv.weight, conv.bias, padding=conv.kernel_size[0] // 2
+        )
+        y = torch.nn.functional.group_norm(y, norm.num_groups, norm.weight, norm.bias)
+        y = torch.where(y > 0, y, 0.2 * y)
+        rows = y if conv is head.mix else (rows + y) / 2**0.5
+    want = torch.einsum("bcn,kck->bn", rows, head.logit.weight) + head.logit.bias
+    torch.testing.assert_close(head(tokens), want)
+    assert HEAD_BLOCKS == (2, 8, 14, 19)
+
+
+def test_the_heads_step_with_the_student_alone(tmp_path: Path):
+    """At its rate, clipped as it is, then with new spectral norms; a step that is skipped, not."""
+    parts = distiller(settings(tmp_path, method="sana_sprint", lr_warmup_steps=4))
+    scale = [p for n, p in parts.heads.named_parameters() if "original" in n]
+    vectors = [b for n, b in parts.heads.named_buffers() if n.endswith("_u") and len(b) > 1]
+    assert scale and vectors
+
+    def now() -> list[torch.Tensor]:
+        return [v.detach().clone() for v in (*scale, *vectors)]
+
+    before, step = now(), parts.heads_optimizer.step
+    norms = []
+
+    def clipped() -> None:
+        norms.append(torch.stack([p.grad.norm() for p in parts.heads.parameters()]).norm().item())
+        step()
+
+    parts.heads_optimizer.step = clipped
+    row = parts.train_step()
+    assert parts.heads_optimizer.param_groups[0]["lr"] == row["lr"] < parts.config.learning_rate
+    assert norms[0] <= parts.config.gradient_clip * 1.001
+    adversarial, hinge = torch.stack(parts.judged).mean(0).tolist()
+    assert (row["adv_loss"], row["hinge_loss"]) == pytest.approx((adversarial, hinge))
+    assert hinge > 0 and adversarial != hinge
+    after = now()
+    assert all(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    good = parts.forward
+    parts.forward = lambda *args: tuple(v * torch.nan for v in good(*args))
+    assert parts.train_step()["skipped"]
+    assert all(torch.equal(a, b) for a, b in zip(after, now(), strict=True))
+
+
 def test_half_of_what_the_gan_sees_comes_from_pure_noise(tmp_path: Path):
     parts = distiller(settings(tmp_path, method="sana_sprint", train_batch_size=1000))
     draw = parts.draw()
     assert 0.45 < (draw.gan_t == torch.tensor(torch.pi / 2)).float().mean() < 0.55
+    for noise in (draw.gan_noise, draw.fake_noise, draw.real_noise):
+        assert noise.std().item() == pytest.approx(SIGMA_DATA, rel=0.05)
     tau = torch.log(SIGMA_DATA * torch.tan(draw.fake_t.double()))
     assert tau.mean().item() == pytest.approx(-0.6, abs=0.15)
     assert not torch.equal(draw.fake_t, draw.real_t)

@@ -172,6 +172,10 @@ def snapshot(run: Path) -> dict[str, bytes]:
     [
         ({"resume": None}, "is not empty"),
         ({"resume": "latest", "learning_rate": 2e-3}, "learning_rate = 0.001, not 0.002"),
+        ({"resume": "latest", "ema_decay": 0.5}, "ema_decay = "),
+        ({"resume": "latest", "gradient_clip": 0.7}, "gradient_clip = "),
+        ({"resume": "latest", "scm_cfg_scale": [2.5]}, "scm_cfg_scale = "),
+        ({"resume": "latest", "train_batch_size": 4}, "train_batch_size = "),
         ({"resume": "step-000099"}, "step-000099: it is missing"),
         ({"resume": "latest", "steps": 7}, "is past max_train_steps 7"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,12 @@ from torch import Tensor
 
 from tbcm_kernels._dispatch import may_use_tf32
 from tbcm_kernels._library import fresh_heads
-from tbcm_kernels._triton import AuditCase, device_of, row_config
+from tbcm_kernels._triton import device_of, row_config
 from tbcm_kernels.attention import buffers
 from tbcm_kernels.attention.reference import FIRST_KEYS, Setting
 from tbcm_kernels.attention.triton_backward import keys_kernel, queries_kernel, rows_kernel
 from tbcm_kernels.attention.triton_tiles import (
     LOG2E,
-    Mask,
-    Operand,
     again,
     chunks_of,
     hidden,
@@ -268,13 +266,9 @@ _AMPERE = {
 """Blocks of queries and keys, warps and stages of each kernel in bf16 and fp16, at head dims up to
 each of _WIDTHS. Hopper's were chosen by timing (README.md); those of the others by the static
 audit: the largest that spill nothing."""
-_MAY_SPILL = {((9, 0), "keys tangent"): 256}
-"""A third stage of loads takes 18% off its time, spills and all."""
 _FP32 = (16, 16, 8, 1)
 """The same for fp32, at every head dim and on every GPU: exact products run without tensor cores
 and keep their factors in registers, so that they spill."""
-_MASKED_MAY_SPILL = 2048
-"""A tile of an attn_mask has 64-bit addresses, which cost registers; to fit is what counts."""
 _PINNED = {(8, 0): _AMPERE, (9, 0): _HOPPER, (10, 0): _BLACKWELL}
 """The GPUs, by compute capability, that do not search."""
 _INTERPRETED = (32, 16, 4, 1)
@@ -513,102 +507,3 @@ def _tuned(kernel: Any, kind: str, variant: tuple[Any, ...]) -> Any:
         for m, n, warps, stages in sorted(known)
     ]
     return triton.autotune(configs, key=["bucket"])(kernel)
-
-
-_AUDITED = {
-    "forward": (forward_kernel, ("none", "none causal", "none masked")),
-    "forward tangent": (forward_kernel, ("q", "all", "all causal", "all masked")),
-    "forward lanes": (forward_kernel, ("all",)),
-    "keys": (keys_kernel, ("none", "none causal", "none masked")),
-    "keys tangent": (keys_kernel, ("q", "all", "all causal", "all masked")),
-    "queries": (queries_kernel, ("none", "none causal", "none masked")),
-    "queries tangent": (queries_kernel, ("q", "all", "all causal", "all masked")),
-}
-"""The kernel of each kind, and the tangents and masks that it is compiled with."""
-
-
-def audit_cases() -> Iterator[AuditCase]:
-    """The pinned configs at head dims of every width class; 72 and 112 are SANA's.
-
-    Not fp32, and not the backward through the tangent at head dims above 128: both spill.
-    """
-    yield from _other_audits()
-    for width in (64, 72, 112, 128, 256):
-        for kind, (_, parts) in _AUDITED.items():
-            if width > 128 and kind in ("keys tangent", "queries tangent"):
-                continue
-            if width > 64 and kind == "forward lanes":
-                continue
-            for part in parts:
-                if "masked" in part and width in (72, 112):  # 64 and 128 have as large tiles
-                    continue
-                for gpu in _PINNED:
-                    yield from _audits(kind, part, torch.bfloat16, width, gpu)
-
-
-def _other_audits() -> Iterator[AuditCase]:
-    """Norms of SANA's 16 heads of 72, of one lane of tangents and of several, and row scalars."""
-    tensor = Operand("*bf16", "i32", "i32", "i32", "i32")
-    types = {"weight": "*fp32", "eps": "fp32"} | dict.fromkeys(("heads", "rows", "queries"), "i32")
-    types |= dict.fromkeys(("glse", "gmu", "a", "d"), "*fp32")
-    shape = {"WIDTH": 72, "BLOCK": 128}
-    for name, kernel, constants, warps in (
-        ("norm each", norm_kernel, shape | {"ACROSS": False, "HEADS": 8}, 4),
-        ("norm all", norm_kernel, shape | {"ACROSS": True, "HEADS": 16, "lanes": 1}, 8),
-        ("rows", rows_kernel, {"DV": 72, "V_CHUNKS": chunks_of(72), "UNIT": 8, "BM": 32}, 4),
-    ):
-        names = (n for n in kernel.arg_names if n not in constants)
-        arguments = {n: "i32" if n == "lanes" else types.get(n, tensor) for n in names}
-        yield AuditCase(f"attention bf16 {name}", kernel, arguments, constants, warps)
-
-
-def _audits(
-    kind: str, part: str, dtype: torch.dtype, width: int, capability: tuple[int, int]
-) -> Iterator[AuditCase]:  # fmt: skip
-    """One config in each of its launches, with the tangents "none", "q" or "all".
-
-    It may be causal, or masked in fp32, whose tiles are the largest.
-    """
-    kernel = _AUDITED[kind][0]
-    absent = {"key_mask"}
-    absent |= {n for n, word in (("causal", "causal"), ("mask", "masked")) if word not in part}
-    if "none" in part:
-        absent |= {"tq", "tk", "tv", "to", "gto", "gtq", "gtk", "gtv", "mu", "a"}
-    elif "q" in part:
-        absent |= {"tk", "tv", "gtk", "gtv"}
-    short = "bf16" if dtype == torch.bfloat16 else "fp32"
-    arguments: dict[str, Any] = {}
-    for name in kernel.arg_names:
-        if name in absent:
-            arguments[name] = None
-        elif name in ("lse", "mu", "a", "d"):
-            arguments[name] = "*fp32"
-        elif name == "mask":
-            arguments[name] = Mask("*fp32", "i32", "i32", "i32", "i32")
-        elif name in ("heads", "groups", "queries", "keys", "causal", "bucket"):
-            arguments[name] = "i32"
-        elif name == "scale":
-            arguments[name] = "fp32"
-        elif not name.isupper():
-            arguments[name] = Operand(f"*{short}", "i32", "i32", "i32", "i32")
-    config = _pinned(capability, kind, "causal" in part, width, dtype, "masked" in part)
-    blocks = dict(zip(("BM", "BN"), config, strict=False))
-    constants = _widths(width, width) | {"UNIT": 8, "PRECISION": "ieee"}
-    constants |= blocks
-    if kernel is forward_kernel:
-        constants["LANES"] = ("forward", "forward tangent", "forward lanes").index(kind)
-    if kernel is keys_kernel:
-        constants["SHARE"] = 1
-    rows = blocks["BN" if kernel is keys_kernel else "BM"]
-    outputs = [n for n in ("gk", "gv", "gtk", "gtv", "gq", "gtq") if n in arguments]
-    for made in _parts(kind, width, dtype, outputs) if outputs else [()]:
-        others = dict.fromkeys(set(outputs) - set(made))
-        names = " ".join(n for n in made if n and arguments[n])
-        may_spill = _MASKED_MAY_SPILL if "masked" in part else _MAY_SPILL.get((capability, kind), 0)
-        if names or not outputs:
-            yield AuditCase(
-                f"attention {short} D={width} {kind} {part} {names}".rstrip(), kernel,
-                arguments | others, constants, *config[2:], (10 * capability[0] + capability[1],),
-                hgmma=dtype == torch.bfloat16 and rows >= 64,
-                may_spill=may_spill,
-            )  # fmt: skip

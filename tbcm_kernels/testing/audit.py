@@ -80,7 +80,7 @@ class Report:
 def cases() -> Iterator[AuditCase]:
     """Every kernel of every op at the widths of SANA and of the built-in case."""
     from tbcm_kernels.adaln import triton as adaln
-    from tbcm_kernels.attention import triton as attention
+    from tbcm_kernels.attention import audit as attention
     from tbcm_kernels.linear_attention import triton as linear_attention
     from tbcm_kernels.rms_norm import triton as rms_norm
     from tbcm_kernels.tangent_loss import triton as tangent_loss

@@ -263,6 +263,10 @@ def load_transformer(folder: str | Path, variant: str | None = None) -> SanaTran
     folder = Path(folder)
     _check_kind(folder, _config(folder))
     from diffusers import SanaTransformer2DModel
+    from diffusers.utils import logging
+
+    # It would print, before our sentence, the error that it raises.
+    logging.get_logger("diffusers.models.modeling_utils").setLevel(logging.FATAL)
 
     def load(path: Path) -> tuple[SanaTransformer2DModel, dict[str, list[str]]]:
         return SanaTransformer2DModel.from_pretrained(

@@ -23,10 +23,10 @@ from tbcm.errors import UserError
 from tbcm.models import ASSETS, load_teacher
 from tbcm.rollout import rollout
 from tbcm.sampling import consistency_sample
-from tbcm.sprint import HEAD_BLOCKS, Features, Head, Heads
+from tbcm.sprint import HEAD_BLOCKS, Head, Heads, kept_outputs
 from tbcm.text import load_prompts
 from tbcm.train import METHODS, train
-from tbcm.trigflow import SIGMA_DATA, like, route
+from tbcm.trigflow import SIGMA_DATA, TrigFlow, like, route
 
 
 def settings(out: Path, **changes: object) -> TrainConfig:
@@ -95,7 +95,9 @@ def test_the_heads_read_the_stock_teachers_blocks_through_a_fused_one(tmp_path: 
     x = torch.randn(2, 1, 8, 8, requires_grad=True)
     t, text = torch.tensor([0.3, 1.2]), parts.text([0, 1])
     fused = parts.features(x, t, text)
-    stock = Features(load_teacher("digits").transformer, [1, 3])(x, t, text)
+    teacher = load_teacher("digits").transformer
+    with kept_outputs([teacher.transformer_blocks[i] for i in (1, 3)]) as stock:
+        TrigFlow(teacher)(x / SIGMA_DATA, t, *text)
     assert [f.shape for f in fused] == 2 * [(2, 16, 128)] and not torch.equal(*fused)
     for a, b in zip(fused, stock, strict=True):
         assert torch.equal(a, b)
@@ -201,6 +203,8 @@ def test_half_of_what_the_gan_sees_comes_from_pure_noise(tmp_path: Path):
     tau = torch.log(SIGMA_DATA * torch.tan(draw.fake_t.double()))
     assert tau.mean().item() == pytest.approx(-0.6, abs=0.15)
     assert not torch.equal(draw.fake_t, draw.real_t)
+    parts = distiller(settings(tmp_path, method="sana_sprint", largest_timestep_prob=1.0))
+    assert (parts.draw().gan_t == torch.tensor(torch.pi / 2)).all()
 
 
 def test_the_heads_learn_to_tell_images_from_the_students(tmp_path: Path):
@@ -236,6 +240,9 @@ def test_a_baseline_continues_bit_for_bit(method: str, tmp_path: Path):
         assert all(again[key] == row[key] for key in row if key != "prompts_per_s")
     for mine, its in zip(resumed.parameters, straight.parameters, strict=True):
         assert torch.equal(mine, its)
+    resumed.latents = resumed.latents._replace(digest="others")
+    with pytest.raises(UserError, match="not those of the checkpoint"):
+        resumed.load_state(state)
 
 
 def test_accumulation_changes_no_gradient_of_student_or_heads(tmp_path: Path):

@@ -33,6 +33,20 @@ def test_explicit_implementation_that_cannot_run_says_why(
         tbcm_kernels.rms_norm(x, impl=impl)
 
 
+def test_tf32_may_be_used_once_pytorch_is_told_so_in_either_way() -> None:
+    products, before = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+    try:
+        for precision, may in (("highest", False), ("high", True)):
+            torch.set_float32_matmul_precision(precision)
+            assert _dispatch.may_use_tf32() is may
+        for precision, may in (("ieee", False), ("tf32", True)):
+            products.fp32_precision = precision
+            assert _dispatch.may_use_tf32() is may
+    finally:
+        torch.set_float32_matmul_precision(before)
+        products.fp32_precision = "none"
+
+
 def test_fallback_is_said_once() -> None:
     _dispatch._remembered.cache_clear()
     _dispatch._notice_fallback.cache_clear()

@@ -6,13 +6,16 @@ import json
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.torch_version import TorchVersion
 
+from tbcm import distributed
 from tbcm.config import TrainConfig
 from tbcm.distributed import check_shares
 from tbcm.errors import UserError
@@ -124,3 +127,22 @@ def test_an_old_pytorch_shards_no_plain_tangent_pass(monkeypatch: pytest.MonkeyP
     check_shares(settings(Path(), fsdp=True, fused=True), 2)
     with pytest.raises(UserError, match="fsdp without fused needs PyTorch"):
         check_shares(settings(Path(), fsdp=True), 2)
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_accelerate_s_own_ways_to_share_are_refused(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UserError, match=f"Leave {name} out of accelerate's own settings"):
+        distributed.make_accelerator(settings(Path()))
+
+
+def test_another_process_learns_what_the_main_one_found(monkeypatch: pytest.MonkeyPatch):
+    other = SimpleNamespace(is_main_process=False)
+    for result, error in (("found", None), (None, "output_dir is not empty")):
+        told = [result, error]
+        monkeypatch.setattr(
+            distributed, "broadcast_object_list", lambda x, told=told: x.__setitem__(slice(2), told)
+        )
+        refused = pytest.raises(UserError, match=error) if error else nullcontext()
+        with refused:
+            assert distributed.on_main(other, lambda: pytest.fail("not here")) == result

@@ -168,6 +168,33 @@ def test_evaluation_refuses_what_it_cannot_do(run_dir, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_scores_compare_with_held_out_digits_and_with_the_other_teacher():
+    (train, _), (held_out, labels) = digits.load_digits()
+    other = train[:360]
+    images = {"teacher": held_out, "1": other}
+    scores = evaluate.scores_of_seed(images, labels, other)
+    apart = frechet(*(trained_classifier().features(x) for x in (other, held_out)))
+    same = pytest.approx(0, abs=1e-6)
+    assert scores["teacher"] == {
+        "accuracy": accuracy(trained_classifier(), held_out, labels), "fd": same,
+        "fd_teacher": pytest.approx(apart), "pair_rmse": 0,
+    }  # fmt: skip
+    assert (scores["1"]["fd"], scores["1"]["fd_teacher"]) == (pytest.approx(apart), same)
+    assert scores["1"]["pair_rmse"] == pair_rmse(other, held_out)
+
+
+def test_a_report_has_means_and_standard_deviations():
+    keys, names = ("accuracy", "fd", "fd_teacher", "pair_rmse"), ("teacher", "undistilled", *"124")
+    seeds = [{name: dict.fromkeys(keys, x) for name in names} for x in (1.0, 2.0, 6.0)]
+    report = evaluate.report_of(seeds)
+    for scores, spread in (
+        (report[part], report["spread"][part]) for part in ("teacher", "undistilled")
+    ):
+        assert set(scores.values()) == {3.0} and set(spread.values()) == {7**0.5}
+    assert report["student"]["2"]["fd"] == 3 and report["spread"]["student"]["2"]["fd"] == 7**0.5
+    assert report["floor"]["fd_teacher"] == 3
+
+
 def test_pair_rmse_is_in_image_units():
     assert pair_rmse(torch.zeros(3, 1, 2, 2), torch.full((3, 1, 2, 2), -0.5)) == 0.5
 

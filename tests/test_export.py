@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,9 @@ from tbcm import cli, sampling
 from tbcm.config import TrainConfig
 from tbcm.errors import UserError
 from tbcm.export import export_run
+from tbcm.models import load_teacher
 from tbcm.sampling import Run, draw_images, grid, load_drawing_run
+from tbcm.student import build_student
 from tbcm.train import train
 
 
@@ -81,6 +85,29 @@ def test_images_depend_on_prompt_seed_and_steps_alone(
     for prompt, seed, steps in ((prompts[0], 4, 2), (prompts[1], 3, 2), (prompts[0], 3, 1)):
         other = draw_images(drawing, [prompt], [seed], steps)
         assert (other[0] - together[0]).abs().max() > 1e-3
+
+
+def test_a_run_in_bf16_is_drawn_so(drawing: Run):
+    told, config = [], replace(drawing.config, mixed_precision="bf16")
+    net = drawing.student.transformer.proj_out
+    hook = net.register_forward_hook(lambda *call: told.append(call[-1].dtype))
+    images = draw_images(replace(drawing, config=config), tiny_pipeline.PROMPTS[:1], [3], 2)
+    hook.remove()
+    assert told == [torch.bfloat16] * 2 and images.dtype == torch.float32
+
+
+def test_a_variant_is_exported_with_its_own_parts(tmp_path: Path):
+    teacher = tiny_pipeline.save_teacher(tmp_path / "t", variant="bf16", dtype=torch.bfloat16)
+    run = tiny_pipeline.distil(teacher, tmp_path / "of", variant="bf16", max_train_steps=1)
+    SanaSprintPipeline.from_pretrained(export_run(run, tmp_path / "pipeline"))
+
+
+def test_a_student_of_another_teacher_is_refused(run: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    shutil.rmtree(copy / "student")
+    build_student(load_teacher("digits").transformer).save_pretrained(copy / "student")
+    with pytest.raises(UserError, match=r"student in .*run does not fit .*teacher"):
+        load_drawing_run(copy, 1)
 
 
 def test_the_pipeline_is_complete(pipeline: SanaSprintPipeline):

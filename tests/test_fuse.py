@@ -214,6 +214,16 @@ def test_masks_mean_what_they_do_in_the_stock_model(kind: str, qk_norm: str | No
     assert max(_worst(fused_grads[n], grads[n]) for n in names) < 100 * close
 
 
+def test_a_prompt_that_booleans_hide_whole_is_seen_whole() -> None:
+    """As in the stock model, where −10000 for every key changes nothing but the rounding."""
+    model = _model(TINY)
+    inputs, hidden = _inputs(model), torch.tensor([[True] * 7, [False] * 7]).to(model.device)
+    with tk.fuse(model):
+        want = _dual_pass(model, inputs | {"encoder_attention_mask": torch.ones_like(hidden)})
+        got = _dual_pass(model, inputs | {"encoder_attention_mask": hidden})
+    assert all(torch.equal(a, b) for a, b in zip(got[:2], want[:2], strict=True))
+
+
 def test_names_instance_and_undo() -> None:
     model, other = _model(TINY), _model(TINY)
     names = list(model.state_dict())

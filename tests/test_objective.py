@@ -12,6 +12,7 @@ from tbcm import objective
 from tbcm.models import load_teacher
 from tbcm.student import build_student
 from tbcm.trigflow import SIGMA_DATA, TrigFlow, like, to_time
+from tbcm_kernels import _dual
 
 
 def network(x: Tensor, t: Tensor) -> Tensor:
@@ -74,6 +75,9 @@ def test_log_variance_starts_at_zero_and_tells_times_apart():
     head, t = objective.LogVariance(), torch.tensor([0.3, 1.2])
     assert head(t).tolist() == [0.0, 0.0]
     torch.nn.init.ones_(head.linear.weight)
+    angles = [300 * 1e4 ** (-i / 63) for i in range(64)]
+    waves = sum(math.sin(a) + math.cos(a) for a in angles)
+    assert head(t)[0].item() == pytest.approx(waves, abs=1e-2)
     assert abs(head(t)[0] - head(t)[1]).item() > 0.1
 
 
@@ -147,3 +151,18 @@ def test_fused_pass_gives_the_same_value_tangent_and_gradient(sana):
             handle.undo()
     for plain, fused in zip(*results, strict=True):
         assert (plain - fused).norm() < 1e-5 * plain.norm()
+
+
+def test_one_pass_asks_for_the_gradient_of_the_value_alone(point):
+    x, t, velocity = (a.float() for a in point)
+    asked = []
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(_dual.tangent_gradient_stopped())
+        return network(x, t)
+
+    _, jvp = objective.one_pass(net, x, t, velocity)
+    assert asked == [True] and not _dual.tangent_gradient_stopped()
+    torch.testing.assert_close(jvp, objective.two_passes(network, x, t, velocity)[1])
+    with pytest.raises(RuntimeError, match="tangent of the student was lost"):
+        objective.one_pass(lambda x, t: network(x.detach().clone(), t.detach()), x, t, velocity)

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tbcm.config import TrainConfig
 from tbcm.distiller import Distiller
 from tbcm.errors import UserError
 from tbcm.models import load_teacher
+from tbcm.optimizer import make_optimizer
 from tbcm.student import build_student
 from tbcm.text import load_prompts
 from tbcm.train import train
@@ -83,6 +85,31 @@ def test_each_prompt_has_its_own_jitter(tmp_path: Path):
     assert all(len(set(column.tolist())) == 4 for column in times[:, 1:].T)
     shared = distiller(settings(tmp_path, jitter_each_prompt=False)).draw().times
     assert torch.equal(shared, shared[:1].expand_as(shared))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (torch.full((1, 8, 8), torch.nan), r"\(1, 8, 8\); it must .* finite numbers"),
+        (torch.zeros(1, 8, 9), r"has shape \(1, 8, 9\); it must have that of the .*\(1, 8, 8\)"),
+        ([1.0], "it holds no saved tensor"),
+    ],
+)
+def test_a_filter_that_is_no_latent_is_refused(content: object, says: str, tmp_path: Path):
+    path = tmp_path / "latent.pt"
+    torch.save(content, path)
+    with pytest.raises(UserError, match=says):
+        distiller(settings(tmp_path, filter_latent=str(path)))
+
+
+def test_came_has_the_released_betas(monkeypatch: pytest.MonkeyPatch):
+    given = SimpleNamespace(CAME=lambda parameters, rate, **options: (parameters, rate, options))
+    monkeypatch.setitem(sys.modules, "came_pytorch", given)
+    config = settings(
+        Path(), optimizer="came", adam_beta1=0.8, adam_beta2=0.95, adam_weight_decay=0.2
+    )
+    options = {"betas": (0.8, 0.95, 0.9999), "weight_decay": 0.2}
+    assert make_optimizer([], config) == ([], 1e-3, options)
 
 
 def test_a_missing_package_is_named_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

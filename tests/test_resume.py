@@ -19,6 +19,7 @@ from filelock import FileLock
 from tbcm import checkpoint
 from tbcm.config import TrainConfig
 from tbcm.errors import UserError
+from tbcm.files import write_whole
 from tbcm.models import load_teacher
 from tbcm.train import train
 
@@ -128,7 +129,13 @@ def test_run_stopped_before_its_first_checkpoint_starts_again(
 ):
     shutil.rmtree(copy / "checkpoints")
     metrics = copy / "metrics.jsonl"
-    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(lines[:4]))  # the third was followed by a checkpoint
+    with pytest.raises(UserError, match="There is no checkpoint"):
+        train(settings(copy, resume="latest"))
+    metrics.write_text("".join(lines[:3]))
+    with pytest.raises(UserError, match="seed = 0, not 1"):
+        train(settings(copy, resume="latest", seed=1))
     train(settings(copy, resume="latest"))
     assert "stopped before its first checkpoint" in capsys.readouterr().out
     assert losses(copy) == losses(whole)
@@ -136,9 +143,10 @@ def test_run_stopped_before_its_first_checkpoint_starts_again(
 
 def test_longer_run_continues_and_says_so(copy: Path, capsys: pytest.CaptureFixture[str]):
     before = losses(copy)
-    train(settings(copy, steps=9, resume="latest"))
+    train(settings(copy, steps=9, resume="latest", fused=True))
     said = capsys.readouterr().out
     assert "Resuming with max_train_steps = 9; it was 8." in said
+    assert "Resuming with fused = True; it was False." in said
     # Until the new end nothing draws with the student of the old one.
     assert "of an earlier end of this run, as student.replaced" in said
     assert (copy / "student").exists() and (copy / "student.replaced").exists()
@@ -278,3 +286,31 @@ def test_failed_save_leaves_the_older_ones_and_names_the_file(
     with pytest.raises(UserError, match="step-000002: No space left on device"):
         checkpoint.save(tmp_path, 2, {"step": 2}, limit=1)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_a_checkpoint_and_what_it_counts_on_are_flushed_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    flushed, sync = [], os.fsync
+
+    def watched(handle: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    train(settings(tmp_path / "run", steps=1))
+    assert flushed[:4] == ["metrics.jsonl", "state.pt", "step-000001.tmp", "checkpoints"]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "file"
+    write_whole(path, b"old")
+    for module, name in ((os, "replace"), (Path, "write_bytes")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            with pytest.raises(UserError, match="file: No space left on device"):
+                write_whole(path, b"new")
+        assert path.read_bytes() == b"old" and [*tmp_path.iterdir()] == [path]

@@ -125,16 +125,22 @@ def _flat(result: Result) -> list[Tensor]:
     return [*result[:2], *result[2].values()]
 
 
-def test_a_block_saves_sixteen_residual_streams() -> None:
-    """Bytes kept for backward by one block of SANA 0.6B with 1024 tokens and 300 of text."""
+@pytest.mark.parametrize(("autocast", "most"), [(False, 16), (True, 9.5)])
+def test_a_block_saves_sixteen_residual_streams(autocast: bool, most: float) -> None:
+    """Bytes kept for backward by one block of SANA 0.6B with 1024 tokens and 300 of text; under
+    bf16 autocast, whose casts of the weights are not counted, those of nine and a half.
+    """
     inputs = _inputs(side=31, text=300)  # 31 x 33 = 1023 tokens
     kept = []
     for layers in (1, 2):
         model = _model(*WIDTHS["0.6B"], layers=layers)
-        with tk.fuse(model):
+        context = torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=autocast)
+        with tk.fuse(model), context:
             kept.append(_saved_bytes(model, inputs))
+    dense = [w for w in model.transformer_blocks[0].parameters() if w[0].numel() > 9]
+    casts = sum(2 * w.numel() for w in dense if autocast)
     stream = 31 * 33 * 1152 * 4
-    assert 12 < (kept[1] - kept[0]) / stream <= 16
+    assert 0.8 * most < (kept[1] - kept[0] - casts) / stream <= most
 
 
 def _saved_bytes(model: torch.nn.Module, inputs: tuple[Tensor, ...]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import tiny_pipeline
 import torch
 from huggingface_hub import constants
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
@@ -168,6 +170,16 @@ def test_a_killed_evaluation_continues_and_gives_the_same_figures(
         (tmp_path / "out" / name).write_bytes(b"[")
         assert cli.main(line) == 2
         assert f"Cannot read {tmp_path}/out/{name}" in capsys.readouterr().err
+
+
+def test_another_student_does_not_continue_what_one_began(
+    report: tuple, tiny_run: Path, judges: Path, real: Path, tmp_path: Path, capsys
+):
+    other = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    (weights,) = (other / "student").glob("*.safetensors")
+    save_file({name: 2 * w for name, w in load_file(weights).items()}, weights, {"format": "pt"})
+    assert cli.main(["eval", str(other), *arguments(judges, real, report[1])]) == 2
+    assert f"{report[1]} was begun with student = " in capsys.readouterr().err
 
 
 def test_long_prompts_are_refused_before_anything_is_drawn(tiny_run: Path, tmp_path: Path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,15 +43,16 @@ def metrics(run: Path) -> list[dict]:
 
 
 def test_run_leaves_all_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    config = settings(tmp_path / "run", checkpointing_steps=2, validation_steps=2)
+    config = settings(tmp_path / "run", checkpointing_steps=2, validation_steps=3)
     trainer.train(config)
     run = tmp_path / "run"
     made = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
     assert made >= {
         "config.yaml", "metrics.jsonl", "loss.png", "student/config.json",
-        "samples/step-000002.png", "samples/step-000004.png",
+        "samples/step-000003.png", "samples/step-000004.png",
         "checkpoints/step-000002/state.pt", "checkpoints/step-000004/state.pt",
     }  # fmt: skip
+    assert len([name for name in made if "step-" in name]) == 4
     assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4]
     assert all(row["loss"] > 0 and row["prompts_per_s"] > 0 for row in metrics(run))
     assert [row["r"] for row in metrics(run)] == [0, 0.5, 1, 1]
@@ -121,6 +123,53 @@ def test_non_finite_step_is_skipped_counted_and_not_applied(tmp_path: Path):
     parts.train_step()
     with pytest.raises(UserError, match=r"2 steps in a row.*learning_rate"):
         parts.train_step()
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_not_applied(tmp_path: Path):
+    parts = distiller(settings(tmp_path))
+    before = [p.detach().clone() for p in parts.parameters]
+
+    def backward(loss: torch.Tensor) -> None:
+        loss.backward()
+        parts.parameters[-1].grad[0] = torch.inf
+
+    parts.backward = backward
+    row = parts.train_step()
+    assert row["skipped"] and row["loss"] < 100
+    assert all(torch.equal(a, b) for a, b in zip(before, parts.parameters, strict=True))
+    again = distiller(settings(tmp_path))
+    again.load_state(parts.state())
+    assert (again.step, again.skipped, again.skipped_in_row) == (1, 1, 1)
+
+
+def test_a_step_has_the_learning_rate_of_its_number(tmp_path: Path):
+    parts = distiller(settings(tmp_path, lr_warmup_steps=4, learning_rate=4e-3))
+    for step in (1, 2, 3):
+        assert parts.train_step()["lr"] == pytest.approx(1e-3 * step)
+        assert {group["lr"] for group in parts.optimizer.param_groups} == {1e-3 * step}
+
+
+def test_prompts_per_second_count_the_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    parts = distiller(settings(tmp_path))
+    clock = SimpleNamespace(perf_counter=iter((10.0, 14.0)).__next__)
+    monkeypatch.setattr("tbcm.distiller.time", clock)
+    assert parts.train_step()["prompts_per_s"] == 2 / 4
+
+
+def test_a_draw_is_of_the_runs_own_generator(tmp_path: Path):
+    scales = [1.0, 1.5, 4.0]
+    config = settings(tmp_path, train_batch_size=300, scm_cfg_scale=scales)
+    parts, again = distiller(config), distiller(config)
+    draw = parts.draw()
+    torch.rand(7)
+    assert all(torch.equal(a, b) for a, b in zip(draw, again.draw(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(draw, parts.draw(), strict=True))
+    assert len(set(draw.rows.tolist())) > 70 and draw.rows.max() == len(parts.prompts) - 1
+    assert all(70 < (draw.guidance == scale).sum() < 130 for scale in scales)
+    assert draw.noise.std().item() == pytest.approx(SIGMA_DATA, rel=0.02)
+    assert draw.uniform.mean().item() == pytest.approx(0.5, abs=0.05)
+    still = distiller(settings(tmp_path, jitter=False)).draw().times
+    assert torch.equal(still, route(4, 2.5).float().expand(2, -1))
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -63,3 +63,20 @@ def test_a_compiled_op_inside_jvp_keeps_the_tangent_or_raises(
 def test_vmap_over_nothing_raises() -> None:
     with pytest.raises(ValueError, match="at least one element"):
         torch.vmap(tk.rms_norm)(torch.randn(0, 3, 8))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_gradient_through_a_tangent_is_differentiated_again_or_refuses(name: str) -> None:
+    x, tx = torch.randn(2, 1, 4, 8)
+
+    def twice(function: Callable[..., Tensor]) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        value, tangent = torch.func.jvp(function, (leaf,), (tx,))
+        (first,) = torch.autograd.grad((value.square() * tangent).sum(), leaf, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), leaf)[0]
+
+    if name == "attention":
+        with pytest.raises(RuntimeError, match="second derivative"):
+            twice(OPS[name])
+    else:
+        torch.testing.assert_close(twice(OPS[name]), twice(PLAIN[name]), rtol=1e-3, atol=1e-3)

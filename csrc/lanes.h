@@ -51,8 +51,9 @@ TBCM_INLINE void narrow(Vector v, bfloat16* p) {
   Words u;
   std::memcpy(&u, &v, sizeof u);
   const Words nan = (0x7f800000 - (u & 0x7fffffff)) >> 31;  // all ones, or zero
+  u &= ~nan;  // whose sum would overflow
   u = (u + 0x7fff + (u >> 16 & 1)) >> 16;
-  const Halves bits = __builtin_convertvector((u & ~nan) | (nan & 0x7fc0), Halves);
+  const Halves bits = __builtin_convertvector(u | (nan & 0x7fc0), Halves);
   std::memcpy(p, &bits, sizeof bits);
 }
 

@@ -121,7 +121,6 @@ def encoded(text: TextEncoder, prompts: list[str] | None) -> bytes:
     else:
         batches = [text.encode(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
         embeds, mask = map(torch.cat, zip(*batches, strict=True))
-    mask = mask.bool()
     return save({"tokens": embeds[mask].to(text.model.dtype).cpu(), "mask": mask.cpu()})
 
 

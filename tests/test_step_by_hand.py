@@ -108,7 +108,7 @@ def test_a_step(fused: bool, tmp_path: Path):
 def test_a_sample_has_averaged_weights_and_leaves_the_others(tmp_path: Path):
     run = _run(tmp_path)
     weights = [w.detach().clone() for w in run.learning]
-    averages = [a.mul_(1.1).clone() for a in run.ema.shadow_params]
+    averages = [a.mul_(1.1).add_(0.01).clone() for a in run.ema.shadow_params]
     found = {steps: run.sample(3, steps) for steps in (1, 2, 4)}
     for w, old in zip(run.learning, weights, strict=True):
         assert torch.equal(w, old)

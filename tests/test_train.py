@@ -34,7 +34,8 @@ def settings(out: Path, **changes: object) -> TrainConfig:
 
 def distiller(config: TrainConfig) -> trainer.Distiller:
     """The parts of a run without its folder."""
-    return trainer.Distiller(config, load_teacher("digits"), load_prompts(config))
+    make = trainer.METHODS[config.method]
+    return make(config, load_teacher("digits"), load_prompts(config))
 
 
 def metrics(run: Path) -> list[dict]:
@@ -212,7 +213,7 @@ def test_a_teacher_in_bf16_gives_the_same_numbers(
 ):
     def records() -> list[dict]:
         config = settings(tmp_path, mixed_precision="bf16", **plan)
-        parts = trainer.METHODS[config.method](config, load_teacher("digits"), load_prompts(config))
+        parts = distiller(config)
         sizes.append(sum(p.nbytes for p in parts.transformer.parameters()))
         rows = [parts.train_step() for _ in range(2)]
         return [{k: v for k, v in row.items() if k != "prompts_per_s"} for row in rows]

@@ -17,7 +17,7 @@ HEAD = (
 
 
 def main(argv: list[str]) -> int:
-    """Print a table; 1 where a kernel spills, misses its tensor cores or does not fit."""
+    """Print a table; 1 where a kernel spills too much, misses its tensor cores or does not fit."""
     parser = argparse.ArgumentParser("python -m bench audit", description=__doc__)
     parser.add_argument("pattern", nargs="?", default="", help="names to match, all by default")
     parser.add_argument("--json", type=Path, help="file to append JSON lines to")

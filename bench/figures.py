@@ -33,7 +33,7 @@ sets keep caches from serving repeats. "PyTorch" is the fastest of eager under `
 passes that people train with. Rows that we lose are here too; those in bench/results name
 processor, versions and commit. `python -m bench list` names ops and shapes, `python -m bench
 --save` adds rows, and `python -m bench --against bench/results/MACHINE` compares speed-ups with
-them, never times.
+those of the same `--shape`, `--batch` and `--compile`, never times.
 """
 WHOLE_STEPS = (
     "Whole training steps (`tbcm bench step`). Launches are GPU kernels, or on a CPU calls of the "

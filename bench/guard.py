@@ -65,5 +65,6 @@ def report(made: list[Row], earlier: list[Row], margin: float) -> bool:
             )
     print(f"{compared} speed-ups compared, a fall of more than {margin:.0%} counts")
     if not compared:
-        print("FELL  nothing that was timed has an earlier row: name its --op, --shape and --batch")
+        print("FELL  nothing that was timed has an earlier row: name its --op, --shape, --batch,")
+        print("      and --compile where it has that")
     return fell or not compared

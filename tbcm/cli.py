@@ -62,7 +62,7 @@ def add_sample(parser: ArgumentParser) -> None:
     parser.add_argument("run", help="Run folder of `tbcm train`.")
     parser.add_argument("--steps", type=int, default=1, help="Sampling steps: 1, 2 or 4.")
     parser.add_argument("--out", required=True, help="PNG to write; a folder with --geneval.")
-    parser.add_argument("--prompts", help="Prompts file; else the run's own prompts.")
+    parser.add_argument("--prompts", help="Prompts file; else the first 80 of the run's own.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the first image's noise.")
     parser.add_argument("--geneval", help="GenEval's evaluation_metadata.jsonl, to be drawn.")
     parser.add_argument("--images_per_prompt", type=int, help="With --geneval: 4 by default.")

@@ -67,7 +67,8 @@ class TrainConfig:
 
     train_batch_size: int = 1
     """Prompts of a whole step, over all processes and accumulation steps, so that a run does not
-    depend on their number; each gives route_steps − 1 student samples."""
+    depend on their number; each gives route_steps − 1 student samples. Images for the
+    baselines, each one sample."""
     gradient_accumulation_steps: int = 1
     """Micro-batches into which each process splits its share of the batch; `train_batch_size` must
     be a multiple of this times the processes."""
@@ -103,11 +104,11 @@ class TrainConfig:
     lr_warmup_steps: int = 5000
     """Steps over which the learning rate rises linearly from 0."""
     adam_beta1: float = 0.9
-    """AdamW β₁."""
+    """β₁ of AdamW and CAME."""
     adam_beta2: float = 0.999
-    """AdamW β₂."""
+    """β₂ of AdamW and CAME."""
     adam_weight_decay: float = 0.0
-    """AdamW weight decay."""
+    """Weight decay of AdamW and CAME."""
     adam_epsilon: float = 1e-8
     """AdamW ε."""
     lora_rank: int | None = None
@@ -198,7 +199,7 @@ class TrainConfig:
         self._check_method()
         if self.fsdp and (self.lora_rank or self.optimizer != "adamw"):
             raise UserError(
-                "fsdp shards all weights of a student that adamw updates; leave out lora_rank, or "
+                "fsdp shards all weights of a student that adamw updates; leave out lora_rank, and "
                 "take --optimizer adamw."
             )
 

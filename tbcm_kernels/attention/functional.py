@@ -47,7 +47,7 @@ def attention(
             is not copied. fp32, bf16, fp16 or fp64, the same for q, k, v.
         k, v: [B, Hk, S, D] and [B, Hk, S, Dv]. D and Dv are multiples of 8 up to 256.
         attn_mask: broadcastable to [B, H, N, S] and never copied to that size. Boolean: True takes
-            part. Floating: added to the logits; its gradient is not computed.
+            part. Floating: added to the logits; one that requires grad is refused.
         dropout_p: must be 0.
         is_causal: query i sees key j where j ≤ i; goes together with the masks.
         scale: factor of the logits; None is D^−½.

@@ -1,11 +1,11 @@
 """Static audit of the GPU kernels: compile every shipped config without a GPU, read its cubin.
 
 `python -m tbcm_kernels.testing.audit [PATTERN] [--known FILE]` prints a JSON line for each config
-whose name matches and each architecture that it ships for, and exits 1 where one spills, asks for
-more shared memory than there is or misses the tensor cores that it is made for, or where none
-matches. FILE has lines of an earlier audit: a config that is there, of the same source, options
-and Triton, is not compiled again. Names of the CUDA C++ kernels, which are read from the installed
-extension, start with "cuda".
+whose name matches and each architecture that it ships for, and exits 1 where one spills more than
+it may, asks for more shared memory than there is or misses the tensor cores that it is made for, or
+where none matches. FILE has lines of an earlier audit: a config that is there, of the same source,
+options and Triton, is not compiled again. Names of the CUDA C++ kernels, which are read from the
+installed extension, start with "cuda".
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -371,3 +372,93 @@ def test_batched_gradients_with_a_norm_of_all_heads() -> None:
     (got,) = torch.autograd.grad(o, q, cotangents, is_grads_batched=True, retain_graph=True)
     want = [torch.autograd.grad(o, q, c, retain_graph=True)[0] for c in cotangents]
     torch.testing.assert_close(got, torch.stack(want))
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (2, 1, 1, 7), (4, 1, 7)])
+@pytest.mark.parametrize("beside", [False, True])
+def test_boolean_masks_of_keys_alone(shape: tuple[int, ...], beside: bool) -> None:
+    """One for all heads or for each, also beside a key_mask."""
+    inputs = heads((2, 4, 5, 16), (2, 4, 7, 16), (2, 4, 7, 8))
+    mask, key_mask = torch.rand(shape) < 0.6, torch.rand(2, 7) < 0.6
+    mask[..., 0] = key_mask[:, 0] = True
+    both = mask & key_mask[:, None, None] if beside else mask
+    got = tk.attention(*inputs, mask, key_mask=key_mask if beside else None)
+    torch.testing.assert_close(got, F.scaled_dot_product_attention(*inputs, both))
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_each_norm_has_an_eps_of_its_own(stop: bool) -> None:
+    q, k, v, tq, tk_, tv = heads(*[(1, 2, 5, 8)] * 6, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    weight = torch.ones(8, dtype=torch.float64)
+
+    def norm(x: Tensor, eps: float) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(norm(q, 0.1), norm(k, 0.7), v)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return tk.attention(q, k, v, q_norm=(weight, 0.1), k_norm=(weight, 0.7))
+
+    results = []
+    for function in (ours, plain):
+        scope = tk.stop_tangent_gradient if stop else contextlib.nullcontext
+        with sdpa_kernel(SDPBackend.MATH), scope():
+            o, to = torch.func.jvp(function, (q, k, v), (tq, tk_, tv))
+        loss = o.square().sum() + (0 if stop else to.square().sum())
+        results.append([o, to, *torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+
+
+def test_a_part_of_low_logits_is_merged() -> None:
+    o, lse = torch.randn(2, 3, 4), torch.full((2, 3), -3e4)
+    hidden = torch.zeros_like(o), torch.full_like(lse, -torch.inf)
+    torch.testing.assert_close(tk.merge_attention([(o, lse), hidden]), (o, lse))
+
+
+def test_a_gradient_of_the_lse_that_is_one_number_for_all() -> None:
+    leaves = [x.requires_grad_() for x in heads((1, 2, 5, 8), (1, 2, 6, 8), (1, 2, 6, 8))]
+    tangents = [torch.randn_like(x) for x in leaves]
+    results = []
+    for impl in ("auto", "reference"):
+        _, lse, _, tlse = tk.attention_jvp(*leaves, *tangents, return_lse=True, impl=impl)
+        results.append(torch.autograd.grad((lse + tlse).sum(), leaves[:2]))
+    torch.testing.assert_close(*results)
+
+
+def test_a_flat_mask_is_for_all_samples() -> None:
+    q, k = heads((3, 5, 8), (3, 7, 8))
+    mask = torch.randn(5, 7)
+    want = F.scaled_dot_product_attention(q, k, k, mask)
+    torch.testing.assert_close(tk.attention(q, k, k, mask), want)
+
+
+@pytest.mark.parametrize("through", [False, True])
+def test_hidden_keys_stay_out_of_the_gradients_of_their_norm(through: bool) -> None:
+    q, k, weight = heads((2, 2, 5, 8), (2, 2, 6, 8), (8,))
+    seen = torch.rand(2, 6) < 0.7
+    hidden = ~seen[:, None, :, None]
+    grads = []
+    for value in (0.0, torch.nan):
+        leaves = [q.requires_grad_(), k.masked_fill(hidden, value).requires_grad_(), weight]
+        weight.requires_grad_()
+        o, to = tk.attention_jvp(
+            leaves[0],
+            leaves[1],
+            q.new_ones(2, 2, 6, 8),
+            q.detach().cos(),
+            leaves[1].detach().cos() if through else None,
+            key_mask=seen,
+            k_norm=(weight, 1e-6),
+        )
+        loss = o.square().sum() + (to.square().sum() if through else 0)
+        grads.append(torch.autograd.grad(loss, leaves))
+    torch.testing.assert_close(*grads)
+
+
+def test_lanes_of_a_mask() -> None:
+    q, k = heads((1, 2, 5, 8), (1, 2, 6, 8))
+    masks = torch.randn(3, 5, 6)
+    got = torch.vmap(lambda m: tk.attention(q, k, k, m))(masks)
+    torch.testing.assert_close(got, torch.stack([tk.attention(q, k, k, m) for m in masks]))

@@ -39,6 +39,11 @@ def _refusals() -> Iterator[tuple[str, str, Callable[[Tensor, Tensor], Any]]]:
     )
     yield "dropout", "dropout_p must be 0, got 0.1", call(dropout_p=0.1)
     yield (
+        "dropout of pairs",
+        "dropout_p must be 0, got 0.1",
+        lambda q, k: tk.attention_jvp(q, k, k, q, dropout_p=0.1),
+    )
+    yield (
         "dtype",
         "k must have q's number of dimensions, dtype and device",
         lambda q, k: tk.attention(q, k.double(), k),
@@ -147,6 +152,8 @@ def test_a_tangent_of_a_mask_or_weight_raises(
     moving = torch.ones(16, 16)
     with pytest.raises(RuntimeError, match=message):
         torch.func.jvp(lambda t: tk.attention(q, k, k, **options(t)), (moving,), (moving,))
+    with pytest.raises(RuntimeError, match=r"carries a tangent|forward-AD dual"):
+        torch.func.jvp(lambda t: tk.attention_jvp(q, k, k, **options(t)), (moving,), (moving,))
     if "weight" not in message:
         return
     for op in (tk.attention_jvp, tk.linear_attention, tk.linear_attention_jvp):
@@ -165,3 +172,18 @@ def test_autocast_casts_no_integers() -> None:
     q = torch.ones(1, 2, 3, 8, dtype=torch.int64)
     with torch.autocast(q.device.type, torch.bfloat16), pytest.raises(ValueError, match="floating"):
         tk.attention(q, q, q)
+
+
+def test_a_mask_that_learns_and_is_made_inside_jvp_raises_in_backward() -> None:
+    q, k = heads(Q, K)
+    bias = torch.zeros(5, 7, requires_grad=True)
+    o, _ = torch.func.jvp(lambda q: tk.attention(q, k, k, attn_mask=2 * bias), (q,), (q,))
+    with pytest.raises(RuntimeError, match="attn_mask requires grad"):
+        o.sum().backward()
+
+
+def test_autocast_leaves_fp64_alone() -> None:
+    (q,) = heads((1, 2, 3, 8), dtype=torch.float64)
+    with torch.autocast(q.device.type, torch.bfloat16):
+        got = tk.attention(q, q, q)
+    torch.testing.assert_close(got, tk.attention(q, q, q), rtol=0, atol=0)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable
 
 import pytest
 import torch
 
-import tbcm_kernels
+import tbcm_kernels as tk
 from tbcm_kernels import _dispatch
 from tbcm_kernels.testing.cases import Case, cases
 from tbcm_kernels.testing.check import call, check, run
@@ -165,7 +166,7 @@ def test_extreme_inputs_of_the_gate() -> None:
     taps = torch.zeros(2, 1, 3, 3)
     taps[0, 0, 1, 1] = 1
     for impl in ("cpu", "reference"):
-        y, ty = tbcm_kernels.conv_glu_jvp(
+        y, ty = tk.conv_glu_jvp(
             tokens, taps, torch.tensor([0.0, 2.0]), torch.ones_like(tokens), height=12, width=1,
             impl=impl,
         )  # fmt: skip
@@ -174,21 +175,25 @@ def test_extreme_inputs_of_the_gate() -> None:
         assert torch.isfinite(ty[0, :9]).all() and y[0, 9:].isnan().all(), impl
 
 
-def test_moving_weights_of_the_gate_are_the_references(need: Callable[[str], None]) -> None:
+@pytest.mark.parametrize("moving", ["weight", "bias"])
+def test_moving_weights_of_the_gate_are_the_references(
+    moving: str, need: Callable[[str], None]
+) -> None:
     """Kernels take a tangent of a alone: "auto" falls back and says so, an explicit impl raises."""
     need("cpu")
     torch.manual_seed(0)
     a, ta = torch.randn(2, 1, 6, 8)
     weight, tweight = torch.randn(2, 8, 1, 3, 3)
-    arguments = (a, weight, None, ta, tweight)
+    bias, tbias = torch.randn(2, 8)
+    arguments = (a, weight, bias, ta, *((tweight,) if moving == "weight" else (None, tbias)))
     _dispatch._remembered.cache_clear()
     _dispatch._notice_fallback.cache_clear()
     with pytest.warns(UserWarning, match="conv_glu runs its plain PyTorch.*tangent of a alone"):
-        found = tbcm_kernels.conv_glu_jvp(*arguments, height=2, width=3)
-    want = tbcm_kernels.conv_glu_jvp(*arguments, height=2, width=3, impl="reference")
+        found = tk.conv_glu_jvp(*arguments, height=2, width=3)
+    want = tk.conv_glu_jvp(*arguments, height=2, width=3, impl="reference")
     assert all(torch.equal(f, w) for f, w in zip(found, want, strict=True))
     with pytest.raises(ValueError, match="impl='cpu' cannot run: it takes a tangent of a alone"):
-        tbcm_kernels.conv_glu_jvp(*arguments, height=2, width=3, impl="cpu")
+        tk.conv_glu_jvp(*arguments, height=2, width=3, impl="cpu")
 
 
 def _mutants() -> dict[str, object]:
@@ -218,8 +223,8 @@ def test_linear_attention_of_a_head_is_the_same_in_any_group(need) -> None:
 
     def pass_(inputs: torch.Tensor) -> list[torch.Tensor]:
         leaves = [x.clone().requires_grad_() for x in inputs[:3]]
-        with tbcm_kernels.stop_tangent_gradient():
-            o, to = tbcm_kernels.linear_attention_jvp(*leaves, *inputs[3:], impl="cpu")
+        with tk.stop_tangent_gradient():
+            o, to = tk.linear_attention_jvp(*leaves, *inputs[3:], impl="cpu")
         return [o, to, *torch.autograd.grad(o.square().sum(), leaves)]
 
     together = pass_(inputs)
@@ -242,8 +247,8 @@ def test_linear_attention_spreads_what_is_not_finite(bad: float, feature_map: st
         found = []
         for impl in ("cpu", "reference"):
             leaves = [x.clone().requires_grad_() for x in inputs[:3]]
-            with tbcm_kernels.stop_tangent_gradient():
-                o, to = tbcm_kernels.linear_attention_jvp(
+            with tk.stop_tangent_gradient():
+                o, to = tk.linear_attention_jvp(
                     *leaves, *inputs[3:], feature_map=feature_map, impl=impl
                 )
             found.append([o, to, *torch.autograd.grad(o, leaves, cotangent)])
@@ -302,7 +307,7 @@ def test_adaln_in_16_bits_beside_a_stream_in_fp32(impl: str, need: Callable[[str
     x = torch.randn(2, 3, 8)
     for dtype in (torch.float64, torch.int32):
         with pytest.raises(ValueError, match="dtype must be x's, or bf16 or fp16 beside"):
-            tbcm_kernels.adaln(x, dtype=dtype)
+            tk.adaln(x, dtype=dtype)
 
 
 @pytest.mark.parametrize("through", [False, True])
@@ -310,20 +315,18 @@ def test_adaln_gives_the_dtype_of_the_layer_behind_it(through: bool) -> None:
     """y and its tangent, in any of the ways to ask for them, and gradients through both."""
     x, tx = torch.randn(2, 2, 5, 24)
     scale, tscale = torch.randn(2, 2, 1, 24)
-    wanted = tbcm_kernels.adaln_jvp(x, scale=scale, tx=tx, tscale=tscale)
-    _, got, _, moved = tbcm_kernels.adaln_jvp(
-        x, scale=scale, tx=tx, tscale=tscale, dtype=torch.bfloat16
-    )
+    wanted = tk.adaln_jvp(x, scale=scale, tx=tx, tscale=tscale)
+    _, got, _, moved = tk.adaln_jvp(x, scale=scale, tx=tx, tscale=tscale, dtype=torch.bfloat16)
     assert torch.equal(got, wanted[1].bfloat16()) and torch.equal(moved, wanted[3].bfloat16())
     dual = torch.func.jvp(
-        lambda *a: tbcm_kernels.adaln(a[0], scale=a[1], dtype=torch.bfloat16)[1],
+        lambda *a: tk.adaln(a[0], scale=a[1], dtype=torch.bfloat16)[1],
         (x, scale), (tx, tscale),
     )  # fmt: skip
     assert torch.equal(dual[0], got) and torch.equal(dual[1], moved)
     grads = []
     for dtype in (torch.float32, torch.bfloat16):
         leaf = x.clone().requires_grad_()
-        _, y, _, ty = tbcm_kernels.adaln_jvp(leaf, scale=scale, tx=tx, tscale=tscale, dtype=dtype)
+        _, y, _, ty = tk.adaln_jvp(leaf, scale=scale, tx=tx, tscale=tscale, dtype=dtype)
         out = y + ty if through else y
         grads += torch.autograd.grad(out, leaf, torch.ones_like(out))
     assert torch.equal(*grads)
@@ -344,9 +347,9 @@ def test_adaln_takes_and_saves_a_branch_in_16_bits(impl: str, stop: bool) -> Non
 
     for branch, moving in ((h, th), (h.float(), th.float())):
         leaves = [v.detach().requires_grad_() for v in (x, branch, gate, scale)]
-        context = tbcm_kernels.stop_tangent_gradient() if stop else contextlib.nullcontext()
+        context = tk.stop_tangent_gradient() if stop else contextlib.nullcontext()
         with context, torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
-            outputs = tbcm_kernels.adaln_jvp(
+            outputs = tk.adaln_jvp(
                 *leaves, None, tx, moving, None, tscale, impl=impl
             )  # fmt: skip
         loss = sum(o.square().sum() for o in outputs if o.requires_grad)
@@ -357,6 +360,67 @@ def test_adaln_takes_and_saves_a_branch_in_16_bits(impl: str, stop: bool) -> Non
     for got, want in zip(*results, strict=True):
         assert torch.equal(got, want)
     with pytest.raises(ValueError, match="16 bits beside an x in fp32"):
-        tbcm_kernels.adaln(x, h.double(), impl=impl)
+        tk.adaln(x, h.double(), impl=impl)
     with pytest.raises(ValueError, match="16 bits beside an x in fp32"):
-        tbcm_kernels.adaln(h, x, impl=impl)
+        tk.adaln(h, x, impl=impl)
+
+
+@pytest.mark.parametrize("name", ["adaln", "rms_norm", "linear_attention"])
+@pytest.mark.parametrize("moving", [False, True])
+def test_gradients_know_the_eps(name: str, moving: bool) -> None:
+    torch.manual_seed(0)
+    x, tx = torch.randn(2, 2, 3, 4, 8, dtype=torch.float64)
+    x.requires_grad_()
+    functions = {
+        "adaln": lambda x, **options: tk.adaln(x[0], **options)[1],
+        "rms_norm": tk.rms_norm,
+        "linear_attention": lambda x, **options: tk.linear_attention(x, x, x, **options),
+    }
+    grads = []
+    for impl in ("auto", "reference"):
+        function = functools.partial(functions[name], eps=0.3, impl=impl)
+        outputs = torch.func.jvp(function, (x,), (tx,)) if moving else [function(x)]
+        grads.append(torch.autograd.grad(sum(y.sin().sum() for y in outputs), x))
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_cotangents_lie_in_memory_as_they_like(op: str) -> None:
+    """One number for all, as `sum` gives them, and transposed."""
+    case = next(c for c in cases(op, torch.float32) if c.name == LARGEST[op])
+    leaves = [p.detach().clone().requires_grad_() for p in case.primals]
+    outputs = [o for o in call(case, leaves, [None] * len(leaves)) if o is not None]
+    for make in (
+        lambda o: torch.ones(()).expand(o.shape),
+        lambda o: torch.randn(o.mT.shape).mT,
+        lambda o: torch.randn(o.shape[::-1]).permute(*reversed(range(o.ndim))),
+    ):
+        cotangents = [make(o) for o in outputs]
+        got, want = (
+            torch.autograd.grad(outputs, leaves, given, retain_graph=True)
+            for given in (cotangents, [c.contiguous() for c in cotangents])
+        )
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_parameters_of_the_gate_in_another_dtype(impl: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    a, weight, bias = torch.randn(2, 6, 8), torch.randn(8, 1, 3, 3).bfloat16(), torch.randn(8)
+    bias = bias.bfloat16()
+    options = {"height": 2, "width": 3, "impl": impl}
+    got = tk.conv_glu(a, weight.to(dtype), bias.to(dtype), **options)
+    torch.testing.assert_close(got, tk.conv_glu(a, weight.float(), bias.float(), **options))
+
+
+def test_frozen_parameters_of_the_gate_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tbcm_kernels.conv_glu import autograd
+
+    asked, backward = [], autograd.conv_glu_backward
+    monkeypatch.setattr(
+        autograd, "conv_glu_backward", lambda *a: asked.append(a[4:6]) or backward(*a)
+    )
+    a, weight = torch.ones(2, 6, 8, requires_grad=True), torch.ones(8, 1, 3, 3)
+    tk.conv_glu(a, weight, weight[:, 0, 0, 0], height=2, width=3).sum().backward()
+    assert asked == [(False, False)]

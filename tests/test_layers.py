@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import pickle
 import subprocess
 import sys
@@ -267,6 +268,7 @@ def test_what_was_replaced_is_told() -> None:
     assert told.startswith("Fused(FluxTransformer2DModel: 2 FluxAttnProcessor, ")
     for layer in ("Linear", "RMSNorm", "AdaLayerNormZero", "AdaLayerNormZeroSingle", "LayerNorm"):
         assert f" {layer}" in told
+    assert "FluxAttention" not in told
 
 
 def test_copies_and_pickles(tmp_path: Path) -> None:
@@ -365,7 +367,9 @@ def test_a_part_of_a_fused_model_is_not_fused_again() -> None:
 def test_attention_in_scope() -> None:
     """Told, copied, checkpointed, undone; a forward of the instance's own is left alone."""
     model, function, x = _made("own")
+    signature = inspect.signature(model.attn[0].forward)
     handle = tk.fuse(model)
+    assert inspect.signature(model.attn[0].forward) == signature
     assert repr(handle) == "Fused(Own: 2 OwnAttention, 6 Linear, 4 LayerNorm)"
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert twin.attn[1].forward.args[1] is twin.attn[1]
@@ -424,6 +428,13 @@ def test_a_backend_that_is_set_later_stays() -> None:
     tk.fuse(model).undo()
 
 
+def test_a_backend_that_a_class_has_chosen_stays() -> None:
+    from diffusers.models.transformers import transformer_anyflow_far as anyflow
+
+    processor = anyflow.AnyFlowCausalAttnProcessor()
+    assert processor._attention_backend == "flex" and not processors._dispatches(processor)
+
+
 def test_skipped_attention_scores_are_refused() -> None:
     """diffusers does that by replacing F.scaled_dot_product_attention."""
     from diffusers import LayerSkipConfig
@@ -454,7 +465,7 @@ def test_norms_of_queries_and_keys_run_inside_attention(monkeypatch: pytest.Monk
 NORMS = {
     "FP32LayerNorm": {},
     "RMSNorm": {"eps": 1e-6},
-    "RMSNorm without weight": {"eps": 1e-6, "elementwise_affine": False},
+    "RMSNorm without weight": {"eps": 0.1, "elementwise_affine": False},
     "RMSNorm of no width": {"eps": 1e-6, "elementwise_affine": False},
     "AdaLayerNormContinuous": {
         "conditioning_embedding_dim": 24, "elementwise_affine": False, "eps": 1e-3,
@@ -494,6 +505,29 @@ def test_dtypes_are_those_of_stock(
     close = 1e-5 if of_x == of_weights == FP32 else 0.03
     for a, b in zip(*(v if isinstance(v, tuple) else (v,) for v in (got, want)), strict=True):
         assert a.dtype == b.dtype and _worst(a.float(), b.float()) < close
+
+
+def test_what_broadcasts_is_as_in_stock() -> None:
+    """A weight of one number, and one x for several embeddings."""
+    torch.manual_seed(0)
+    x, emb = torch.randn(1, 5, 24), torch.randn(2, 24)
+    model = nn.ModuleList(
+        [normalization.RMSNorm(1, 1e-6), normalization.AdaLayerNormZeroSingle(24), nn.Linear(2, 2)]
+    )
+    want = [model[0](x), *model[1](x, emb)]
+    with tk.fuse(model):
+        torch.testing.assert_close([model[0](x), *model[1](x, emb)], want)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_weights_of_an_adaptive_norm_are_kept(bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = normalization.AdaLayerNormContinuous(24, 24, elementwise_affine=True, bias=bias)
+    nn.init.normal_(layer.norm.weight)
+    x, emb = torch.randn(2, 5, 24), torch.randn(2, 24)
+    want = layer(x, emb)
+    with tk.fuse(nn.ModuleList([layer])):
+        torch.testing.assert_close(layer(x, emb), want)
 
 
 def test_what_the_backend_does_not_do_is_named() -> None:

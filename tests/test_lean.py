@@ -152,6 +152,34 @@ def test_opcheck() -> None:
         torch.library.opcheck(op.op, arguments)
 
 
+def test_an_activation_in_fp32_under_autocast(need: Callable[[str], None]) -> None:
+    need("cpu")
+    found = []
+    for save in (True, False):
+        with torch.autocast("cpu", torch.bfloat16), tk.stop_tangent_gradient():
+            (y, _), leaves = _conv_glu(True, save, False)
+        found.append(torch.autograd.grad(y.sum(), leaves[1]))
+    torch.testing.assert_close(*found, rtol=0.02, atol=0.02)
+
+
+def test_frozen_weights_need_no_input_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under LoRA."""
+    y, x, a, depth = (
+        torch.randn(s) for s in ((B, N, C), (B, N, C), (B, N, 2 * C), (2 * C, 1, 3, 3))
+    )
+    scale, weight = torch.randn(B, 1, C), torch.randn(K, C)
+    y.requires_grad_()
+    for name in ("adaln_op", "conv_glu_op"):
+        monkeypatch.setattr(lean, name, lambda *_: pytest.fail("computed again"))
+    outputs = (
+        *lean.linear_of_adaln(y, x, scale, scale, EPS, [weight], [], "cpu"),
+        lean.linear_of_conv_glu(y, a, depth, None, H, W, weight, "cpu"),
+    )
+    for out in outputs:
+        (got,) = torch.autograd.grad(out.sum(), y)
+        torch.testing.assert_close(got, weight.sum(0).expand_as(y))
+
+
 def test_only_long_sequences_under_a_semi_gradient() -> None:
     x, t = torch.randn(2, 1, lean.LONG, 4)
     assert lean.worth_it(x) and not lean.worth_it(x[:, 1:])

@@ -60,12 +60,12 @@ X, EMB, TEXT = (2, 12, 32), (2, 32), (2, 5, 24)
 CASES = {
     "Linear": Case(modules.Linear, nn.Linear, (32, 24)),
     "RMSNorm": Case(modules.RMSNorm, nn.RMSNorm, (32,)),
-    "RMSNorm without weight": Case(modules.RMSNorm, nn.RMSNorm, (32, 1e-6, False)),
+    "RMSNorm without weight": Case(modules.RMSNorm, nn.RMSNorm, (32, 0.1, False)),
     "RMSNorm of diffusers": Case(modules.RMSNorm, normalization.RMSNorm, (32, 1e-6)),
     "LayerNorm": Case(modules.LayerNorm, nn.LayerNorm, (32,)),
     "LayerNorm, small weights": Case(modules.LayerNorm, nn.LayerNorm, (32,), scale=1e-3),
     "LayerNorm without bias": Case(modules.LayerNorm, nn.LayerNorm, (32,), {"bias": False}),
-    "LayerNorm without weights": Case(modules.LayerNorm, nn.LayerNorm, (32, 1e-6, False)),
+    "LayerNorm without weights": Case(modules.LayerNorm, nn.LayerNorm, (32, 0.1, False)),
     "AdaLayerNormZero": Case(
         modules.AdaLayerNormZero, normalization.AdaLayerNormZero, (32,), shapes=(X, EMB),
         keywords=("emb",),
@@ -77,6 +77,14 @@ CASES = {
     "AdaLayerNormContinuous": Case(
         modules.AdaLayerNormContinuous, normalization.AdaLayerNormContinuous, (32, 24, False),
         shapes=(X, (2, 24)),
+    ),
+    "AdaLayerNormContinuous, eps": Case(
+        modules.AdaLayerNormContinuous, normalization.AdaLayerNormContinuous, (32, 24, False, 0.1),
+        shapes=(X, (2, 24)),
+    ),
+    "SanaModulatedNorm, eps": Case(
+        modules.SanaModulatedNorm, sana_transformer.SanaModulatedNorm, (32, False, 0.1),
+        shapes=(X, EMB, (2, 32)),
     ),
     "SanaModulatedNorm": Case(
         modules.SanaModulatedNorm, sana_transformer.SanaModulatedNorm, (32,),
@@ -372,9 +380,11 @@ def test_what_attention_would_pass_by_or_cannot_broadcast_is_named() -> None:
     alone = layer(x, attention_mask=torch.ones(1, 6, dtype=torch.bool))
     torch.testing.assert_close(alone, layer(x))
     assert layer(x[:0], attention_mask=torch.ones(0, 6, dtype=torch.bool)).shape == (0, 6, 32)
-    layer.norm_k.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="norm_q or norm_k has hooks"):
-        layer(x)
+    for kind in ("forward", "forward_pre", "full_backward", "full_backward_pre"):
+        hook = getattr(layer.norm_k, f"register_{kind}_hook")(lambda *_: None)
+        with pytest.raises(ValueError, match="norm_q or norm_k has hooks"):
+            layer(x)
+        hook.remove()
 
 
 def test_attention_is_exported_for_every_batch() -> None:
@@ -458,9 +468,10 @@ def test_the_example_of_the_readme() -> None:
 def test_linear_of_other_layouts_is_pytorchs() -> None:
     layer = modules.Linear(8, 8)
     rows = [torch.randn(n, 8) for n in (3, 5)]
-    jagged = torch.nested.nested_tensor(rows, layout=torch.jagged)
-    for row, y in zip(rows, layer(jagged).unbind(), strict=True):
-        torch.testing.assert_close(y, layer(row))
+    for layout in (torch.jagged, torch.strided):
+        nested = torch.nested.nested_tensor(rows, layout=layout)
+        for row, y in zip(rows, layer(nested).unbind(), strict=True):
+            torch.testing.assert_close(y, layer(row))
     torch.testing.assert_close(layer(torch.eye(8).to_sparse()), layer(torch.eye(8)))
 
 
@@ -473,3 +484,27 @@ def test_inputs_by_name_and_of_another_width_are_as_torch_has_them() -> None:
     for kind in ("LayerNorm", "RMSNorm"):
         with pytest.raises(ValueError, match=r"last dimension must be 16, got \[3, 8\]"):
             getattr(modules, kind)(16, elementwise_affine=False)(x)
+
+
+def test_the_default_eps_is_that_of_the_dtype() -> None:
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    old, new = (kind(32, dtype=torch.float64) for kind in (nn.RMSNorm, modules.RMSNorm))
+    torch.testing.assert_close(new(x), old(x), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("name", ["Attention", "LinearAttention"])
+def test_dropout_is_of_the_result(name: str) -> None:
+    case = copy.copy(CASES[name])
+    case.kwargs = case.kwargs | {"dropout": 0.5}
+    (x,) = _inputs(case)
+    new, old = (torch.manual_seed(2) and module(x) for module in _modules(case))
+    assert (new == 0).any()
+    torch.testing.assert_close(new, old)
+
+
+def test_an_embedding_of_another_dtype() -> None:
+    new, old = _modules(CASES["AdaLayerNormContinuous"])
+    x, emb = (v.bfloat16() for v in _inputs(CASES["AdaLayerNormContinuous"]))
+    new, old = (module.bfloat16()(x, emb.float()) for module in (new, old))
+    assert new.dtype == torch.bfloat16
+    torch.testing.assert_close(new, old, rtol=0.05, atol=0.05)

@@ -17,12 +17,14 @@ from diffusers.models.attention_processor import (
     Attention,
     AttnProcessor,
     AttnProcessor2_0,
+    JointAttnProcessor2_0,
 )
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tbcm_kernels as tk
+from tbcm_kernels import sdpa
 from tbcm_kernels.processors import JVPAttnProcessor, JVPJointAttnProcessor
 
 PIXART = {
@@ -400,6 +402,69 @@ def test_what_a_processor_would_pass_by_is_refused() -> None:
     attn.set_processor(JVPAttnProcessor())
     with pytest.raises(ValueError, match="add_k_proj"):
         attn(x)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("text", [False, True])
+def test_dropout_is_of_the_result(joint: bool, text: bool) -> None:
+    torch.manual_seed(0)
+    added = {"added_kv_proj_dim": 32, "context_pre_only": False} if joint else {}
+    attn = Attention(query_dim=32, heads=4, dim_head=8, dropout=0.5, **added)
+    x = torch.randn(2, 6, 32)
+    found = []
+    for processor in (
+        (JointAttnProcessor2_0(), JVPJointAttnProcessor())
+        if joint else (AttnProcessor2_0(), JVPAttnProcessor())
+    ):  # fmt: skip
+        attn.set_processor(processor)
+        torch.manual_seed(1)
+        y = attn(x, x.cos() if text else None)
+        found.append(y[0] if joint and text else y)
+    assert (found[1] == 0).any()
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("kind", ["processor", "in scope"])
+def test_skipped_attention_scores_are_refused(kind: str) -> None:
+    from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
+
+    attn = Attention(query_dim=32, heads=4, dim_head=8)
+    if kind == "processor":
+        attn.set_processor(JVPAttnProcessor())
+    else:
+        attn.forward = functools.partial(sdpa.forward, Attention.forward, attn)
+    x = torch.randn(2, 6, 32)
+    with pytest.raises(ValueError, match="which is not called here"):
+        torch.func.jvp(functools.partial(_within, AttentionScoreSkipFunctionMode, attn), (x,), (x,))
+
+
+def _within(mode: Callable, attn: Attention, x: Tensor) -> Tensor:
+    with mode():
+        return attn(x)
+
+
+def test_norms_of_image_and_text_keep_their_eps() -> None:
+    torch.manual_seed(0)
+    attn = Attention(
+        query_dim=32, heads=4, dim_head=8, qk_norm="rms_norm", eps=0.1, added_kv_proj_dim=32,
+        context_pre_only=False,
+    )  # fmt: skip
+    x, text = torch.randn(2, 6, 32), torch.randn(2, 5, 32)
+    found = []
+    for processor in (JointAttnProcessor2_0(), JVPJointAttnProcessor()):
+        attn.set_processor(processor)
+        found.append(attn(x, text))
+    torch.testing.assert_close(*found)
+
+
+def test_a_norm_of_the_default_eps() -> None:
+    torch.manual_seed(0)
+    attn = Attention(query_dim=32, heads=4, dim_head=8, qk_norm="rms_norm")
+    attn.norm_q = nn.RMSNorm(8)
+    x = torch.randn(2, 6, 32)
+    want = attn(x)
+    attn.set_processor(JVPAttnProcessor())
+    assert _worst(attn(x), want) < 1e-5
 
 
 def test_a_mask_of_four_dimensions() -> None:

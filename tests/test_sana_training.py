@@ -253,6 +253,21 @@ def test_checkpointing_through_the_tangent() -> None:
             _same(a, b)
 
 
+def test_autocast_keeps_branches_and_norms_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (x, t, text, mask, guidance, *_) = _model(4, 2, 64), _inputs(batch=2)
+    seen = []
+
+    def spied(x: Tensor, h: Tensor | None, *rest: Tensor | None, **options: object) -> object:
+        seen.append((x.dtype, None if h is None else h.dtype, options["dtype"]))
+        return tk.adaln_jvp(x, h, *rest, **options)
+
+    monkeypatch.setattr(sana, "adaln_jvp", spied)
+    with tk.fuse(model), torch.autocast(x.device.type, torch.bfloat16):
+        model(x, text, t, guidance, mask)
+    narrow = torch.bfloat16
+    assert set(seen) == {(torch.float32, None, narrow), (torch.float32, narrow, narrow)}
+
+
 def test_autocast_agrees_with_fp32_as_stock_does() -> None:
     """fp32 weights under bf16 autocast, 288 tokens; linear attention stays fp32."""
     model, inputs = _model(4, 2, 64), _inputs(batch=2)

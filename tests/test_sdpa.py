@@ -162,3 +162,42 @@ class Attends(nn.Module):
 
     def forward(self, q: Tensor) -> Tensor:
         return _attend_causally(q, self.keys, self.keys)
+
+
+class Calls(nn.Module):
+    """Attention of what it is given."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sdpa(q, k, v, **self.options)
+
+
+CALLS = {
+    "wide": ([(2, 1, 6, 264)] * 3, {}),
+    "values of another width": ([(2, 3, 6, 8)] * 2 + [(2, 3, 6, 12)], {}),
+    "shared keys": ([(2, 4, 6, 8)] + [(2, 2, 6, 8)] * 2, {"enable_gqa": True}),
+    "a mask that broadcasts": ([(2, 2, 3, 6, 8)] * 3, {"attn_mask": (2, 1, 3, 6, 6)}),
+}
+
+
+@pytest.mark.parametrize("moving", ["qkv", "q", "k", "v"])
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.filterwarnings("ignore:tbcm_kernels.attention runs its plain PyTorch")
+def test_every_call_is_that_of_pytorch(name: str, moving: str) -> None:
+    shapes, options = CALLS[name]
+    torch.manual_seed(0)
+    inputs = dict(zip("qkv", map(torch.randn, shapes), strict=True))
+    module = Calls(**{n: torch.randn(v) if n == "attn_mask" else v for n, v in options.items()})
+
+    def function(*moved: Tensor) -> Tensor:
+        return module(**inputs | dict(zip(moving, moved, strict=True)))
+
+    primals = tuple(inputs[n] for n in moving)
+    tangents = tuple(x.cos() for x in primals)
+    with sdpa_kernel(SDPBackend.MATH):
+        stock = torch.func.jvp(function, primals, tangents)
+    with tk.fuse(module):
+        torch.testing.assert_close(torch.func.jvp(function, primals, tangents), stock)

@@ -285,6 +285,22 @@ def test_incoming_gradient_scales_the_result() -> None:
         assert torch.equal(4 * a, b)
 
 
+def test_every_number_reaches_the_reference() -> None:
+    out, jvp, velocity, x, t, *rest = inputs()
+    found = [
+        tk.tangent_loss(out, jvp, velocity, x, t, 0.4, 0.3, *rest, sigma_data=0.8, impl=impl)
+        for impl in ("auto", "reference")
+    ]
+    torch.testing.assert_close(*found)
+
+
+def test_defaults_are_those_of_scm() -> None:
+    out, jvp, velocity, x, t, *_ = inputs()
+    got = tk.tangent_loss(out, jvp, velocity, x, t, R)
+    want = tk.tangent_loss(out, jvp, velocity, x, t, R, 0.1, sigma_data=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_no_grad_and_empty_batch() -> None:
     with torch.no_grad():
         assert not tk.tangent_loss(*inputs()[:5], R)[0].requires_grad
@@ -327,6 +343,14 @@ def test_derivatives_that_are_refused() -> None:
         torch.func.jvp(call, (out,), (out,))
     with pytest.raises(RuntimeError, match=r"torch\.autograd\.grad"):
         torch.func.grad(call)(out)
+    for i in range(8):
+        given = [out, *rest[:4], R, C, *rest[4:]]
+        place = i if i < 5 else i + 2
+        with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+            torch.func.jvp(
+                lambda v: tk.tangent_loss(*given[:place], v, *given[place + 1 :])[0],  # noqa: B023
+                (given[place],), (given[place],),
+            )  # fmt: skip
     lv = rest[6].requires_grad_()
     loss, _ = tk.tangent_loss(out.requires_grad_(), *rest[:4], R, C, *rest[4:])
     for leaf in (out, lv):

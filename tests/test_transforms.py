@@ -80,3 +80,20 @@ def test_a_gradient_through_a_tangent_is_differentiated_again_or_refuses(name: s
             twice(OPS[name])
     else:
         torch.testing.assert_close(twice(OPS[name]), twice(PLAIN[name]), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: tk.rms_norm_jvp(x)[0],
+        lambda x: tk.adaln_jvp(x)[1],
+        lambda x: tk.conv_glu_jvp(x, TAPS, height=2, width=2)[0],
+        lambda x: tk.linear_attention_jvp(x[None], x[None], x[None])[0],
+        lambda x: tk.attention_jvp(x, x, x)[0],
+        lambda x: tk.flow_input_jvp(x, T)[0],
+        lambda x: tk.flow_output_jvp(x, x, T)[0],
+    ],
+)
+def test_explicit_functions_raise_under_functional_reverse_mode(call: Callable) -> None:
+    with pytest.raises(RuntimeError, match=r"torch\.autograd\.grad"):
+        torch.func.grad(lambda x: call(x).sum())(torch.randn(1, 4, 8))

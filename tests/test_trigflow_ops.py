@@ -243,6 +243,15 @@ def test_gradients_of_every_subset() -> None:
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_t", [torch.float64, torch.bfloat16])
+def test_results_have_the_dtypes_of_the_inputs(of_x: torch.dtype, of_t: torch.dtype) -> None:
+    (_, x, t), (_, tx, tt) = inputs()
+    x, tx, t, tt = x.to(of_x), tx.to(of_x), t.to(of_t), tt.to(of_t)
+    found = tk.flow_input_jvp(x, t, tx, tt)
+    assert [a.dtype for a in found] == [of_x, of_t, of_x, of_t]
+
+
 def test_training_saves_nothing_but_the_time() -> None:
     (v, x, t), (tv, tx, tt) = inputs()
     saved: list[Tensor] = []
@@ -367,6 +376,11 @@ def test_step_refuses_derivatives() -> None:
         torch.func.grad(lambda x: call(x).sum())(x)
     with torch.no_grad():
         assert not call(leaf).requires_grad
+    arguments = [x, out, t, t / 2, t]
+    for i, a in enumerate(arguments):
+        leaves = [*arguments[:i], a.clone().requires_grad_(), *arguments[i + 1 :]]
+        with pytest.raises(RuntimeError, match="has no derivative"):
+            tk.trajectory_step(*leaves)
 
 
 def test_opcheck() -> None:

@@ -1,0 +1,77 @@
+"""Shapes, dtypes, devices and options that do not fit an op are named before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import tbcm_kernels as tk
+
+X, A, W = torch.ones(2, 6, 8), torch.ones(2, 6, 8), torch.ones(8, 1, 3, 3)
+Q, K, V = torch.ones(2, 4, 5, 8), torch.ones(2, 4, 7, 8), torch.ones(2, 4, 7, 16)
+GRID = {"height": 2, "width": 3}
+REFUSED = [
+    ("adaln: x must be .* floating", lambda: tk.adaln(X[0])),
+    ("adaln: x must be .* floating", lambda: tk.adaln(X.long())),
+    ("adaln: x has width 0", lambda: tk.adaln(X[..., :0])),
+    ("adaln: dtype must be", lambda: tk.adaln(X.bfloat16(), dtype=torch.float16)),
+    ("adaln: dtype must be", lambda: tk.adaln(X, dtype=torch.float64)),
+    ("adaln: h must match x", lambda: tk.adaln(X, X[:, :3])),
+    ("adaln: h must match x", lambda: tk.adaln(X, X.double())),
+    ("adaln: h must match x", lambda: tk.adaln(X, X.to("meta"))),
+    ("adaln: gate was given without h", lambda: tk.adaln(X, gate=X)),
+    ("adaln: gate must be", lambda: tk.adaln(X, X, X[:, :1, :1])),
+    ("adaln: scale must be", lambda: tk.adaln(X, scale=X[:, :2])),
+    ("adaln: scale must be", lambda: tk.adaln(X, scale=X[None])),
+    ("adaln: scale must be", lambda: tk.adaln(X, scale=X.long())),
+    ("adaln: shift must be", lambda: tk.adaln(X, shift=X[:, :1].to("meta"))),
+    ("conv_glu: a must be", lambda: tk.conv_glu(A[0], W, **GRID)),
+    ("conv_glu: a must be", lambda: tk.conv_glu(A[..., :7], W[:7], **GRID)),
+    ("conv_glu: a must be", lambda: tk.conv_glu(A[..., :0], W[:0], **GRID)),
+    ("conv_glu: a must be", lambda: tk.conv_glu(A.long(), W, **GRID)),
+    ("conv_glu: height · width", lambda: tk.conv_glu(A, W, height=2, width=2)),
+    ("conv_glu: height · width", lambda: tk.conv_glu(A, W, height=-2, width=-3)),
+    ("conv_glu: weight must be", lambda: tk.conv_glu(A, W[:4], **GRID)),
+    ("conv_glu: weight must be", lambda: tk.conv_glu(A, W.to("meta"), **GRID)),
+    ("conv_glu: weight and bias", lambda: tk.conv_glu(A, W.long(), **GRID)),
+    ("conv_glu: weight and bias", lambda: tk.conv_glu(A, W, X[0, 0].long(), **GRID)),
+    ("conv_glu: bias must be", lambda: tk.conv_glu(A, W, X[0, 0, :4], **GRID)),
+    ("conv_glu: bias must be", lambda: tk.conv_glu(A, W, X[0, 0].to("meta"), **GRID)),
+    ("linear_attention: is_causal", lambda: tk.linear_attention(Q, K, V, is_causal=True)),
+    ("linear_attention: feature_map", lambda: tk.linear_attention(Q, K, V, feature_map="elu")),
+    ("linear_attention: q must be", lambda: tk.linear_attention(Q[0], K[0], V[0])),
+    ("linear_attention: q must be", lambda: tk.linear_attention(Q.long(), K.long(), V.long())),
+    ("linear_attention: k must be", lambda: tk.linear_attention(Q, K[0], V)),
+    ("linear_attention: k must be", lambda: tk.linear_attention(Q, K.double(), V)),
+    ("linear_attention: v must be", lambda: tk.linear_attention(Q, K, V.to("meta"))),
+    ("linear_attention: k must be", lambda: tk.linear_attention(Q, K[:1], V[:1])),
+    ("linear_attention: k must be", lambda: tk.linear_attention(Q, K[:, :1], V[:, :1])),
+    ("linear_attention: k must be", lambda: tk.linear_attention(Q, V, V)),
+    ("linear_attention: k must be", lambda: tk.linear_attention(Q, K, V[:, :, :6])),
+    ("head dim of q and k", lambda: tk.linear_attention(Q[..., :0], K[..., :0], V)),
+    ("head dim of v", lambda: tk.linear_attention(Q, K, V.repeat(1, 1, 1, 17))),
+    ("rms_norm: x must be", lambda: tk.rms_norm(X.long())),
+    ("rms_norm: x must be", lambda: tk.rms_norm(X[..., :0])),
+    ("rms_norm: weight must be", lambda: tk.rms_norm(X, X[0, 0, :4])),
+    ("rms_norm: weight must be", lambda: tk.rms_norm(X, X[0])),
+    ("rms_norm: weight must be", lambda: tk.rms_norm(X, X[0, 0].long())),
+    ("rms_norm: weight must be", lambda: tk.rms_norm(X, X[0, 0].to("meta"))),
+    ("linear: weight must be", lambda: tk.linear(X, X[0, :, :4])),
+    ("linear: weight must be", lambda: tk.linear(X, X[0, 0])),
+    ("linear: bias must be", lambda: tk.linear(X, X[0], X[0, 0, :1])),
+    ("t?x must match x", lambda: tk.linear_jvp(X, X[0], tx=X.double())),
+    ("tweight must match weight", lambda: tk.linear_jvp(X, X[0], tweight=X[0, :1])),
+    ("tbias was given without bias", lambda: tk.linear_jvp(X, X[0], tbias=X[0, :, 0])),
+    ("tx must match x", lambda: tk.adaln_jvp(X, tx=X.to("meta"))),
+    ("ta must match a", lambda: tk.conv_glu_jvp(A, W, ta=A.double(), **GRID)),
+    ("tx must match x", lambda: tk.rms_norm_jvp(X, tx=X[:1])),
+    ("tv must match v", lambda: tk.linear_attention_jvp(Q, K, V, tv=K)),
+]
+
+
+@pytest.mark.parametrize(("message", "call"), REFUSED)
+def test_what_does_not_fit_is_named(message: str, call: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

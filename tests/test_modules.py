@@ -475,6 +475,34 @@ def test_linear_of_other_layouts_is_pytorchs() -> None:
     torch.testing.assert_close(layer(torch.eye(8).to_sparse()), layer(torch.eye(8)))
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 2, 3, 4)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_linear_saves_inside_jvp_what_it_saves_outside(
+    shape: tuple[int, ...], turned: bool
+) -> None:
+    """A checkpointed function is run again outside; `F.linear` saves other views there."""
+    x, weight, bias = (torch.randn(s, requires_grad=True) for s in (shape, (5, 4), (5,)))
+    x = x.mT.contiguous().mT if turned else x
+    one = torch.ones(())
+
+    def saved(call: Callable[[], object]) -> list[tuple]:
+        found: list[tuple] = []
+
+        def pack(v: Tensor) -> Tensor:
+            found.append((v.shape, v.stride()))
+            return v
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
+            call()
+        return found
+
+    outside = saved(lambda: tk.linear(x, weight, bias))
+    inside = saved(
+        lambda: torch.func.jvp(lambda z: (z, tk.linear(x, weight, bias))[0], (one,), (one,))
+    )
+    assert outside == inside and len(outside) > 1
+
+
 def test_inputs_by_name_and_of_another_width_are_as_torch_has_them() -> None:
     x = torch.randn(3, 8)
     for kind in ("Linear", "LayerNorm"):

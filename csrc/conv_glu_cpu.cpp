@@ -61,6 +61,13 @@ TBCM_INLINE V get_ahead(const T* p, int64_t n, int64_t row) {
   return get<V>(p, n);
 }
 
+// And of what is written: a line is read before its first byte is.
+template <class T, class V, class N>
+TBCM_INLINE void put_ahead(T* p, V v, N n, int64_t row) {
+  __builtin_prefetch(p + row, 1, 3);
+  put(p, v, n);
+}
+
 // Row y of silu(a), and of silu'(a) ta or, without ta, of silu'(a) where `slopes`; of zeros beyond the image.
 template <class V, class T, class N>
 TBCM_INLINE void activate(const Shape& p, const T* a, const T* ta, bool slopes, const Lines<V>& l, const Block<N>& k,
@@ -128,13 +135,14 @@ TBCM_INLINE void convolve(const Shape& p, const Lines<V>& l, const Block<N>& k, 
 
 template <class V, class T, class N>
 TBCM_INLINE void gate(const Forward<T>& p, const Lines<V>& l, const Block<N>& k, int64_t y) {
-  int64_t at = (k.b * p.height + y) * p.width * p.channels + k.c;
+  const int64_t line = p.width * p.channels;
+  int64_t at = (k.b * p.height + y) * line + k.c;
   for (int64_t x = 0; x < p.width; ++x, at += p.channels) {
     const auto sum = [&](int64_t i) __attribute__((always_inline)) { return get<V>(l.sum(i) + x * lanes<V>); };
     const V c1 = sum(0), c2 = sum(1);
     const auto s = logistic(c2);
-    put(p.y + at, c1 * c2 * s.s, k.n);
-    if (p.ty) put(p.ty + at, sum(2) * c2 * s.s + c1 * silu_slope(c2, s.s, s.rest) * sum(3), k.n);
+    put_ahead(p.y + at, c1 * c2 * s.s, k.n, line);
+    if (p.ty) put_ahead(p.ty + at, sum(2) * c2 * s.s + c1 * silu_slope(c2, s.s, s.rest) * sum(3), k.n, line);
   }
 }
 
@@ -199,9 +207,10 @@ TBCM_INLINE void gradient_of_a(const Backward<T>& p, const Lines<V>& l, const Bl
   for (int64_t tap = 0; tap < 9; ++tap) reverse[tap] = w[8 - tap];
   const Window<V> gc(l, k.index, GC + half, y);
   const float* slope = l.row(k.index, SLOPE + half, y) + lanes<V>;
-  int64_t at = ((k.b * p.height + y) * p.width * 2 + half) * p.channels + k.c;
-  for (int64_t x = 0; x < p.width; ++x, at += 2 * p.channels)
-    put(p.ga + at, stencil(gc, reverse, x, V{}) * get<V>(slope + x * lanes<V>), k.n);
+  const int64_t pixel = 2 * p.channels, line = p.width * pixel;
+  int64_t at = (k.b * p.height + y) * line + half * p.channels + k.c;
+  for (int64_t x = 0; x < p.width; ++x, at += pixel)
+    put_ahead(p.ga + at, stencil(gc, reverse, x, V{}) * get<V>(slope + x * lanes<V>), k.n, line);
 }
 
 // Writes the totals of a half, and leaves zeros.

@@ -7,26 +7,22 @@
 namespace tbcm::linear_attention {
 namespace {
 
-constexpr int64_t TOKENS = 16, GROUP = 16;
+constexpr int64_t TOKENS = 16, GROUP = 32;
 enum class Feature { relu, elu, identity };
 
-// x = phi(x), slope = phi'(x), for n features; zeros of phi up to a whole number of lanes.
+// phi(x) and phi'(x).
 template <class Vector>
-TBCM_INLINE void apply(Feature feature, float* x, float* slope, int64_t n) {
-  for (int64_t d = 0; d < round_up(n, LANES); d += lanes<Vector>) {
-    const Vector v = get<Vector>(x + d), one = Vector{} + 1.f;
-    if (feature == Feature::relu) {
-      put(x + d, v < 0 ? Vector{} : v);  // a NaN stays one
-      put(slope + d, v > 0 ? one : Vector{});
-    } else if (feature == Feature::elu) {
-      const Vector e = exponential(v > 0 ? Vector{} : v);
-      put(x + d, v > 0 ? v + 1.f : e);
-      put(slope + d, e);
-    } else {
-      put(slope + d, one);
-    }
-  }
-  for (int64_t d = n; d < round_up(n, LANES); ++d) x[d] = 0;
+struct Mapped {
+  Vector value, slope;
+};
+
+template <class Vector>
+TBCM_INLINE Mapped<Vector> map(Feature feature, Vector x) {
+  const Vector one = Vector{} + 1.f;
+  if (feature == Feature::relu) return {x < 0 ? Vector{} : x, x > 0 ? one : Vector{}};  // a NaN stays one
+  if (feature == Feature::identity) return {x, one};
+  const Vector e = exponential(x > 0 ? Vector{} : x);
+  return {x > 0 ? x + 1.f : e, e};
 }
 
 struct Problem {
@@ -87,18 +83,26 @@ TBCM_INLINE float inner(const float* a, const float* b, int64_t n) {
   return total(sum);
 }
 
-// Row n of phi(x) and of phi'(x), and of phi'(x) tx where there is a tangent.
-template <class Vector>
-TBCM_INLINE void feature_row(const Problem& p, const Input& in, float* x, float* slope, float* tx, int64_t b, int64_t h,
-                             int64_t n) {
+// Row n of phi(x), zero up to a whole number of lanes; calls f(d, phi'(x)) for its vectors.
+template <class Vector, class F>
+TBCM_INLINE void feature_row(const Problem& p, const Input& in, float* x, int64_t b, int64_t h, int64_t n, const F& f) {
   look_ahead(in.x, b, h, n, in.tokens);
-  look_ahead(in.tx, b, h, n, in.tokens);
   read_row(x, in, false, 0, b, h, n);
-  apply<Vector>(p.feature, x, slope, in.x.width);
-  if (!in.tx) return;
-  read_row(tx, in, true, 0, b, h, n);
   for_row<Vector>(in.x.width, [&](int64_t d) __attribute__((always_inline)) {
-    put(tx + d, get<Vector>(tx + d) * get<Vector>(slope + d));
+    const Mapped<Vector> phi = map(p.feature, get<Vector>(x + d));
+    put(x + d, phi.value);
+    f(d, phi.slope);
+  });
+  for (int64_t d = in.x.width; d < in.padded(); ++d) x[d] = 0;
+}
+
+// Row n of phi(x), and of phi'(x) tx where there is a tangent.
+template <class Vector>
+TBCM_INLINE void pair_row(const Problem& p, const Input& in, float* x, float* tx, int64_t b, int64_t h, int64_t n) {
+  look_ahead(in.tx, b, h, n, in.tokens);
+  if (in.tx) read_row(tx, in, true, 0, b, h, n);
+  feature_row<Vector>(p, in, x, b, h, n, [&](int64_t d, Vector slope) __attribute__((always_inline)) {
+    if (in.tx) put(tx + d, get<Vector>(tx + d) * slope);
   });
 }
 
@@ -109,16 +113,16 @@ struct Forward : Problem {
 };
 
 struct ForwardTiles {
-  float *x, *tx, *slope;  // features of a tile of tokens, and their tangents
-  float *v, *tv;          // v and its tangent; then n and its tangent
+  float *x, *tx;  // features of a tile of tokens, and their tangents
+  float *v, *tv;  // v and its tangent; then n and its tangent
   float *state, *tstate, *z, *tz;
 };
 
 TBCM_INLINE int64_t forward_floats(const Forward& p, Arena* arena, ForwardTiles* t) {
   const int64_t x = p.group * TOKENS * p.ldq(), v = p.group * TOKENS * p.ldv(), state = p.group * p.floats();
   const int64_t z = p.group * p.ldq();
-  const Piece pieces[] = {{&t->x, x},         {&t->tx, x},          {&t->slope, p.ldq()}, {&t->v, v}, {&t->tv, v},
-                          {&t->state, state}, {&t->tstate, state}, {&t->z, z},           {&t->tz, z}};
+  const Piece pieces[] = {{&t->x, x},         {&t->tx, x},         {&t->v, v}, {&t->tv, v},
+                          {&t->state, state}, {&t->tstate, state}, {&t->z, z}, {&t->tz, z}};
   return take(arena, pieces);
 }
 
@@ -136,7 +140,7 @@ TBCM_INLINE void gather(const Forward& p, const ForwardTiles& t, int64_t b, int6
     for (int64_t r = 0; r < m; ++r)
       for (int64_t g = 0; g < count; ++g) {
         const int64_t row = g * TOKENS + r;
-        feature_row<Vector>(p, p.k, t.x + row * ldq, t.slope, t.tx + row * ldq, b, h + g, i + r);
+        pair_row<Vector>(p, p.k, t.x + row * ldq, t.tx + row * ldq, b, h + g, i + r);
         value(p, t.v + row * ldv, false, b, h + g, i + r);
         if (p.v.tx) value(p, t.tv + row * ldv, true, b, h + g, i + r);
       }
@@ -194,7 +198,7 @@ TBCM_INLINE void forward_tasks(const Forward& p, int64_t begin, int64_t end) {
       for (int64_t r = 0; r < m; ++r)
         for (int64_t g = 0; g < count; ++g) {
           const int64_t row = (g * TOKENS + r) * ldq;
-          feature_row<Vector>(p, p.q, t.x + row, t.slope, t.tx + row, b, h + g, i + r);
+          pair_row<Vector>(p, p.q, t.x + row, t.tx + row, b, h + g, i + r);
         }
       for (int64_t g = 0; g < count; ++g) {
         const int64_t q = g * TOKENS * ldq, v = g * TOKENS * ldv, s = g * p.floats();
@@ -243,9 +247,9 @@ TBCM_INLINE void turn(const Problem& p, float* to, const float* from, int64_t co
 template <class Vector>
 TBCM_INLINE void slopes_row(const Problem& p, const Input& in, const BackwardTiles& t, int64_t row, int64_t b, int64_t h,
                             int64_t n) {
-  look_ahead(in.x, b, h, n, in.tokens);
-  read_row(t.x + row * p.ldq(), in, false, 0, b, h, n);
-  apply<Vector>(p.feature, t.x + row * p.ldq(), t.slope + row * p.ldq(), in.x.width);
+  feature_row<Vector>(p, in, t.x + row * p.ldq(), b, h, n, [&](int64_t d, Vector slope) __attribute__((always_inline)) {
+    put(t.slope + row * p.ldq() + d, slope);
+  });
 }
 
 // The gradient of a normalised token: (gphi + a z) phi'(x).
@@ -363,13 +367,13 @@ void describe(Problem& p, const Tensor& q, const Tensor& k, const Tensor& v, con
   p.v = input(v, tv, Maybe{}, 1, 0);
   p.feature = Feature(feature), p.eps = float(eps);
   p.batch = q.size(0), p.heads = q.size(1);
-  // Threads get equal numbers of tasks: the group that leaves the busiest the fewest heads, the largest of those.
-  // A head's sums are the same in any group.
+  // The busiest thread takes its heads in groups, and a group as long as three heads more: the fewer lie side by side,
+  // the less the caches look ahead. A head's sums are the same in any group.
   const int64_t threads = torch::stable::get_num_threads(), widest = GROUP * 32 / (p.width() > 32 ? p.width() : 32);
-  int64_t fewest = INT64_MAX;
+  int64_t least = INT64_MAX;
   for (int64_t group = 1; group <= smaller(widest, p.heads); ++group) {
-    const int64_t tasks = p.batch * ((p.heads + group - 1) / group), busiest = (tasks + threads - 1) / threads * group;
-    if (busiest <= fewest) fewest = busiest, p.group = group;
+    const int64_t tasks = p.batch * ((p.heads + group - 1) / group), time = (tasks + threads - 1) / threads * (group + 3);
+    if (time <= least) least = time, p.group = group;
   }
 }
 

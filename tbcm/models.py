@@ -238,18 +238,13 @@ def _latent_shape(folder: Path, resolution: int | None) -> tuple[int, int, int]:
 def load_parts(folder: Path, *names: str, variant: str | None = None) -> SanaPipeline:
     """diffusers' pipeline of a folder with these parts and no others."""
     from diffusers import SanaPipeline  # seconds to import: after the checks
-    from diffusers.utils import logging
-    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
-    disable_progress_bar()
     absent: dict[str, Any] = {name: None for name in PARTS if name not in names}
     return _readable(
         lambda path: SanaPipeline.from_pretrained(
             path, **absent, variant=variant, use_safetensors=True, local_files_only=True
         ),
         folder,
-        MEND,
     )
 
 
@@ -263,10 +258,6 @@ def load_transformer(folder: str | Path, variant: str | None = None) -> SanaTran
     folder = Path(folder)
     _check_kind(folder, _config(folder))
     from diffusers import SanaTransformer2DModel
-    from diffusers.utils import logging
-
-    # It would print, before our sentence, the error that it raises.
-    logging.get_logger("diffusers.models.modeling_utils").setLevel(logging.FATAL)
 
     def load(path: Path) -> tuple[SanaTransformer2DModel, dict[str, list[str]]]:
         return SanaTransformer2DModel.from_pretrained(
@@ -274,7 +265,7 @@ def load_transformer(folder: str | Path, variant: str | None = None) -> SanaTran
             local_files_only=True, output_loading_info=True,
         )  # fmt: skip
 
-    net, found = _readable(load, folder, MEND)
+    net, found = _readable(load, folder)
     if wrong := [*found["missing_keys"], *found["unexpected_keys"]]:
         raise UserError(
             f"{folder} holds other weights than its config.json says ({len(wrong)}, such as "
@@ -320,9 +311,18 @@ def _config(folder: Path, name: str = "config.json") -> dict:
         raise UserError(f"Cannot read {folder / name}; give a saved model's folder.") from e
 
 
-def _readable(load: Callable[[Path], Loaded], folder: Path, mend: str = "save it again") -> Loaded:
-    """load(folder), with whatever the libraries raise on damaged files turned into a sentence."""
+def _readable(load: Callable[[Path], Loaded], folder: Path) -> Loaded:
+    """load(folder), with whatever the libraries raise on damaged files turned into a sentence.
+
+    They draw no bars, and print no error before they raise it.
+    """
+    from diffusers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
+
+    logging.disable_progress_bar()
+    disable_progress_bar()
+    logging.get_logger("diffusers.models.modeling_utils").setLevel(logging.FATAL)
     try:
         return load(folder)
     except Exception as e:
-        raise UserError(f"Cannot load {folder} ({reason(e)}); {mend}.") from e
+        raise UserError(f"Cannot load {folder} ({reason(e)}); {MEND}.") from e

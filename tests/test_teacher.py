@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,25 @@ def test_a_text_encoder_that_lacks_weights_is_refused(tiny_teacher: Path, tmp_pa
     save_file(dict(list(larger.items())[1:]), file, {"format": "pt"})
     with pytest.raises(UserError, match=r"text_encoder lacks 1 of its model's weights, such as"):
         _ = load_teacher(str(folder)).text
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_lost_weights_are_said_once(
+    part: str, tiny_teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """diffusers would print the error that it raises."""
+    folder = Path(shutil.copytree(tiny_teacher, tmp_path / "t"))
+    (file,) = (folder / part).glob("*.safetensors")
+    file.unlink()
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    logger.addHandler(caplog.handler)
+    logger.setLevel(logging.ERROR)
+    try:
+        with pytest.raises(UserError, match="Cannot load"):
+            getattr(load_teacher(str(folder)), part)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 def test_weights_that_are_not_finite_are_refused(teacher: Teacher, tmp_path: Path):

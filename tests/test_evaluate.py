@@ -187,10 +187,9 @@ def test_a_report_has_means_and_standard_deviations():
     keys, names = ("accuracy", "fd", "fd_teacher", "pair_rmse"), ("teacher", "undistilled", *"124")
     seeds = [{name: dict.fromkeys(keys, x) for name in names} for x in (1.0, 2.0, 6.0)]
     report = evaluate.report_of(seeds)
-    for scores, spread in (
-        (report[part], report["spread"][part]) for part in ("teacher", "undistilled")
-    ):
-        assert set(scores.values()) == {3.0} and set(spread.values()) == {7**0.5}
+    for part in ("teacher", "undistilled"):
+        assert set(report[part].values()) == {3.0}
+        assert set(report["spread"][part].values()) == {7**0.5}
     assert report["student"]["2"]["fd"] == 3 and report["spread"]["student"]["2"]["fd"] == 7**0.5
     assert report["floor"]["fd_teacher"] == 3
 

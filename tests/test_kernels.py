@@ -407,8 +407,8 @@ def test_cotangents_lie_in_memory_as_they_like(op: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_parameters_of_the_gate_in_another_dtype(impl: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    a, weight, bias = torch.randn(2, 6, 8), torch.randn(8, 1, 3, 3).bfloat16(), torch.randn(8)
-    bias = bias.bfloat16()
+    a = torch.randn(2, 6, 8)
+    weight, bias = torch.randn(8, 1, 3, 3).bfloat16(), torch.randn(8).bfloat16()
     options = {"height": 2, "width": 3, "impl": impl}
     got = tk.conv_glu(a, weight.to(dtype), bias.to(dtype), **options)
     torch.testing.assert_close(got, tk.conv_glu(a, weight.float(), bias.float(), **options))

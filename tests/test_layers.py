@@ -393,15 +393,16 @@ def test_attention_in_scope() -> None:
 
 
 def test_a_forward_of_another_instance_or_with_arguments_is_left_alone() -> None:
-    first, second, third = (nn.Linear(32, 32) for _ in range(3))
+    model = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+    first, second, third, fourth = model
     second.forward = first.forward
     third.forward = functools.partial(nn.Linear.forward, third, input=torch.ones(32))
-    model = nn.ModuleList((first, second, third))
-    own = second.forward, third.forward
+    fourth.forward = functools.partial(nn.Linear.forward, fourth, torch.ones(32))
+    own = second.forward, third.forward, fourth.forward
     handle = tk.fuse(model)
     assert repr(handle) == "Fused(ModuleList: 1 Linear)"
     handle.undo()
-    assert (second.forward, third.forward) == own
+    assert (second.forward, third.forward, fourth.forward) == own
 
 
 def test_what_fails_midway_leaves_nothing_changed() -> None:

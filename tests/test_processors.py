@@ -433,14 +433,14 @@ def test_skipped_attention_scores_are_refused(kind: str) -> None:
         attn.set_processor(JVPAttnProcessor())
     else:
         attn.forward = functools.partial(sdpa.forward, Attention.forward, attn)
+
+    def skipped(x: Tensor) -> Tensor:
+        with AttentionScoreSkipFunctionMode():
+            return attn(x)
+
     x = torch.randn(2, 6, 32)
     with pytest.raises(ValueError, match="which is not called here"):
-        torch.func.jvp(functools.partial(_within, AttentionScoreSkipFunctionMode, attn), (x,), (x,))
-
-
-def _within(mode: Callable, attn: Attention, x: Tensor) -> Tensor:
-    with mode():
-        return attn(x)
+        torch.func.jvp(skipped, (x,), (x,))
 
 
 def test_norms_of_image_and_text_keep_their_eps() -> None:

@@ -155,19 +155,30 @@ inline Operand operand(const Tensor& x) {
 
 inline Operand operand(const Maybe& x) { return x ? operand(*x) : Operand{}; }
 
+// Heads that lie side by side, and fit into a row of scratch, are read as one.
+TBCM_INLINE int64_t heads_in_a_row(const Operand& x) { return x.head == x.width ? MAX_WIDTH / x.width : 1; }
+
+// m heads of a token, from `at` on.
+TBCM_INLINE void read_heads(float* dst, Operand x, int64_t m, int64_t at) {
+  x.width *= m;
+  read(dst, x, at);
+}
+
 // The row statistics of an input's norm: r of each row, and mean(x tx) of each lane, for some rows.
 TBCM_CLONES static void measure_rows(Input& in, int64_t lanes, float eps, int64_t begin, int64_t end) {
   const int64_t heads = in.norm.all_heads ? 1 : in.heads, summed = in.norm.all_heads ? in.heads : 1;
   const int64_t rows = in.batch * heads * in.tokens, width = in.x.width * summed;
+  const int64_t step = smaller(heads_in_a_row(in.x), in.tx ? heads_in_a_row(in.tx) : MAX_WIDTH);
   float x[MAX_WIDTH], tx[MAX_WIDTH];
   for (int64_t row = begin; row < end; ++row) {
     const int64_t n = row % in.tokens, h = row / in.tokens % heads, b = row / in.tokens / heads;
     for (int64_t l = -1; l < (in.tx ? lanes : 0); ++l) {
       Doubles sum = {};
-      for (int64_t s = 0; s < summed; ++s) {
-        read(x, in.x, in.x.offset(0, b, h + s, n));
-        if (l >= 0) read(tx, in.tx, in.tx.offset(l, b, h + s, n));
-        sum += products(x, l >= 0 ? tx : x, in.x.width);
+      for (int64_t s = 0; s < summed; s += step) {
+        const int64_t m = smaller(step, summed - s);
+        read_heads(x, in.x, m, in.x.offset(0, b, h + s, n));
+        if (l >= 0) read_heads(tx, in.tx, m, in.tx.offset(l, b, h + s, n));
+        sum += products(x, l >= 0 ? tx : x, m * in.x.width);
       }
       const float mean = float(total(sum) / double(width));
       if (l < 0) in.norm.r[row] = 1 / __builtin_sqrtf(mean + eps);

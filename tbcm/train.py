@@ -27,6 +27,9 @@ def train(config: TrainConfig) -> None:
     with ExitStack() as held:
         start = find_start(config, held)
         distiller = METHODS[config.method](config, teacher, load_prompts(config))
+        if distiller.main and teacher.has_vae:
+            _ = teacher.vae  # what is wrong with it is said now, not at the first grid
+            teacher.free("vae")
         open_run(distiller, start, held)
         if distiller.main:
             announce(distiller)

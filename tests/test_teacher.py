@@ -162,6 +162,16 @@ def test_lost_weights_are_said_once(
     assert not caplog.records
 
 
+def test_a_damaged_vae_is_said_before_there_is_a_run(tiny_teacher: Path, tmp_path: Path):
+    """Nothing but the first grid reads it, which may be hours later."""
+    folder = Path(shutil.copytree(tiny_teacher, tmp_path / "t"))
+    (file,) = (folder / "vae").glob("*.safetensors")
+    file.write_bytes(b"")
+    with pytest.raises(UserError, match="Cannot load"):
+        tiny_pipeline.distil(folder, tmp_path / "of")
+    assert not (tmp_path / "of" / "run").exists()
+
+
 def test_weights_that_are_not_finite_are_refused(teacher: Teacher, tmp_path: Path):
     student = build_student(teacher.transformer)
     with torch.no_grad():

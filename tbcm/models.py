@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from tbcm.errors import UserError, reason
 from tbcm.text import TextEncoder
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
-    from transformers import PreTrainedModel
 
     from tbcm.config import TrainConfig
 
@@ -58,7 +57,6 @@ class Teacher:
     def text(self) -> TextEncoder:
         """The text encoder in the precision of its file."""
         parts = load_parts(self.path, "text_encoder", "tokenizer", variant=self.variant)
-        _check_weights(self.path / "text_encoder", parts.text_encoder)
         return TextEncoder.of(parts.tokenizer, parts.text_encoder, self.instruct)
 
     @cached_property
@@ -240,12 +238,16 @@ def load_parts(folder: Path, *names: str, variant: str | None = None) -> SanaPip
     from diffusers import SanaPipeline  # seconds to import: after the checks
 
     absent: dict[str, Any] = {name: None for name in PARTS if name not in names}
-    return _readable(
+    pipeline = _readable(
         lambda path: SanaPipeline.from_pretrained(
             path, **absent, variant=variant, use_safetensors=True, local_files_only=True
         ),
         folder,
     )
+    for name in names:
+        if isinstance(part := getattr(pipeline, name), nn.Module):
+            _check_weights(folder / name, part)
+    return pipeline
 
 
 def load_transformer(folder: str | Path, variant: str | None = None) -> SanaTransformer2DModel:
@@ -276,10 +278,11 @@ def load_transformer(folder: str | Path, variant: str | None = None) -> SanaTran
     return net.eval().requires_grad_(False)
 
 
-def _check_weights(folder: Path, net: PreTrainedModel) -> None:
-    """Raises UserError for weights that no file of the folder has: transformers makes them up.
+def _check_weights(folder: Path, net: nn.Module) -> None:
+    """Raises UserError for weights that no file of the folder has.
 
-    A file of a larger model has the names of this one's behind a prefix.
+    transformers makes them up, diffusers leaves them without storage. A file of a larger model has
+    the names of this one's behind a prefix.
     """
     saved: set[str] = set()
     for file in folder.glob("*.safetensors"):

@@ -10,7 +10,7 @@ from tbcm.config import TrainConfig, unused
 from tbcm.distiller import Distiller
 from tbcm.distributed import check_device, make_accelerator, on_main
 from tbcm.files import whole_folder, write_whole
-from tbcm.models import teacher_of
+from tbcm.models import Teacher, teacher_of
 from tbcm.progress import Log, peak_memory_mb
 from tbcm.sampling import grid
 from tbcm.scm import ScmDistiller
@@ -26,10 +26,9 @@ def train(config: TrainConfig) -> None:
     teacher = teacher_of(config)
     with ExitStack() as held:
         start = find_start(config, held)
-        distiller = METHODS[config.method](config, teacher, load_prompts(config))
-        if distiller.main and teacher.has_vae:
-            _ = teacher.vae  # what is wrong with it is said now, not at the first grid
-            teacher.free("vae")
+        prompts = load_prompts(config)
+        check_vae(config, teacher)
+        distiller = METHODS[config.method](config, teacher, prompts)
         open_run(distiller, start, held)
         if distiller.main:
             announce(distiller)
@@ -78,6 +77,17 @@ def find_start(config: TrainConfig, held: ExitStack) -> Path | None:
         return found
 
     return on_main(make_accelerator(config), find)
+
+
+def check_vae(config: TrainConfig, teacher: Teacher) -> None:
+    """Raises UserError for a VAE that cannot be read, hours before the first grid would."""
+
+    def load() -> None:
+        if teacher.has_vae:
+            _ = teacher.vae
+            teacher.free("vae")
+
+    on_main(make_accelerator(config), load)
 
 
 def open_run(distiller: Distiller, start: Path | None, held: ExitStack) -> None:

@@ -162,12 +162,16 @@ def test_lost_weights_are_said_once(
     assert not caplog.records
 
 
-def test_a_damaged_vae_is_said_before_there_is_a_run(tiny_teacher: Path, tmp_path: Path):
-    """Nothing but the first grid reads it, which may be hours later."""
+def test_a_vae_that_lacks_weights_is_said_before_long_work(tiny_teacher: Path, tmp_path: Path):
+    """diffusers leaves them without storage. Nothing but the first grid reads it, hours later."""
     folder = Path(shutil.copytree(tiny_teacher, tmp_path / "t"))
     (file,) = (folder / "vae").glob("*.safetensors")
-    file.write_bytes(b"")
-    with pytest.raises(UserError, match="Cannot load"):
+    weights = load_file(file)
+    del weights["decoder.conv_in.bias"]
+    save_file(weights, file, {"format": "pt"})
+    for other in (folder / "text_encoder").glob("*.safetensors"):
+        other.unlink()  # so that encoding the prompts would fail
+    with pytest.raises(UserError, match=r"vae lacks 1 of its model's weights, such as decoder"):
         tiny_pipeline.distil(folder, tmp_path / "of")
     assert not (tmp_path / "of" / "run").exists()
 

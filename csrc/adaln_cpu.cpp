@@ -1,5 +1,6 @@
 // CPU kernels of adaln: one row at a time in fp32 scratch that stays in L1.
 #include "adaln_bindings.h"
+#include "lanes.h"
 
 namespace tbcm::adaln {
 namespace {
@@ -9,35 +10,49 @@ struct Statistics {
 };
 
 // Of the mean square around a mean that is off by `rest`.
-TBCM_INLINE float inverse_deviation(float square, float rest, float eps) {
-  const float variance = square - rest * rest;
-  return 1.f / __builtin_sqrtf((variance > 0.f ? variance : 0.f) + eps);
+TBCM_INLINE float inverse_deviation(double square, double rest, float eps) {
+  const double variance = square - rest * rest;
+  return 1.f / __builtin_sqrtf(float(variance > 0.0 ? variance : 0.0) + eps);
+}
+
+TBCM_INLINE float mean_of(const float* v, int64_t n) {
+  double sum = 0.0;
+  for_blocks(n, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+    float part = 0.f;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = begin; i < end; ++i) part += v[i];
+    sum += part;
+  });
+  return float(sum / double(n));
 }
 
 TBCM_INLINE Statistics statistics(const float* v, int64_t n, float eps) {
-  float sum = 0.f, square = 0.f, rest = 0.f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += v[i];
-  const float mean = sum / float(n);
-#pragma omp simd reduction(+ : square, rest)
-  for (int64_t i = 0; i < n; ++i) {
-    square += (v[i] - mean) * (v[i] - mean);
-    rest += v[i] - mean;
-  }
-  rest /= float(n);  // what rounding has left in the mean
-  return {mean + rest, inverse_deviation(square / float(n), rest, eps)};
+  const float mean = mean_of(v, n);
+  double square = 0.0, rest = 0.0;
+  for_blocks(n, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+    float part = 0.f, left = 0.f;
+#pragma omp simd reduction(+ : part, left)
+    for (int64_t i = begin; i < end; ++i) {
+      part += (v[i] - mean) * (v[i] - mean);
+      left += v[i] - mean;
+    }
+    square += part, rest += left;
+  });
+  rest /= double(n);  // what rounding has left in the mean
+  return {float(mean + rest), inverse_deviation(square / double(n), rest, eps)};
 }
 
 // Means of a and of a * xhat: what both the tangent and the gradient of a LayerNorm subtract.
 TBCM_INLINE void means(const float* a, const float* v, Statistics s, int64_t n, float* mean, float* mixed) {
-  float sum = 0.f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += a[i];
-  *mean = sum / float(n);
-  float dot = 0.f;
-#pragma omp simd reduction(+ : dot)
-  for (int64_t i = 0; i < n; ++i) dot += normalise(v[i], s.mean, s.r) * (a[i] - *mean);
-  *mixed = dot / float(n);
+  *mean = mean_of(a, n);
+  double dot = 0.0;
+  for_blocks(n, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+    float part = 0.f;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = begin; i < end; ++i) part += normalise(v[i], s.mean, s.r) * (a[i] - *mean);
+    dot += part;
+  });
+  *mixed = float(dot / double(n));
 }
 
 template <class T>
@@ -59,39 +74,47 @@ TBCM_INLINE void forward_row(const Forward<T>& p, int64_t b, int64_t n, const Sp
   const T *tx = or_else(p.tx.at(b, n), spare.zeros), *th = or_else(p.th.at(b, n), spare.zeros);
   const float *gate = or_else(p.gate.at(b, n), spare.ones), *tgate = or_else(p.tgate.at(b, n), spare.zeros);
   T *out = p.out.at(b, n), *tout = or_else(p.tout.at(b, n), spare.unused);
-  float sum = 0.f, tsum = 0.f;
-#pragma omp simd reduction(+ : sum, tsum)
-  for (int64_t i = 0; i < width; ++i) {
-    v[i] = widen(x[i]);
-    if constexpr (residual) {
-      narrow(v[i] + widen(h[i]) * gate[i], &out[i]);
-      v[i] = widen(out[i]);  // later arithmetic sees what was stored
-    }
-    sum += v[i];
-    if constexpr (tangent) {
-      tv[i] = widen(tx[i]);
+  double sum = 0.0, tsum = 0.0;
+  for_blocks(width, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+    float part = 0.f, tpart = 0.f;
+#pragma omp simd reduction(+ : part, tpart)
+    for (int64_t i = begin; i < end; ++i) {
+      v[i] = widen(x[i]);
       if constexpr (residual) {
-        narrow(tv[i] + widen(h[i]) * tgate[i] + widen(th[i]) * gate[i], &tout[i]);
-        tv[i] = widen(tout[i]);
+        narrow(v[i] + widen(h[i]) * gate[i], &out[i]);
+        v[i] = widen(out[i]);  // later arithmetic sees what was stored
       }
-      tsum += tv[i];
+      part += v[i];
+      if constexpr (tangent) {
+        tv[i] = widen(tx[i]);
+        if constexpr (residual) {
+          narrow(tv[i] + widen(h[i]) * tgate[i] + widen(th[i]) * gate[i], &tout[i]);
+          tv[i] = widen(tout[i]);
+        }
+        tpart += tv[i];
+      }
     }
-  }
-  float mean = sum / float(width), tmean = tsum / float(width);
-  float square = 0.f, dot = 0.f, rest = 0.f, trest = 0.f;
-#pragma omp simd reduction(+ : square, dot, rest, trest)
-  for (int64_t i = 0; i < width; ++i) {
-    square += (v[i] - mean) * (v[i] - mean);
-    rest += v[i] - mean;
-    if constexpr (tangent) {
-      dot += (v[i] - mean) * (tv[i] - tmean);
-      trest += tv[i] - tmean;
+    sum += part, tsum += tpart;
+  });
+  float mean = float(sum / double(width)), tmean = float(tsum / double(width));
+  double square = 0.0, dot = 0.0, rest = 0.0, trest = 0.0;
+  for_blocks(width, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+    float part = 0.f, mixed = 0.f, left = 0.f, tleft = 0.f;
+#pragma omp simd reduction(+ : part, mixed, left, tleft)
+    for (int64_t i = begin; i < end; ++i) {
+      part += (v[i] - mean) * (v[i] - mean);
+      left += v[i] - mean;
+      if constexpr (tangent) {
+        mixed += (v[i] - mean) * (tv[i] - tmean);
+        tleft += tv[i] - tmean;
+      }
     }
-  }
-  rest /= float(width), trest /= float(width);  // what rounding has left in the means
-  mean += rest, tmean += trest;
-  const float r = inverse_deviation(square / float(width), rest, p.eps);
-  const float m = r * (dot / float(width) - rest * trest);
+    square += part, dot += mixed, rest += left, trest += tleft;
+  });
+  rest /= double(width), trest /= double(width);  // what rounding has left in the means
+  const float r = inverse_deviation(square / double(width), rest, p.eps);
+  const float m = r * float(dot / double(width) - rest * trest);
+  mean = float(mean + rest), tmean = float(tmean + trest);
   const float *scale = or_else(p.scale.at(b, n), spare.zeros), *shift = or_else(p.shift.at(b, n), spare.zeros);
   const float *tscale = or_else(p.tscale.at(b, n), spare.zeros), *tshift = or_else(p.tshift.at(b, n), spare.zeros);
   T *y = p.y.at(b, n), *ty = p.ty.at(b, n);

@@ -78,6 +78,14 @@ TBCM_INLINE void for_lanes(int64_t begin, int64_t end, const F& f) {
   if (begin < end) f(begin, end - begin);
 }
 
+// Calls f(begin, end) for each block of a row. Sums of a block in fp32, and of the blocks in fp64, keep a wide row's digits
+// in every instruction set.
+template <class F>
+TBCM_INLINE void for_blocks(int64_t n, const F& f) {
+  constexpr int64_t BLOCK = 512;
+  for (int64_t begin = 0; begin < n; begin += BLOCK) f(begin, begin + BLOCK < n ? begin + BLOCK : n);
+}
+
 // x *= factor, of n numbers or up to a vector more.
 template <class Vector>
 TBCM_INLINE void rescale(float* x, float factor, int64_t n) {

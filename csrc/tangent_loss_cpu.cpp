@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "lanes.h"
 #include "pieces.h"
 #include "tangent_loss.h"
 
@@ -20,20 +21,24 @@ struct Inputs {
 template <class T>
 struct Squares {
   Inputs<T> in;
-  float* sums;  // of each piece
+  double* sums;  // of each piece
 };
 
 template <class T>
-TBCM_INLINE float square_of_piece(const Inputs<T>& in, Span k) {
+TBCM_INLINE double square_of_piece(const Inputs<T>& in, Span k) {
   const Direction g = direction(in.t[k.sample], in.r, in.sigma);
   const T *out = in.out.at(k.sample, k.begin), *jvp = in.jvp.at(k.sample, k.begin);
   const T *velocity = in.velocity.at(k.sample, k.begin), *x = in.x.at(k.sample, k.begin);
-  float sum = 0.f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < k.count; ++i) {
-    const float v = g(widen(out[i]), widen(jvp[i]), widen(velocity[i]), widen(x[i]));
-    sum += v * v;
-  }
+  double sum = 0.0;
+  for_blocks(k.count, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+    float part = 0.f;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = begin; i < end; ++i) {
+      const float v = g(widen(out[i]), widen(jvp[i]), widen(velocity[i]), widen(x[i]));
+      part += v * v;
+    }
+    sum += part;
+  });
   return sum;
 }
 
@@ -90,7 +95,7 @@ void over_pieces(const Params& p, int64_t batch) {
 
 template <class T>
 void squares_as(const Tensor& out, const Tensor& jvp, const Tensor& velocity, const Tensor& x, const Tensor& t,
-                float* sums, double r, double sigma) {
+                double* sums, double r, double sigma) {
   over_pieces(Squares<T>{inputs<T>(out, jvp, velocity, x, t, r, sigma), sums}, x.size(0));
 }
 
@@ -107,7 +112,7 @@ void backward_as(const Tensor& gloss, const Tensor& slope, const Tensor& out, co
 void forward(Tensor out, Tensor jvp, Tensor velocity, Tensor x, Tensor t, Maybe keep, Maybe weight, Maybe log_variance,
              Tensor loss, Tensor norm, Tensor slope, Tensor glv, double r, double c, double sigma) {
   const int64_t batch = x.size(0), width = x.size(1), pieces = pieces_of(width);
-  std::vector<float> sums(batch * pieces);
+  std::vector<double> sums(batch * pieces);
   const auto call = is_bf16(x) ? squares_as<bfloat16> : squares_as<float>;
   call(out, jvp, velocity, x, t, sums.data(), r, sigma);
   const float *keeps = pointer<const float>(keep), *weights = pointer<const float>(weight);
@@ -116,9 +121,9 @@ void forward(Tensor out, Tensor jvp, Tensor velocity, Tensor x, Tensor t, Maybe 
   double total = 0.0;
   int64_t finite = 0;
   for (int64_t b = 0; b < batch; ++b) {
-    float square = 0.f;
+    double square = 0.0;
     for (int64_t k = 0; k < pieces; ++k) square += sums[b * pieces + k];
-    norms[b] = std::sqrt(square);
+    norms[b] = std::sqrt(float(square));
     Term own{};  // of a sample that adds nothing
     if (std::isfinite(norms[b])) {
       own = term(norms[b], keeps ? keeps[b] : 1.f, weights ? weights[b] : 1.f, lvs ? lvs[b] : 0.f, float(c), width, batch);

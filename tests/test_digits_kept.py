@@ -1,4 +1,4 @@
-"""The kernels lose no digits that PyTorch keeps where numbers share a large mean."""
+"""The kernels lose no digits where numbers share a large mean, or are many."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def test_tangent_of_attention(
 
 @pytest.mark.parametrize(("width", "mean", "spread"), [
     (1152, 1e3, 1.0), (1152, 100.0, 1e-3), (4096, 1e3, 0.1), (65536, 1e3, 1.0),
+    (262144, 0.0, 1.0),
 ])  # fmt: skip
 def test_layer_norm(width: int, mean: float, spread: float, need: Callable[[str], None]) -> None:
     need("cpu")
@@ -78,3 +79,12 @@ def test_a_wide_rms_norm(need: Callable[[str], None]) -> None:
     want = F.rms_norm(x.double(), x.shape[-1:], eps=1e-6)
     stock = F.rms_norm(x, x.shape[-1:], eps=1e-6)
     assert _error(tk.rms_norm(x, eps=1e-6, impl="cpu"), want) < 2 * _error(stock, want)
+
+
+def test_the_norm_of_a_large_sample(need: Callable[[str], None]) -> None:
+    """At t = 0 and F = 0 that of V, within an ulp or two."""
+    need("cpu")
+    v = 1 + torch.rand(1, 2**22, device="cpu") / 8
+    zero, t = torch.zeros_like(v), torch.zeros(1, device="cpu")
+    _, norm = tk.tangent_loss(zero, zero, v, zero, t, r=0.5, impl="cpu")
+    assert _error(norm, v.double().norm(dim=-1)) < 2e-7

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
 T = TypeVar("T")
 _stopped = False
@@ -168,11 +169,23 @@ def _refuse_outer_levels() -> None:
         )
 
 
+def _refuse_lanes(tensors: Sequence[Tensor | None]) -> None:
+    """Raise under vmap inside `dual_level()`: PyTorch has no batching rule for unpack_dual."""
+    if torch.compiler.is_compiling() or _functorch_levels()[0]:
+        return
+    if any(x is not None and is_batchedtensor(x) for x in tensors):
+        raise RuntimeError(
+            "tbcm_kernels: torch.func.vmap does not run inside dual_level(): put torch.func.jvp "
+            "inside vmap, or use jacfwd."
+        )
+
+
 def any_dual(*tensors: Tensor | None) -> bool:
     """Whether one of the tensors carries a forward-AD tangent."""
     if not in_dual_level():
         return False
     _refuse_outer_levels()
+    _refuse_lanes(tensors)
     return any(x is not None and fwAD.unpack_dual(x).tangent is not None for x in tensors)
 
 
@@ -212,6 +225,7 @@ def unpack(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | 
     """
     if in_dual_level():
         _refuse_outer_levels()
+        _refuse_lanes(tensors)
     primals: list[Tensor | None] = []
     tangents: list[Tensor | None] = []
     for x in tensors:
@@ -265,6 +279,7 @@ def check_tangents(op: str, **pairs: tuple[Tensor | None, Tensor | None]) -> Non
     for name, (x, tx) in pairs.items():
         if tx is None:
             continue
+        check_tensors(op, {f"t{name}": tx}, {name: x})
         if x is None:
             raise ValueError(f"{op}: t{name} was given without {name}; pass both or neither.")
         if tx.shape != x.shape or tx.dtype != x.dtype or tx.device != x.device:
@@ -272,6 +287,23 @@ def check_tangents(op: str, **pairs: tuple[Tensor | None, Tensor | None]) -> Non
                 f"{op}: t{name} must match {name} in shape, dtype and device, got "
                 f"{describe(tx)} for {describe(x)}."
             )
+
+
+def check_tensors(
+    op: str, needed: dict[str, Tensor], optional: dict[str, Tensor | None] | None = None
+) -> None:
+    """Check that arguments are dense tensors, or None where they may be.
+
+    Raises:
+        ValueError: naming one that is not.
+    """
+    for named, may_be_none in ((needed, False), (optional or {}, True)):
+        for name, x in named.items():
+            if x is None and may_be_none:
+                continue
+            if not isinstance(x, Tensor) or x.layout != torch.strided:
+                got = x.layout if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(f"{op}: {name} must be a dense tensor, got {got}.")
 
 
 def describe(x: Tensor) -> str:

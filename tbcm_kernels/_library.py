@@ -150,6 +150,11 @@ def fresh(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
+def shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """A result of ours in another shape, and no view: in place, autograd lets views do less."""
+    return torch.ops.aten._unsafe_view(y, shape)
+
+
 def floats(x: Tensor | None) -> Tensor | None:
     """A parameter or number for a kernel: contiguous fp32, the tensor itself where it is that."""
     return None if x is None else x.to(torch.float32).contiguous()

@@ -27,6 +27,8 @@ def fp32_layer_norm(layer: nn.Module, inputs: Tensor) -> Tensor:
 def rms_norm_cast(layer: nn.Module, hidden_states: Tensor) -> Tensor:
     """diffusers' `RMSNorm`, which casts to its weight's dtype where that has 16 bits."""
     weight = layer.weight
+    if layer.bias is not None:  # it has got one since fuse()
+        return type(layer).forward(layer, hidden_states)
     if weight is None:
         return rms_norm(hidden_states, eps=layer.eps)
     x = hidden_states.to(torch.promote_types(hidden_states.dtype, weight.dtype))
@@ -117,14 +119,24 @@ def _is_covered(layer: nn.Module) -> bool:
     norm = getattr(layer, "norm", None)
     if norm is None:
         return isinstance(layer, nn.Linear) and layer.in_features > 0
-    plain = isinstance(norm, nn.LayerNorm) and norm.weight is None and norm.bias is None
-    return plain and getattr(layer, "emb", None) is None
+    return _is_bare(norm) and getattr(layer, "emb", None) is None
+
+
+def _is_bare(norm: nn.Module) -> bool:
+    """Whether it is torch's or diffusers' LayerNorm over the last dimension, without weights."""
+    return (
+        isinstance(norm, nn.LayerNorm)
+        and type(norm).__module__.partition(".")[0] in ("torch", "diffusers")
+        and len(norm.normalized_shape) == 1
+        and norm.weight is None
+        and norm.bias is None
+    )
 
 
 def _modulated(norm: nn.Module, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x [B, N, C] after a LayerNorm and the modulations [B, C]."""
     scale, shift = scale[:, None], shift[:, None]
-    if x.ndim != 3 or x.shape[0] != scale.shape[0] or does_more(norm):
+    if x.ndim != 3 or x.shape[0] != scale.shape[0] or does_more(norm) or not _is_bare(norm):
         return norm(x) * (1 + scale) + shift
     x = x.to(torch.promote_types(x.dtype, scale.dtype))
     return adaln(x, scale=scale, shift=shift, eps=norm.eps)[1]

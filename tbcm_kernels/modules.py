@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tbcm_kernels._dual import any_dual
 from tbcm_kernels._layers import does_more, over_heads
+from tbcm_kernels._library import shaped
 from tbcm_kernels.adaln import adaln
 from tbcm_kernels.attention import attention
 from tbcm_kernels.conv_glu import conv_glu
@@ -154,7 +155,7 @@ class LayerNorm(nn.LayerNorm):
             return y if self.bias is None else y + self.bias
         scale = None if self.weight is None else self.weight.float() - 1
         rows = x.reshape(1, -1, x.shape[-1])
-        return adaln(rows, scale=scale, shift=self.bias, eps=self.eps)[1].reshape(x.shape)
+        return shaped(adaln(rows, scale=scale, shift=self.bias, eps=self.eps)[1], x.shape)
 
 
 class AdaLayerNormZero(nn.Module):

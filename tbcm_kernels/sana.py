@@ -315,7 +315,8 @@ def _after_adaln(
     layers: Sequence[nn.Linear | AsLinear], x: Pair, y: Pair, scale: Pair, shift: Pair, eps: float
 ) -> list[Pair]:
     """Each layer on y = LN(x)(1 + scale) + shift."""
-    if not lean.worth_it(x[0], y[1]):
+    alike = len({layer.bias is None for layer in layers}) == 1
+    if not alike or not lean.worth_it(x[0], y[1]):
         return [_linear(layer, y) for layer in layers]
     impl = _dispatch.choose_for_rows("adaln", "auto", x[0])
     return lean.of_adaln(y, x[0], scale[0], shift[0], eps, layers, impl)
@@ -389,12 +390,12 @@ def _cross_attention(attn: nn.Module, x: Pair, k: Pair, v: Pair, masks: dict[str
 
 def _gated_conv(ff: nn.Module, a: Pair, grid: tuple[int, int]) -> Pair:
     """GLUMBConv behind its first convolution, on tokens."""
-    depth, weight = ff.conv_depth, _as_linear(ff.conv_point).weight
+    depth, point = ff.conv_depth, _as_linear(ff.conv_point)
     y = conv_glu_jvp(a[0], depth.weight, depth.bias, a[1], height=grid[0], width=grid[1])
-    if not lean.worth_it(a[0], y[1]):
-        return linear_jvp(y[0], weight, None, y[1])
+    if point.bias is not None or not lean.worth_it(a[0], y[1]):
+        return _linear(point, y)
     impl = choose_conv_glu("auto", a[0])
-    return lean.of_conv_glu(y, a[0], depth, grid, weight, impl)
+    return lean.of_conv_glu(y, a[0], depth, grid, point.weight, impl)
 
 
 class AsLinear(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -102,17 +102,19 @@ COUNTERPARTS.add(forward)
 
 def calls_attention(module: nn.Module) -> bool:
     """Whether its forward or its processor names PyTorch's attention, or what they call does."""
-    kinds = type(module), type(getattr(module, "processor", None))
-    return any(
-        _names_attention(inspect.getattr_static(kind, name, None), kind, _DEPTH)
-        for kind, name in zip(kinds, ("forward", "__call__"), strict=True)
-    )
+    owners = (module, "forward"), (getattr(module, "processor", None), "__call__")
+    for owner, name in owners:
+        kind = type(owner)
+        scopes = [vars(k) for k in kind.__mro__] + [getattr(owner, "__dict__", {})]
+        if _names_attention(inspect.getattr_static(kind, name, None), scopes, _DEPTH):
+            return True
+    return False
 
 
-def _names_attention(function: Any, owner: type, depth: int) -> bool:
+def _names_attention(function: Any, scopes: list[Mapping[str, Any]], depth: int) -> bool:
     """Whether it names PyTorch's attention, or calls what does, up to `depth` calls deep.
 
-    Methods are looked up on `owner`.
+    `scopes` are those of the object whose method it may be: attributes are looked up there.
     """
     while isinstance(function, staticmethod | classmethod | functools.partial):
         function = getattr(function, "func", None) or function.__func__
@@ -128,9 +130,21 @@ def _names_attention(function: Any, owner: type, depth: int) -> bool:
     names = set(_names(function.__code__))
     if _NAMES & names:
         return True
-    named = [function.__globals__.get(n) for n in names]
-    named += [vars(kind).get(n) for kind in owner.__mro__ for n in names]
-    return any(_names_attention(f, owner, depth - 1) for f in named)
+    named = _found(names, [function.__globals__, *scopes])
+    inside = [vars(x) for x in named if isinstance(x, types.ModuleType | type)]
+    named += _found(names, inside) + _given(function)
+    return any(_names_attention(f, scopes, depth - 1) for f in named)
+
+
+def _found(names: set[str], scopes: list[Mapping[str, Any]]) -> list[Any]:
+    return [scope[n] for scope in scopes for n in names & scope.keys()]
+
+
+def _given(function: types.FunctionType) -> list[Any]:
+    """What a function got when it was made: defaults, and variables of the function around it."""
+    cells = [c for c in function.__closure__ or () if c != types.CellType()]
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    return [c.cell_contents for c in cells] + defaults
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

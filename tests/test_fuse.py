@@ -97,6 +97,34 @@ def test_agrees_with_stock(variant: str) -> None:
     assert max(worst.values()) < 2e-3, max(worst.items(), key=lambda item: item[1])
 
 
+@pytest.mark.parametrize("side", [4, 16], ids=["short", "long"])
+def test_biases_that_a_block_was_not_made_with_count(side: int) -> None:
+    model = _model(TINY | {"patch_size": 1, "sample_size": side})
+    block = model.transformer_blocks[0]
+    block.ff.conv_point = torch.nn.Conv2d(80, 32, 1)
+    block.attn1.to_v = torch.nn.Linear(32, 32)
+    inputs = _inputs(model)
+    value, tangent, grads = _dual_pass(model, inputs)
+    with tk.fuse(model), tk.stop_tangent_gradient():
+        fused_value, fused_tangent, fused_grads = _dual_pass(model, inputs)
+    assert _worst(fused_value, value) < 1e-5
+    assert _worst(fused_tangent, tangent) < 2e-5
+    for name in ("ff.conv_point", "attn1.to_v", "attn1.to_q"):
+        name = f"transformer_blocks.0.{name}.{'weight' if 'to_q' in name else 'bias'}"
+        assert _worst(fused_grads[name], grads[name]) < 2e-3, name
+
+
+def test_gradients_of_several_cotangents_at_once() -> None:
+    model = _model(TINY | {"patch_size": 1, "sample_size": 16, "num_layers": 1})
+    with tk.fuse(model):
+        y = model(**_inputs(model), return_dict=False)[0]
+        leaves, cotangents = list(model.parameters()), torch.randn(2, *y.shape)
+        each = [torch.autograd.grad(y, leaves, g, retain_graph=True) for g in cotangents]
+        both = torch.autograd.grad(y, leaves, cotangents, is_grads_batched=True)
+    for got, want in zip(both, map(torch.stack, zip(*each, strict=True)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
 def test_agrees_in_double_precision_and_through_the_tangent() -> None:
     """In fp64 nothing hides: stock attention in fp32 is the one difference, so replace its cast."""
     model = _model(TINY | {"num_layers": 1}, torch.float32)

@@ -350,6 +350,19 @@ def test_layers_inside_a_fused_layer_run(late: bool) -> None:
     assert _worst(*outputs) < 1e-5
 
 
+def test_norms_that_are_changed_after_fuse_run() -> None:
+    torch.manual_seed(0)
+    x, emb = torch.randn(2, 6, 16), torch.randn(2, 16)
+    model = nn.ModuleList([normalization.AdaLayerNormZero(16), normalization.RMSNorm(16, 1e-6)])
+    handle = tk.fuse(model)
+    model[0].norm = nn.LayerNorm(16)
+    model[1].bias = nn.Parameter(torch.randn(16))
+    nn.init.normal_(model[0].norm.weight)
+    got = model[0](x, emb=emb)[0], model[1](x)
+    handle.undo()
+    torch.testing.assert_close(got, (model[0](x, emb=emb)[0], model[1](x)))
+
+
 def test_a_part_of_a_fused_model_is_not_fused_again() -> None:
     model, function, x = _made("flux")
     handle = tk.fuse(model)

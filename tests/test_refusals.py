@@ -11,7 +11,7 @@ import tbcm_kernels as tk
 
 X, A, W = torch.ones(2, 6, 8), torch.ones(2, 6, 8), torch.ones(8, 1, 3, 3)
 Q, K, V = torch.ones(2, 4, 5, 8), torch.ones(2, 4, 7, 8), torch.ones(2, 4, 7, 16)
-GRID = {"height": 2, "width": 3}
+GRID, T = {"height": 2, "width": 3}, torch.ones(2)
 REFUSED = [
     ("adaln: x must be .* floating", lambda: tk.adaln(X[0])),
     ("adaln: x must be .* floating", lambda: tk.adaln(X.long())),
@@ -68,6 +68,23 @@ REFUSED = [
     ("ta must match a", lambda: tk.conv_glu_jvp(A, W, ta=A.double(), **GRID)),
     ("tx must match x", lambda: tk.rms_norm_jvp(X, tx=X[:1])),
     ("tv must match v", lambda: tk.linear_attention_jvp(Q, K, V, tv=K)),
+    ("adaln: scale must be a dense tensor, got float", lambda: tk.adaln(X, scale=0.5)),
+    ("attention: q must be a dense tensor, got nd", lambda: tk.attention(Q.numpy(), K, V)),
+    ("attn_mask must be a dense tensor, got list", lambda: tk.attention(Q, K, V, [[True]])),
+    ("attention_jvp: tq must be a dense", lambda: tk.attention_jvp(Q, K, V, 1.0)),
+    ("linear_attention: v must be a dense", lambda: tk.linear_attention(Q, K, None)),
+    ("rms_norm: weight must be a dense tensor, got float", lambda: tk.rms_norm(X, 1.0)),
+    ("x must be a dense tensor, got torch.sparse_coo", lambda: tk.rms_norm(X.to_sparse())),
+    ("linear: x must be a dense tensor, got NoneType", lambda: tk.linear_jvp(None, X[0])),
+    ("conv_glu: weight must be a dense", lambda: tk.conv_glu(A, None, **GRID)),
+    ("conv_glu: height and width must be integers", lambda: tk.conv_glu(A, W, height=2.0, width=3)),
+    ("tangent_loss: jvp must be a dense", lambda: tk.tangent_loss(X, None, X, X, T, 1.0)),
+    ("tangent_loss: t must be a dense", lambda: tk.tangent_loss(X, X, X, X, 0.5, 1.0)),
+    ("tangent_loss: jvp must be .* real", lambda: tk.tangent_loss(X, X + 0j, X, X, T, 1.0)),
+    ("flow_input: t must be a dense", lambda: tk.flow_input(X, 0.5)),
+    ("flow_output: v must be a dense", lambda: tk.flow_output(None, X, T)),
+    ("trajectory_step: t must be", lambda: tk.trajectory_step(X, X, 0.5, T, T)),
+    ("trajectory_step: guidance must be", lambda: tk.trajectory_step(X, X, T, T, 4.5)),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 
 import pytest
@@ -75,6 +76,60 @@ def test_attention_is_found_in_generated_and_decorated_functions() -> None:
     with tk.fuse(traced):
         for ours, theirs in zip(torch.func.jvp(traced, (x,), (dx,)), stock, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return sdpa(q, k, v)
+
+
+class Elsewhere:
+    """Where a model may find its attention: a class, an attribute, a variable around, a default."""
+
+    attend = staticmethod(_attend)
+
+
+helpers = types.ModuleType("helpers")
+helpers.by = _attend
+
+
+def _around(found: Callable[..., Tensor]) -> type[nn.Module]:
+    class Around(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return found(x, x, x)
+
+    return Around
+
+
+class OfAClass(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Elsewhere.attend(x, x, x)
+
+
+class OfAModule(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return helpers.by(x, x, x)
+
+
+class Kept(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = _attend
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kept(x, x, x)
+
+
+class Default(nn.Module):
+    def forward(self, x: Tensor, by: Callable[..., Tensor] = _attend) -> Tensor:
+        return by(x, x, x)
+
+
+@pytest.mark.parametrize("kind", [OfAClass, OfAModule, Kept, Default, _around(_attend)])
+def test_attention_is_found_where_a_forward_takes_it_from(kind: type[nn.Module]) -> None:
+    x, dx = torch.randn(2, 1, 2, 6, 8)
+    with sdpa_kernel(SDPBackend.MATH):
+        stock = torch.func.jvp(kind(), (x,), (dx,))
+    torch.testing.assert_close(torch.func.jvp(tk.fuse(kind()).model, (x,), (dx,)), stock)
 
 
 def test_a_head_dim_that_kernels_do_not_take_runs_in_the_reference() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -58,6 +59,14 @@ def test_a_compiled_op_inside_jvp_keeps_the_tangent_or_raises(
             along(compiled)
     else:
         torch.testing.assert_close(along(compiled), along(function))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_vmap_inside_a_dual_level_raises_with_the_mend(name: str) -> None:
+    """The mend is that of the test above, jvp inside vmap."""
+    x, tx = torch.randn(2, 3, 1, 4, 8)
+    with fwAD.dual_level(), pytest.raises(RuntimeError, match=r"put torch\.func\.jvp inside vmap"):
+        torch.func.vmap(OPS[name])(fwAD.make_dual(x, tx))
 
 
 def test_vmap_over_nothing_raises() -> None:

@@ -136,6 +136,8 @@ def _check(
     x: Tensor, h: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
     dtype: torch.dtype | None,
 ) -> None:  # fmt: skip
+    modulations = {"gate": gate, "scale": scale, "shift": shift}
+    _dual.check_tensors("adaln", {"x": x}, {"h": h, **modulations})
     if x.ndim != 3 or not x.dtype.is_floating_point:
         raise ValueError(f"adaln: x must be [B, N, C] and floating, got {_dual.describe(x)}.")
     if x.shape[-1] == 0:
@@ -152,7 +154,7 @@ def _check(
         )
     if gate is not None and h is None:
         raise ValueError("adaln: gate was given without h; pass the branch output that it gates.")
-    for name, m in (("gate", gate), ("scale", scale), ("shift", shift)):
+    for name, m in modulations.items():
         if m is None:
             continue
         if m.device != x.device or not (m.is_floating_point() and _broadcasts(m.shape, x.shape)):

@@ -160,6 +160,7 @@ def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
     Raises:
         ValueError: no parts, or parts of different shapes.
     """
+    parts = list(parts)
     if not parts or any(o.shape[:-1] != lse.shape for o, lse in parts):
         raise ValueError("merge_attention: parts must be pairs of o [..., N, D] and lse [..., N].")
     if len({o.shape for o, _ in parts}) > 1:
@@ -182,6 +183,8 @@ def _run(
     alignment: str, scale: float | None, enable_gqa: bool, impl: str,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """(o, lse, to, tlse) of checked and canonical arguments."""
+    masks = {"attn_mask": attn_mask, "key_mask": key_mask}
+    _dual.check_tensors(op, dict(zip("qkv", primals, strict=True)), masks)
     primals, tangents = (autocast(x, primals[0].device.type) for x in (primals, tangents))
     _check(op, *primals, enable_gqa, exact=impl != "reference")
     squeeze = primals[0].ndim == 3

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tbcm_kernels import _dual
+from tbcm_kernels._library import shaped
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -86,10 +87,11 @@ def _rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` on rows: on more dimensions it saves other tensors inside `torch.func.jvp` than
     outside, and a checkpointed function would not find them again."""
     y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return shaped(y, [*x.shape[:-1], weight.shape[0]])
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _dual.check_tensors("linear", {"x": x, "weight": weight}, {"bias": bias})
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"linear: weight must be [O, I] with I = x's last dimension, got "

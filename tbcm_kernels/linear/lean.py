@@ -103,7 +103,7 @@ def _with_tangents(values: Sequence[Tensor], ty: Tensor | None, weights: Sequenc
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.flatten(0, -2)
+    return x.reshape(-1, x.shape[-1])  # flatten() has no batching rule
 
 
 def _linears(y: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:

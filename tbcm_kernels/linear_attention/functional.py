@@ -162,6 +162,7 @@ def why_not_cuda(q: Tensor, v: Tensor, feature_map: str) -> str | None:
 def _check(
     op: str, q: Tensor, k: Tensor, v: Tensor, feature_map: str, is_causal: bool, exact: bool
 ) -> None:
+    _dual.check_tensors(op, {"q": q, "k": k, "v": v})
     if is_causal:
         raise ValueError(f"{op}: is_causal must be False; there is no causal form yet.")
     if feature_map not in FEATURE_MAPS:

@@ -89,6 +89,7 @@ def _pair(
 
 
 def _check(x: Tensor, weight: Tensor | None) -> None:
+    _dual.check_tensors("rms_norm", {"x": x}, {"weight": weight})
     if x.ndim == 0 or x.shape[-1] == 0 or not x.dtype.is_floating_point:
         raise ValueError(
             f"rms_norm: x must be [..., C] with C > 0 and floating, got {_dual.describe(x)}."

@@ -61,7 +61,7 @@ def tangent_loss(
     Source: sCM, arXiv 2410.11081, Algorithm 1; SANA-Sprint, arXiv 2503.09641.
     """
     tensors, numbers = (out, jvp, velocity, x), (t, keep, weight, log_variance)
-    _check(out, tensors, numbers)
+    _check(*tensors, *numbers)
     constants = _dual.detached(*tensors[1:], *numbers[:3])
     if impl == "reference":
         loss, norm = reference.loss(out, *constants, log_variance, r, c, sigma_data)
@@ -79,17 +79,22 @@ def tangent_loss(
     return loss, norm
 
 
-def _check(out: Tensor, tensors: tuple[Tensor, ...], numbers: tuple[Tensor | None, ...]) -> None:
+def _check(
+    out: Tensor, jvp: Tensor, velocity: Tensor, x: Tensor, t: Tensor, keep: Tensor | None,
+    weight: Tensor | None, log_variance: Tensor | None,
+) -> None:  # fmt: skip
+    tensors = {"out": out, "jvp": jvp, "velocity": velocity, "x": x}
+    optional = {"keep": keep, "weight": weight, "log_variance": log_variance}
+    _dual.check_tensors("tangent_loss", {**tensors, "t": t}, optional)
     if out.ndim == 0 or out[:1].numel() == 0 < len(out) or not out.is_floating_point():
         raise ValueError(
             f"tangent_loss: out must be [B, ...], floating and not empty in a sample, got "
             f"{_dual.describe(out)}."
         )
-    names = ("out", "jvp", "velocity", "x", "t", "keep", "weight", "log_variance")
-    for i, (name, a) in enumerate(zip(names, (*tensors, *numbers), strict=True)):
-        shape = out.shape[: out.ndim if i < len(tensors) else 1]
-        if a is not None and (a.shape != shape or a.device != out.device):
+    for name, a in {**tensors, "t": t, **optional}.items():
+        shape = out.shape if name in tensors else out.shape[:1]
+        if a is not None and (a.shape != shape or a.device != out.device or a.is_complex()):
             raise ValueError(
-                f"tangent_loss: {name} must be {list(shape)} on {out.device}, got "
+                f"tangent_loss: {name} must be {list(shape)} on {out.device} and real, got "
                 f"{_dual.describe(a)}."
             )

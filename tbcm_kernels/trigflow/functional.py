@@ -87,7 +87,8 @@ def flow_output(v: Tensor, x: Tensor, t: Tensor, *, impl: str = "auto") -> Tenso
     needs a gradient, all inputs, and backward differentiates the reference.
     Source: SANA-Sprint, arXiv 2503.09641; it is [(1−2 t_FM) x_FM + λ² v] / λ.
     """
-    _check("flow_output", x, v=v, t=t)
+    _check("flow_output", x, t=t)
+    _check_velocity("flow_output", v, x)
     if impl == "reference":
         return _dual.settled(reference.flow_output(v, x, t, None, None, None)[0])
     _dual.guard_levels("flow_output")
@@ -120,7 +121,8 @@ def flow_output_jvp(
     Cost: reads v, x, tv, tx and writes F, tF once. Backward through tF differentiates the
     reference, and then saves all inputs.
     """
-    _check("flow_output_jvp", x, v=v, t=t)
+    _check("flow_output_jvp", x, t=t)
+    _check_velocity("flow_output_jvp", v, x)
     _dual.guard_levels("flow_output")
     _dual.refuse_duals("flow_output_jvp", v, x, t, tv, tx, tt)
     _dual.check_tangents("flow_output_jvp", v=(v, tv), x=(x, tx), t=(t, tt))
@@ -162,6 +164,7 @@ def trajectory_step(
     Cost: reads x, out and writes V, x' once.
     Source: TBCM, arXiv 2511.20410; sCM, arXiv 2410.11081.
     """
+    _dual.check_tensors("trajectory_step", {"x": x, "out": out, "t": t, "s": s})
     t, s = (a.expand(x.shape[:1]) if a.ndim == 0 else a for a in (t, s))
     _check("trajectory_step", x, t=t, s=s, guidance=guidance)
     if out.shape != (2 * x.shape[0], *x.shape[1:]) or out.device != x.device:
@@ -198,17 +201,22 @@ def _output(
     return out, or_none(tout, _dual.present((tv, tx, tt)))
 
 
-def _check(op: str, x: Tensor, v: Tensor | None = None, **numbers: Tensor) -> None:
+def _check(op: str, x: Tensor, **numbers: Tensor) -> None:
+    _dual.check_tensors(op, {"x": x, **numbers})
     if x.ndim == 0 or not x.is_floating_point():
         raise ValueError(f"{op}: x must be [B, ...] and floating, got {_dual.describe(x)}.")
-    if v is not None and (v.shape != x.shape or v.device != x.device or not v.is_floating_point()):
-        raise ValueError(
-            f"{op}: v must be floating, of x's shape and on its device, got {_dual.describe(v)} "
-            f"for {_dual.describe(x)}."
-        )
     for name, a in numbers.items():
         if a.shape != x.shape[:1] or a.device != x.device or not a.is_floating_point():
             raise ValueError(
                 f"{op}: {name} must be floating [B] = [{x.shape[0]}] on {x.device}, one number a "
                 f"sample, got {_dual.describe(a)}."
             )
+
+
+def _check_velocity(op: str, v: Tensor, x: Tensor) -> None:
+    _dual.check_tensors(op, {"v": v})
+    if v.shape != x.shape or v.device != x.device or not v.is_floating_point():
+        raise ValueError(
+            f"{op}: v must be floating, of x's shape and on its device, got {_dual.describe(v)} "
+            f"for {_dual.describe(x)}."
+        )

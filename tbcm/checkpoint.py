@@ -23,7 +23,7 @@ from tbcm.errors import UserError
 from tbcm.files import TMP, whole_folder
 
 KEYS = {
-    "step", "skipped", "skipped_in_row", "config", "prompts", "teacher", "student", "log_variance",
+    "step", "skipped", "skipped_in_row", "config", "made_from", "student", "log_variance",
     "optimizer", "ema", "generator", "torch_rng", "cuda_rng",
 }  # fmt: skip
 """What a checkpoint has at least."""

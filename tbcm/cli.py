@@ -256,9 +256,18 @@ def preset_of(args: Namespace) -> Path | None:
     return path if path.exists() else None
 
 
+def going_on(args: Namespace | None) -> str:
+    """How a command that was stopped is continued."""
+    if args is None or args.subcommand != "train":
+        return ""
+    if (Path(args.train.output_dir) / "config.yaml").exists():
+        return "; --resume_from_checkpoint latest continues"
+    return " before the first step; the same command starts again, with what is encoded already"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0, or 2 after a sentence on stderr for what the user can mend."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv, args = sys.argv[1:] if argv is None else argv, None
     try:
         args = parse(argv)
         COMMANDS[args.subcommand][2](args[args.subcommand])
@@ -270,7 +279,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tbcm: error: {name}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        mend = "; --resume_from_checkpoint latest continues" if argv[0] == "train" else ""
-        print(f"tbcm: stopped{mend}.", file=sys.stderr)
+        print(f"tbcm: stopped{going_on(args)}.", file=sys.stderr)
         return 130
     return 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from statistics import median_high
 from typing import Any
@@ -85,7 +85,7 @@ class Distiller:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.step = self.skipped = self.skipped_in_row = 0
         self.transformer = transformer = teacher.transformer.to(self.device)
-        self.teacher_digest = digest(transformer)
+        self.teacher_digest = digest(transformer.parameters())
         self.student = make_student(transformer, config).train()
         self.log_variance = objective.LogVariance().to(self.device) if config.log_variance else None
         if config.gradient_checkpointing:
@@ -356,8 +356,7 @@ class Distiller:
         """
         return distributed.whole({
             "step": self.step, "skipped": self.skipped, "skipped_in_row": self.skipped_in_row,
-            "config": vars(self.config), "prompts": self.prompts_digest(),
-            "teacher": self.teacher_digest,
+            "config": vars(self.config), "made_from": self.made_from(),
             "student": learnt(self.student),
             "log_variance": self.log_variance.state_dict() if self.log_variance else None,
             "optimizer": self.optimizer.state_dict(),
@@ -367,11 +366,10 @@ class Distiller:
         }, self.main)  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint. Raises UserError if prompts or teacher are not the same."""
-        if state["prompts"] != self.prompts_digest():
-            raise UserError("The prompts are not those of the checkpoint; restore their file.")
-        if state["teacher"] != self.teacher_digest:
-            raise UserError("The teacher's weights are not those of the checkpoint; restore them.")
+        """Continue from a checkpoint. Raises UserError if it was made from something else."""
+        for name, digest in self.made_from().items():
+            if state["made_from"].get(name) != digest:
+                raise UserError(f"The {name} are not those of the checkpoint; restore them.")
         self.step, self.skipped = state["step"], state["skipped"]
         self.skipped_in_row = state["skipped_in_row"]
         try:
@@ -391,9 +389,14 @@ class Distiller:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
 
-    def prompts_digest(self) -> str:
-        """Fingerprint of the prompts, the only data."""
-        return hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
+    def made_from(self) -> dict[str, str]:
+        """Fingerprints of all that a run is made from beside its settings, by what they are of."""
+        given = [] if self.filter_latent is None else [self.filter_latent]
+        return {
+            "prompts or the text encoder": self.embeddings.folder.name,
+            "teacher's weights": self.teacher_digest,
+            "numbers of filter_latent": digest(given),
+        }
 
 
 def make_student(teacher: SanaTransformer2DModel, config: TrainConfig) -> SanaTransformer2DModel:
@@ -414,9 +417,9 @@ def narrow_products(net: torch.nn.Module) -> None:
             layer.to(torch.bfloat16)
 
 
-def digest(net: torch.nn.Module) -> str:
-    """Fingerprint of a network's weights."""
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Fingerprint of tensors, such as a network's weights."""
     found = hashlib.sha256()
-    for weight in net.parameters():
-        found.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return found.hexdigest()

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tbcm.errors import UserError
+from tbcm.errors import UserError, reason
 from tbcm.files import content, write_whole
 from tbcm.models import Teacher
 from tbcm.progress import tracked
@@ -84,10 +84,14 @@ def prompt_embeddings(
     the Hugging Face assets: in HF_ASSETS_CACHE, by default ~/.cache/huggingface/assets.
 
     Raises:
-        UserError: a prompt has too many tokens, or the text encoder cannot be read.
+        UserError: a prompt has too many tokens, the text encoder cannot be read, or the cache
+            cannot be made.
     """
     name = fingerprint(teacher, prompts)
-    folder = cached_assets_path("tbcm", namespace="prompts", subfolder=name)
+    try:
+        folder = cached_assets_path("tbcm", namespace="prompts", subfolder=name)
+    except ValueError as error:
+        raise UserError(f"{reason(error)}; give another folder by HF_ASSETS_CACHE.") from error
     chunks: dict[str, list[str] | None] = {NULL: None}
     for i in range(0, len(prompts), CHUNK):
         chunks[chunk_name(i // CHUNK)] = prompts[i : i + CHUNK]

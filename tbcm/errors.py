@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from textwrap import shorten
 from types import ModuleType
 
 
@@ -24,4 +23,10 @@ def package(name: str, needed_by: str) -> ModuleType:
 
 def reason(error: Exception) -> str:
     """What a library's error says, short enough for a sentence."""
-    return shorten(str(error).strip() or type(error).__name__, 160)
+    return short(str(error).strip() or type(error).__name__, 160)
+
+
+def short(text: str, width: int) -> str:
+    """A text on one line, cut after `width` letters: textwrap's drops a long word whole."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[:width]}…"

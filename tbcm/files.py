@@ -20,26 +20,39 @@ TMP = ".tmp"
 @contextmanager
 def _part_of(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, gone afterwards; what fails becomes a UserError."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may write it too
+    name = f".{path.name}.{os.getpid()}.part"  # another process may write it too
+    part = path.resolve().with_name(name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
     except OSError as e:
-        raise UserError(f"Cannot write {path}: {e.strerror}; choose another place.") from e
+        raise UserError(
+            f"Cannot write {path}: {e.strerror}; mend that, or choose another place."
+        ) from e
     finally:
         with suppress(OSError):
             part.unlink()
 
 
+def _is_device(path: Path) -> bool:
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
 def write_whole(path: str | Path, data: bytes) -> None:
     """Writes a file whole or not at all, through a temporary name beside it.
+
+    A device or pipe, such as /dev/null, stays what it is, and a link a link.
 
     Raises:
         UserError: the place cannot be written.
     """
-    with _part_of(Path(path)) as part:
-        part.write_bytes(data)
-        os.replace(part, path)
+    path = Path(path)
+    with _part_of(path) as part:
+        if _is_device(path):
+            path.write_bytes(data)
+        else:
+            part.write_bytes(data)
+            os.replace(part, path.resolve())
 
 
 def check_writable(path: str | Path) -> None:
@@ -51,7 +64,8 @@ def check_writable(path: str | Path) -> None:
     if Path(path).is_dir():
         raise UserError(f"Cannot write {path}: it is a folder; give the name of a file.")
     with _part_of(Path(path)) as part:
-        part.touch()
+        if not _is_device(Path(path)):
+            part.touch()
 
 
 @contextmanager
@@ -83,6 +97,7 @@ def check_new(path: Path) -> None:
 
     Raises UserError if it would.
     """
+    path = path.absolute()
     for place in (path, path.with_name(path.name + TMP)):
         if place.exists():
             raise UserError(f"{place} is there already; give a new folder, or move that away.")
@@ -94,6 +109,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     What is at either name is replaced.
     """
+    path = path.absolute()
     tmp = path.with_name(path.name + TMP)
     with writing(path):
         shutil.rmtree(tmp, ignore_errors=True)

@@ -55,10 +55,11 @@ def sample_geneval(
         "prompts": scores.prompts_digest([prompt for _, prompt in entries]),
     }  # fmt: skip
     # Beside the images: the scorer takes every entry of OUT for a prompt.
-    scores.claim(Path(out).with_name(f"{Path(out).name}.settings"), settings)
+    out = Path(out).absolute()
+    scores.claim(out.with_name(f"{out.name}.settings"), settings)
     shown = tracked(entries, "prompts")
     for i, (line, prompt) in enumerate(shown):
-        folder = Path(out) / f"{i:05d}"
+        folder = out / f"{i:05d}"
         write_whole(folder / "metadata.jsonl", f"{line}\n".encode())
         paths = [folder / "samples" / f"{j:04d}.png" for j in range(images)]
         todo = [j for j, path in enumerate(paths) if not path.exists()]

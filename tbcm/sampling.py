@@ -183,7 +183,9 @@ def sample_run(
         raise UserError(f"out is a PNG, not {out}; end its name in .png.")
     check_writable(out)
     run = load_drawing_run(run_dir, steps, seed)
-    own = load_prompts(run.config)[: len(digits.prompts())]
-    prompts = read_prompts(prompts_file) if prompts_file else own
+    if prompts_file:
+        prompts = read_prompts(prompts_file)
+    else:
+        prompts = load_prompts(run.config)[: len(digits.prompts())]
     run.teacher.text.check(prompts)
     grid(draw_images(run, prompts, [seed + i for i in range(len(prompts))], steps), out)

@@ -71,6 +71,6 @@ class ScmDistiller(Distiller):
             velocity, _ = self.trajectory_step(x, out, t, t, guidance)
         return Samples(x, t, velocity, text, GUIDANCE_SCALE * guidance, torch.ones_like(guidance))
 
-    def prompts_digest(self) -> str:
-        """Fingerprint of captions and images."""
-        return super().prompts_digest() + self.latents.digest
+    def made_from(self) -> dict[str, str]:
+        """With the images, as the VAE has encoded them."""
+        return super().made_from() | {"images or the VAE": self.latents.digest}

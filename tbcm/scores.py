@@ -114,7 +114,8 @@ def read_items(folder: str | Path) -> list[Item]:
     Images may lie in subfolders, as MJHQ-30K's lie in one for each category.
 
     Raises:
-        UserError: the file is missing or unreadable, or a prompt is no string or has no image.
+        UserError: the file is missing or unreadable, or a prompt is no string, or has no image or
+            several.
     """
     file = Path(folder) / "meta_data.json"
     try:
@@ -126,7 +127,16 @@ def read_items(folder: str | Path) -> list[Item]:
     for name, prompt in prompts.items():
         if not isinstance(prompt, str):
             raise UserError(f"The prompt of {name} in {file} is {prompt!r}; make it a string.")
-    images = {p.stem: p for p in Path(folder).rglob("*") if p.suffix in (".jpg", ".jpeg", ".png")}
+    images: dict[str, Path] = {}
+    for path in Path(folder).rglob("*"):
+        if path.suffix not in (".jpg", ".jpeg", ".png") or path.stem not in prompts:
+            continue
+        if path.stem in images:
+            raise UserError(
+                f"{folder} holds two images of {path.stem}, {images[path.stem]} and {path}; leave "
+                "the real one alone there."
+            )
+        images[path.stem] = path
     missing = [name for name in prompts if name not in images]
     if missing or not prompts:
         raise UserError(
@@ -137,7 +147,7 @@ def read_items(folder: str | Path) -> list[Item]:
 
 
 def load_judges(inception: str | None, clip: str, device: torch.device) -> Judges:
-    """Inception and CLIP. Raises one UserError that names all weights that are missing."""
+    """Inception and CLIP. Raises one UserError that names all weights that cannot be read."""
     from transformers import CLIPModel, CLIPProcessor
 
     missing = []
@@ -150,7 +160,7 @@ def load_judges(inception: str | None, clip: str, device: torch.device) -> Judge
     except Exception:  # the Hub's client has a dozen types for what is not there
         missing.append(f"the CLIP model {clip} at --clip FOLDER, or on the Hub")
     if missing:
-        raise UserError(f"Weights are missing: {'; '.join(missing)}.")
+        raise UserError(f"Weights are missing or damaged: {'; '.join(missing)}.")
     fid = FrechetInceptionDistance(feature=Inception(net)).to(device)
     fid.persistent(True)
     return Judges(fid, model.to(device).eval(), processor, [])
@@ -188,6 +198,11 @@ def score_run(
         UserError: anything is missing, unreadable or unwritable, or `out` is of other settings.
     """
     check_writable(json_path)
+    if Path(out).resolve().is_relative_to(Path(images).resolve()):
+        raise UserError(
+            f"--out {out} lies inside --images {images}, where drawn images would be taken for "
+            "real ones; give another folder."
+        )
     items = read_items(images)[:samples]
     if len(items) < 2 or (samples is not None and samples < 2):
         raise UserError("FID needs at least two images; raise --samples.")

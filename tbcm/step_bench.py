@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import signal
 import statistics
 import time
 import weakref
@@ -252,7 +253,8 @@ def ask(pipe: Connection, steps: int) -> Any:
 
 
 def work(variant: Variant, plan: Plan, pipe: Connection) -> None:
-    """The process: a distiller, stepped when asked."""
+    """The process: a distiller, stepped when asked. Ctrl-C is for the one that asks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     distiller = make_distiller(*variant, plan)
     counts = Counts(distiller)
     seconds: Timings = {}

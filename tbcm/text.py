@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from tbcm import digits
 from tbcm.config import TrainConfig
-from tbcm.errors import UserError
+from tbcm.errors import UserError, short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,7 +77,7 @@ class TextEncoder:
             if len(ids) > room:
                 length = len(ids) - room + self.max_length
                 raise UserError(
-                    f"The prompt {shorten(prompt, 80)!r} has {length} tokens, but this teacher's "
+                    f"The prompt {short(prompt, 80)!r} has {length} tokens, but this teacher's "
                     f"text encoder takes {self.max_length}; shorten it."
                 )
 

@@ -337,6 +337,14 @@ def test_latents_are_encoded_once_and_after_a_change_alone(
     assert opened(config, teacher).digest != found.digest and asked == ["3.png"]
 
 
+def test_a_run_does_not_go_on_with_other_images(teacher: Path, folder: Path, tmp_path: Path):
+    train(of_folder(tmp_path / "run", teacher, folder))
+    Image.new("RGB", (16, 16)).save(folder / "3.png")
+    again = {"resume_from_checkpoint": "latest", "max_train_steps": 9}
+    with pytest.raises(UserError, match="images or the VAE are not those of the checkpoint"):
+        train(of_folder(tmp_path / "run", teacher, folder, **again))
+
+
 def test_a_folder_of_images_trains(teacher: Path, folder: Path, tmp_path: Path):
     cache = tmp_path / "cache"
     train(of_folder(tmp_path / "run", teacher, folder, latents_cache=str(cache), fused=True))

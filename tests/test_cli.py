@@ -117,7 +117,7 @@ BAD_FILES = {
     "key.yaml": "lerning_rate: 1\n", "type.yaml": "learning_rate: fast\n", "torn.yaml": "a: [1\n",
     "empty.txt": "\n \n", "latin.txt": b"\xff\xfe caf\xe9", "long.txt": "seven " * 400,
     "wide.yaml": "seed: 1".encode("utf-16"), "file": "not a folder",
-    "number.jsonl": '{"prompt": 5}',
+    "number.jsonl": '{"prompt": 5}', "word.txt": "seven" * 400,
 }  # fmt: skip
 
 
@@ -162,6 +162,7 @@ BAD_FILES = {
         ("train --output_dir {d}/o --prompts {d}/empty.txt", "empty.txt"),
         ("train --output_dir {d}/o --prompts {d}/latin.txt", "latin.txt"),
         ("train --output_dir {d}/o --prompts {d}/long.txt", "tokens"),
+        ("train --output_dir {d}/o --prompts {d}/word.txt", "prompt 'sevenseven.*…' has"),
         ("train --output_dir {d}/o --filter_latent {d}/none.pt", "filter_latent .*none.pt"),
         ("train --output_dir {d}/file", "output_dir .*file"),
         ("train --output_dir {d}/file/run", "output_dir .*file/run"),
@@ -175,6 +176,7 @@ BAD_FILES = {
         ("sample {d}/none --out {d}/x.jpg", "end its name in .png"),
         ("sample {d}/none --out {d}/x.png --steps 3", "no 3-step sampler"),
         ("sample {d}/none --out {d}/x.png --seed 99999999999999999999", "seed must be between"),
+        ("teacher --output_dir . --max_train_steps 1", "is there already"),
         ("teacher --output_dir {d}/o --learning_rate .nan", "learning_rate .* above 0 and finite"),
         ("teacher --output_dir {d}/o --lr_warmup_steps -1", "lr_warmup_steps .* at least 0"),
         ("teacher --output_dir {d}/o --seed -1", "seed must be between"),
@@ -198,6 +200,26 @@ def test_bad_input(line: str, says: str, tmp_path: Path, capsys: pytest.CaptureF
     assert re.search(says, error[0]), error[0]
     assert {p.name for p in tmp_path.iterdir() if p.name != "o"} == set(BAD_FILES)
     assert not any((tmp_path / "o").glob("*"))
+
+
+@pytest.mark.parametrize(("line", "begun", "says"), [
+    ("train --output_dir {d}", True, "--resume_from_checkpoint latest continues"),
+    ("train --output_dir {d}", False, "before the first step; the same command starts again"),
+    ("sample {d} --out {d}/x.png", True, "tbcm: stopped.$"),
+])  # fmt: skip
+def test_ctrl_c_tells_how_to_go_on(
+    line: str, begun: bool, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    if begun:
+        (tmp_path / "config.yaml").touch()
+
+    def stop(args: object) -> None:
+        raise KeyboardInterrupt
+
+    name = line.split()[0]
+    monkeypatch.setitem(cli.COMMANDS, name, (*cli.COMMANDS[name][:2], stop))
+    assert cli.main(line.format(d=tmp_path).split()) == 130
+    assert re.search(says, capsys.readouterr().err)
 
 
 def test_help_needs_no_torch():

@@ -115,6 +115,15 @@ def test_other_prompts_encoders_and_instructions_have_caches_of_their_own(teache
     assert len(names) == 4
 
 
+def test_a_cache_that_is_a_file_is_named(
+    teacher: Teacher, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (cache / "file").touch()
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(cache / "file"))
+    with pytest.raises(UserError, match="another folder by HF_ASSETS_CACHE"):
+        prompt_embeddings(teacher, PROMPTS)
+
+
 def test_a_damaged_file_is_named(teacher: Teacher):
     found = prompt_embeddings(teacher, PROMPTS)
     (found.folder / "000001.safetensors").write_bytes(b"cut")

@@ -75,6 +75,17 @@ def test_pipeline_and_tbcm_sample_draw_the_same(
     assert (tmp_path / "x.png").read_bytes() == (tmp_path / "y.png").read_bytes()
 
 
+def test_other_prompts_need_not_the_runs_own(
+    drawing: Run, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whose file may have moved."""
+    (tmp_path / "p.txt").write_text(tiny_pipeline.PROMPTS[1])
+    monkeypatch.setattr(sampling, "load_prompts", None)
+    sampling.sample_run(run, 1, tmp_path / "x.png", tmp_path / "p.txt", seed=0)
+    grid(draw_images(drawing, tiny_pipeline.PROMPTS[1:2], [0], 1), tmp_path / "y.png")
+    assert (tmp_path / "x.png").read_bytes() == (tmp_path / "y.png").read_bytes()
+
+
 def test_images_depend_on_prompt_seed_and_steps_alone(
     drawing: Run, monkeypatch: pytest.MonkeyPatch
 ):

@@ -13,13 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny_pipeline
 import torch
 from filelock import FileLock
+from safetensors.torch import load_file, save_file
 
 from tbcm import checkpoint
 from tbcm.config import TrainConfig
 from tbcm.errors import UserError
-from tbcm.files import write_whole
+from tbcm.files import check_writable, write_whole
 from tbcm.models import load_teacher
 from tbcm.train import train
 
@@ -239,7 +241,7 @@ def test_changed_prompts_are_refused(tmp_path: Path):
     prompts.write_text("the digit 3\n")
     train(settings(run, steps=1, prompts=str(prompts)))
     prompts.write_text("the digit 4\n")
-    with pytest.raises(UserError, match="prompts are not those of the checkpoint"):
+    with pytest.raises(UserError, match="prompts or the text encoder are not those"):
         train(settings(run, resume="latest", prompts=str(prompts)))
 
 
@@ -251,6 +253,27 @@ def test_a_changed_teacher_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(trainer, "teacher_of", lambda config: teacher)
     with pytest.raises(UserError, match="teacher's weights are not those of the checkpoint"):
         train(settings(copy, steps=9, resume="latest"))
+
+
+@pytest.mark.parametrize(("what", "says"), [
+    ("text_encoder", "prompts or the text encoder are"), ("filter", "numbers of filter_latent are"),
+])  # fmt: skip
+def test_what_else_a_run_is_made_from_must_be_the_same(
+    what: str, says: str, tiny_teacher: Path, tmp_path: Path
+):
+    teacher, latent = tmp_path / "teacher", tmp_path / "latent.pt"
+    shutil.copytree(tiny_teacher, teacher)
+    torch.save(torch.zeros(4, 8, 8), latent)
+    more = {"filter_latent": str(latent), "checkpointing_steps": 2}
+    run = tiny_pipeline.distil(teacher, tmp_path, **more)
+    shutil.rmtree(run / "checkpoints" / "step-000003")
+    if what == "filter":
+        torch.save(torch.ones(4, 8, 8), latent)
+    else:
+        (file,) = (teacher / what).glob("*.safetensors")
+        save_file({k: 2 * w for k, w in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"The {says} not those of the checkpoint"):
+        tiny_pipeline.distil(teacher, tmp_path, resume_from_checkpoint="latest", **more)
 
 
 def test_latest_without_a_run_is_refused(tmp_path: Path):
@@ -314,3 +337,20 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
             with pytest.raises(UserError, match="file: No space left on device"):
                 write_whole(path, b"new")
         assert path.read_bytes() == b"old" and [*tmp_path.iterdir()] == [path]
+
+
+def test_what_is_no_file_stays_what_it_is(tmp_path: Path):
+    """As /dev/null, or a pipe to another program; a link goes on pointing."""
+    pipe, link, kept = tmp_path / "pipe", tmp_path / "link", tmp_path / "folder" / "kept"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    check_writable(pipe)
+    write_whole(pipe, b"new")
+    assert pipe.is_fifo() and os.read(reader, 9) == b"new"
+    os.close(reader)
+    write_whole(kept, b"old")
+    link.symlink_to(kept)
+    check_writable(link)
+    write_whole(link, b"new")
+    assert link.is_symlink() and kept.read_bytes() == b"new"
+    assert {p.name for p in tmp_path.rglob("*")} == {"pipe", "link", "folder", "kept"}

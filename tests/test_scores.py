@@ -212,11 +212,14 @@ def test_missing_weights_are_named_all_at_once(
         ({"seed": 2**64}, "seed must be between"),
         ({"images": "nowhere"}, "not like MJHQ-30K"),
         ({"run_dir": "nowhere"}, "nowhere is not a run"),
+        ({"out": "{real}/ours"}, "lies inside --images"),
+        ({"inception": "{real}/meta_data.json"}, "damaged: inception.*meta_data.json"),
     ],
 )
 def test_bad_input(
     changes: dict, says: str, tiny_run: Path, real: Path, judges: Path, tmp_path: Path
 ):
+    changes = {k: v.format(real=real) if isinstance(v, str) else v for k, v in changes.items()}
     settings = {
         "run_dir": tiny_run, "images": real, "out": tmp_path / "out", "json_path": tmp_path / "j",
         "inception": f"{judges}/inception.pt", "clip": f"{judges}/clip",
@@ -232,11 +235,25 @@ def test_a_prompt_that_is_no_string_is_named(tmp_path: Path):
         scores.read_items(tmp_path)
 
 
-def test_geneval_gets_the_layout_its_scorer_reads(tiny_run: Path, tmp_path: Path, capsys):
+def test_a_second_image_of_a_prompt_is_named(real: Path, tmp_path: Path):
+    """Such as one that was drawn into the folder of the real ones."""
+    folder = Path(shutil.copytree(real, tmp_path / "real"))
+    assert len(scores.read_items(folder)) == N
+    (folder / "ours").mkdir()
+    shutil.copy(folder / "food" / "01.png", folder / "ours" / "01.png")
+    with pytest.raises(scores.UserError, match="holds two images of 01"):
+        scores.read_items(folder)
+
+
+def test_geneval_gets_the_layout_its_scorer_reads(
+    tiny_run: Path, tmp_path: Path, capsys, monkeypatch
+):
     metadata, out = tmp_path / "m.jsonl", tmp_path / "out"
+    out.mkdir()
+    monkeypatch.chdir(out)
     lines = [json.dumps({"tag": "single_object", "prompt": p}) for p in tiny_pipeline.PROMPTS[:2]]
     metadata.write_text("\n".join(lines) + "\n")
-    line = f"sample {tiny_run} --geneval {metadata} --out {out} --images_per_prompt 3"
+    line = f"sample {tiny_run} --geneval {metadata} --out . --images_per_prompt 3"
     assert cli.main(line.split()) == 0
     made = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
     names = ["metadata.jsonl", *(f"samples/000{j}.png" for j in range(3))]

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tbcm_kernels import _dual
-from tbcm_kernels._library import shaped
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -84,10 +83,15 @@ def _pair(
 
 
 def _rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` on rows: on more dimensions it saves other tensors inside `torch.func.jvp` than
-    outside, and a checkpointed function would not find them again."""
+    """`F.linear`, on rows where it saves them: on more dimensions it saves other tensors inside
+    `torch.func.jvp` than outside, and a checkpointed function would not find them again.
+
+    A view made here under no_grad would refuse to be changed in place later.
+    """
+    if not torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
     y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
-    return shaped(y, [*x.shape[:-1], weight.shape[0]])
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -367,8 +367,8 @@ class Distiller:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint. Raises UserError if it was made from something else."""
-        for name, digest in self.made_from().items():
-            if state["made_from"].get(name) != digest:
+        for name, found in self.made_from().items():
+            if state["made_from"].get(name) != found:
                 raise UserError(f"The {name} are not those of the checkpoint; restore them.")
         self.step, self.skipped = state["step"], state["skipped"]
         self.skipped_in_row = state["skipped_in_row"]

@@ -24,7 +24,7 @@ import torch
 import torch._functorch.config
 
 from bench import audit, guard, ops, peers, timing
-from bench.environment import ROOT, Row, environment, machine
+from bench.environment import ROOT, Row, check, environment, machine
 
 BASELINES = ("eager", "two-pass", "compile", "sdpa")
 
@@ -57,13 +57,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--margin", type=float, default=0.2, help="by how much a speed-up may fall (0.2, a fifth)"
     )
     args = parser.parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check(parser, args, "batch", "tokens", "sets")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no GPU here")
-    for name in ("batch", "tokens", "sets"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
     if args.save and args.json:
         parser.error("give --json FILE or --save, not both")
     if args.save:

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from bench import ops, timing
-from bench.environment import environment
+from bench.environment import check, environment
 from tbcm_kernels.attention import triton as kernels
 from tbcm_kernels.attention.triton import Config
 
@@ -146,8 +146,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error("--jobs must be at least 1")
-    if not torch.cuda.is_available():
-        parser.error("PyTorch sees no GPU here")
+    args.device = "cuda"
+    check(parser, args)
     shapes = args.shape or list(SHAPES)
     context = multiprocessing.get_context("spawn")
     processes = [

@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.cost", description=main.__doc__)
     parser.add_argument("rows", type=Path, nargs="+", help="files of `python -m bench.model`")
     args = parser.parse_args(argv)
+    if missing := [path for path in args.rows if not path.is_file()]:
+        parser.error(f"there is no file {missing[0]}")
     lines = [line for path in args.rows for line in path.read_text().splitlines()]
     found = check([row for row in map(json.loads, lines) if "faults" not in row])
     for row in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,21 @@ def environment(device: str, dtype: torch.dtype) -> Row:
         "copy_gb_s": peaks.copy_bandwidth(device) / 1e9,
         "matmul_tflop_s": peaks.matmul_peak(device, dtype) / 1e12,
     }
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace, *sizes: str) -> None:
+    """Fill in the device, and make the folder of --json before anything is measured.
+
+    Ends with a sentence where there is no such device, or one of the sizes is none.
+    """
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no GPU here")
+    for name in sizes:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
 
 
 def cpu() -> str | None:

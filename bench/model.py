@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import tbcm_kernels
 from bench import timing
 from bench.cost import of_row
-from bench.environment import Row, environment
+from bench.environment import Row, check, environment
 from tbcm import cost, objective
 from tbcm.step_bench import SANA, saved_bytes
 
@@ -93,10 +93,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--latent", type=int, default=32, help="side in pixels, a token each")
     parser.add_argument("--text", type=int, default=300, help="tokens of a prompt")
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs")
-    return parse_common(parser, argv)
+    return parse_common(parser, argv, "layers", "latent", "text")
 
 
-def parse_common(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+def parse_common(
+    parser: argparse.ArgumentParser, argv: list[str] | None, *sizes: str
+) -> argparse.Namespace:
     """The command line, with the options of every benchmark of a model."""
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -104,7 +106,7 @@ def parse_common(parser: argparse.ArgumentParser, argv: list[str] | None) -> arg
     parser.add_argument("--seconds", type=float, default=60.0, help="for all passes of a model")
     parser.add_argument("--json", type=Path, help="file to append JSON lines to")
     args = parser.parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check(parser, args, "batch", *sizes)
     return args
 
 

@@ -92,7 +92,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=1, help="Flux: of either sort")
     parser.add_argument("--side", type=int, default=16, help="of the image, in tokens")
     parser.add_argument("--text", type=int, default=77, help="tokens of a prompt")
-    return parse_common(parser, argv)
+    return parse_common(parser, argv, "layers", "side", "text")
 
 
 def students(kind: Kind, args: argparse.Namespace) -> dict[str, Student]:

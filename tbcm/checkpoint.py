@@ -31,6 +31,10 @@ LOCK = ".lock"
 """Held by the process of a run; a folder with nothing else in it counts as empty."""
 
 
+class Unopened(UserError):
+    """A checkpoint that may be whole and cannot be opened now."""
+
+
 def checkpoints(run: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
     found = (run / "checkpoints").glob("step-*")
@@ -53,7 +57,9 @@ def save(run: Path, step: int, state: dict[str, Any], limit: int | None) -> None
 
 
 def read(path: Path, whole: bool = False) -> dict[str, Any]:
-    """The state in a checkpoint folder, and its path. Raises UserError if it cannot be read.
+    """The state in a checkpoint folder, and its path.
+
+    Raises UserError if it cannot be read, Unopened where what is in the file may be whole.
 
     `whole` reads all of the file first and compares its checksums, which mmap does not.
     """
@@ -66,31 +72,42 @@ def read(path: Path, whole: bool = False) -> dict[str, Any]:
         if missing := KEYS - state.keys():
             raise ValueError(missing)
         return {**state, "path": str(path)}
-    except Exception as error:  # a damaged archive raises half a dozen types
-        why = "it is missing" if not path.exists() else "it is half-written or damaged"
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
-            f"Cannot read the checkpoint {path}: {why}; give another, or latest."
+            f"Cannot read the checkpoint {path}: it is missing; give another, or latest."
+        ) from error
+    except (OSError, MemoryError) as error:
+        why = getattr(error, "strerror", None) or "no memory is left"
+        raise Unopened(
+            f"Cannot read {path / 'state.pt'}: {why}; mend that and give the command again."
+        ) from error
+    except Exception as error:  # a damaged archive raises half a dozen types
+        raise UserError(
+            f"Cannot read the checkpoint {path}: it is half-written or damaged; give another, or "
+            "latest."
         ) from error
 
 
 def latest(run: Path) -> dict[str, Any] | None:
     """The newest readable state; None if the run was stopped before its first checkpoint.
 
-    Raises UserError if there is no run, or a run whose checkpoints are gone.
+    Raises UserError if there is no run, or a run whose checkpoints are gone or cannot be opened.
     """
     for half in (run / "checkpoints").glob(f"step-*{TMP}"):
         print(f"Skipping {half}: a checkpoint that was not finished.")
     for path in reversed(checkpoints(run)):
         try:
             return read(path, whole=True)
+        except Unopened:
+            raise
         except UserError:
             print(f"Skipping {path}: it is half-written or damaged.")
     if _stopped_early(run):
         print(f"{run} was stopped before its first checkpoint: starting again from step 0.")
         return None
     raise UserError(
-        f"There is no checkpoint in {run / 'checkpoints'}; start a new run in another output_dir, "
-        "without --resume_from_checkpoint."
+        f"There is no checkpoint in {run / 'checkpoints'} that is whole; start a new run in "
+        "another output_dir, without --resume_from_checkpoint."
     )
 
 
@@ -131,14 +148,20 @@ def find_start(config: TrainConfig) -> Path | None:
 
 @contextmanager
 def alone(run: Path) -> Iterator[None]:
-    """Within, a run is this process's own. Raises UserError if another process is at it."""
+    """Within, a run is this process's own.
+
+    Raises UserError if another process is at it, or its folder cannot be written.
+    """
     try:
-        with FileLock(run / LOCK, timeout=0):
-            yield
+        held = FileLock(run / LOCK, timeout=0).acquire()
     except Timeout as error:
         raise UserError(
             f"Another process is at the run in output_dir {run}; let it end, or stop it."
         ) from error
+    except OSError as error:
+        raise _unwritable(run, error.strerror) from error
+    with held:
+        yield
 
 
 def check_free(run: Path) -> None:

@@ -9,7 +9,6 @@ killed run continues where it stopped, and several processes share the work.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -90,7 +89,7 @@ def prompt_embeddings(
     name = fingerprint(teacher, prompts)
     try:
         folder = cached_assets_path("tbcm", namespace="prompts", subfolder=name)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{reason(error)}; give another folder by HF_ASSETS_CACHE.") from error
     chunks: dict[str, list[str] | None] = {NULL: None}
     for i in range(0, len(prompts), CHUNK):
@@ -113,7 +112,15 @@ def write_missing(text: TextEncoder, missing: dict[str, list[str] | None], folde
     for patience in (0, -1):
         jobs = tracked(list(missing.items()), "prompts")
         for name, chunk in jobs:
-            with suppress(Timeout), FileLock(folder / f"{name}.lock", timeout=patience):
+            try:
+                held = FileLock(folder / f"{name}.lock", timeout=patience).acquire()
+            except Timeout:
+                continue
+            except OSError as error:
+                raise UserError(
+                    f"Cannot write {folder}: {error.strerror}; give another by HF_ASSETS_CACHE."
+                ) from error
+            with held:
                 if not (folder / name).exists():
                     write_whole(folder / name, encoded(text, chunk))
 

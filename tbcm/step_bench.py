@@ -224,7 +224,7 @@ def measured(
         rows: Rows = {v: [] for v in variants}
         for block in range(-(-steps // BLOCK)):
             for v in variants if block % 2 == 0 else reversed(variants):
-                rows[v] += ask(workers[v][1], BLOCK)
+                rows[v] += ask(workers[v][1], min(BLOCK, steps - block * BLOCK))
         totals = {v: ask(pipe, 0) for v, (_, pipe) in workers.items()}
     finally:
         for process, _ in workers.values():
@@ -375,15 +375,15 @@ class Counts:
     def of_a_step(self, mode: str) -> dict[str, Any]:
         """Both counts; launches are GPU kernels, or on a CPU calls of PyTorch's dispatcher.
 
-        Compiled code on a CPU calls no dispatcher, so there the count is None.
+        Compiled code on a CPU calls no dispatcher, so there the count is None. What is saved is
+        counted in a step of its own, for the hook that counts it is calls too.
         """
-        self.distiller.forward = self.hooked
         cuda = self.distiller.device.type == "cuda"
-        if not cuda and mode == "compile":
-            self.distiller.train_step()
-            launches = None
-        else:
+        launches = None
+        if cuda or mode != "compile":
             launches = (kernels if cuda else calls)(self.distiller.train_step)
+        self.distiller.forward = self.hooked
+        self.distiller.train_step()
         kind = "GPU kernels" if cuda else "dispatcher calls"
         return {
             "samples": self.samples, "launches": launches, "launches_are": kind,

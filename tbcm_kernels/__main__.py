@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -13,6 +14,7 @@ from tbcm_kernels import _dispatch
 
 def main() -> None:
     """Print the versions, the table, and a sentence where the compiled extension is absent."""
+    argparse.ArgumentParser("python -m tbcm_kernels", description=__doc__).parse_args()
     print(
         f"tbcm_kernels {tbcm_kernels.__version__}, Python {platform.python_version()}, "
         f"torch {torch.__version__}, triton {_installed('triton')}, "

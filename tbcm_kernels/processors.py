@@ -214,7 +214,7 @@ def _path(x: object) -> str:
 
 
 def _heads(x: Tensor, attn: nn.Module) -> Tensor:
-    return x.view(*x.shape[:-1], attn.heads, -1)
+    return x.view(*x.shape[:-1], attn.heads, x.shape[-1] // attn.heads)
 
 
 def _project(attn: nn.Module, x: Tensor, context: Tensor) -> tuple[Tensor, ...]:

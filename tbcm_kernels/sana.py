@@ -46,7 +46,8 @@ class FusedText:
 def encode_text(model: nn.Module, encoder_hidden_states: Tensor) -> FusedText:
     """Keys and values of the text [P, S, D] for every block, to be reused by many forwards."""
     projected = model.caption_projection(encoder_hidden_states)
-    text = _split(model.caption_norm(projected.view(len(projected), -1, projected.shape[-1])))
+    tokens = encoder_hidden_states.shape[1]
+    text = _split(model.caption_norm(projected.view(len(projected), tokens, projected.shape[-1])))
     attentions = [block.attn2 for block in model.transformer_blocks]
     keys = [_norm(attn.norm_k, _linear(attn.to_k, text)) for attn in attentions]
     return FusedText(keys, [_linear(attn.to_v, text) for attn in attentions])
@@ -61,7 +62,10 @@ def swaps(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     """
     own = model.__dict__.get("forward", model.forward)
     if getattr(own, "__func__", None) not in (forward, type(model).forward):
-        raise ValueError("fuse: this model's forward is replaced already; undo() that first.")
+        raise ValueError(
+            "fuse: this model's forward is replaced already, by a hook, offloading or fuse(); "
+            "remove that first."
+        )
     if not _is_plain(type(model).forward):
         raise ValueError(
             f"fuse: {type(model).__name__} has a forward of its own, which the fused one would "
@@ -354,7 +358,9 @@ def _self_attention(attn: nn.Module, *qkv: Pair) -> Pair:
 
 
 def _heads(x: Tensor | None, heads: int) -> Tensor | None:
-    return None if x is None else x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
+    if x is None:
+        return None
+    return x.view(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(1, 2)
 
 
 def _merge(x: Tensor) -> Tensor:

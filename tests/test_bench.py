@@ -111,6 +111,20 @@ def test_bad_input_ends_in_a_sentence(
     assert says in f"{stopped.value} {capsys.readouterr().err}"
 
 
+@pytest.mark.parametrize("command", [model.main, others.main])
+def test_models_of_no_size_or_device_end_in_a_sentence(
+    command: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for argv, says in (("--layers 0", "--layers must be at least 1"), ("--device tpu", "'tpu'")):
+        with pytest.raises(SystemExit):
+            command(argv.split())
+        assert says in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            command(["--device", "cuda"])
+        assert "sees no GPU" in capsys.readouterr().err
+
+
 def test_list_names_every_op_and_shape(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["list"]) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]

@@ -124,6 +124,17 @@ def test_a_cache_that_is_a_file_is_named(
         prompt_embeddings(teacher, PROMPTS)
 
 
+def test_a_cache_that_cannot_be_written_is_named(teacher: Teacher, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    for owner, name in ((FileLock, "acquire"), (Path, "mkdir")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, refuse)
+            with pytest.raises(UserError, match=r"Permission denied.*HF_ASSETS_CACHE"):
+                prompt_embeddings(teacher, [*PROMPTS, name])
+
+
 def test_a_damaged_file_is_named(teacher: Teacher):
     found = prompt_embeddings(teacher, PROMPTS)
     (found.folder / "000001.safetensors").write_bytes(b"cut")

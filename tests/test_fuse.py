@@ -114,6 +114,16 @@ def test_biases_that_a_block_was_not_made_with_count(side: int) -> None:
         assert _worst(fused_grads[name], grads[name]) < 2e-3, name
 
 
+def test_a_prompt_of_no_tokens_is_as_in_stock() -> None:
+    model = _model(TINY | {"num_layers": 1})
+    inputs = _inputs(model) | {"encoder_hidden_states": torch.empty(2, 0, 24)}
+    inputs["encoder_attention_mask"] = None
+    value, tangent, _ = _dual_pass(model, inputs)
+    with tk.fuse(model), tk.stop_tangent_gradient():
+        fused_value, fused_tangent, _ = _dual_pass(model, inputs)
+    assert _worst(fused_value, value) < 1e-5 and _worst(fused_tangent, tangent) < 2e-5
+
+
 def test_gradients_of_several_cotangents_at_once() -> None:
     model = _model(TINY | {"patch_size": 1, "sample_size": 16, "num_layers": 1})
     with tk.fuse(model):

@@ -120,6 +120,24 @@ def test_half_written_checkpoints_are_skipped_with_a_sentence(
     assert losses(copy) == losses(whole)
 
 
+def test_a_checkpoint_that_cannot_be_opened_is_not_passed_over(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """For it may be whole, and the steps after the one before it would be lost."""
+    before = snapshot(copy)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    for place in ("ZipFile", "acquire"):
+        with monkeypatch.context() as patch:
+            owner = checkpoint.zipfile if place == "ZipFile" else FileLock
+            patch.setattr(owner, place, refuse)
+            with pytest.raises(UserError, match=r"(state\.pt|output_dir .*): Permission denied;"):
+                train(settings(copy, steps=9, resume="latest"))
+    assert snapshot(copy) == before
+
+
 def test_going_back_sets_the_newer_checkpoints_aside(whole: Path, copy: Path):
     train(settings(copy, resume=str(copy / "checkpoints" / "step-000003")))
     assert losses(copy) == losses(whole)

@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
             if file:
                 print(json.dumps(proof.row() | {"date": date}), file=file, flush=True)
     if not tried:
-        print(f"nothing here can run {args.impl}")
+        asked = " ".join(f"--{n} {v}" for n in ("impl", "device") if (v := getattr(args, n)))
+        print(f"Nothing here can run {asked}; python -m tbcm_kernels says what can, and why.")
     return int(failed > 0 or not tried)
 
 

@@ -171,9 +171,10 @@ def _refuse_outer_levels() -> None:
 
 def _refuse_lanes(tensors: Sequence[Tensor | None]) -> None:
     """Raise under vmap inside `dual_level()`: PyTorch has no batching rule for unpack_dual."""
-    if torch.compiler.is_compiling() or _functorch_levels()[0]:
+    if torch.compiler.is_compiling():
         return
-    if any(x is not None and is_batchedtensor(x) for x in tensors):
+    lanes = any(x is not None and is_batchedtensor(x) for x in tensors)
+    if lanes and not _functorch_levels()[0]:
         raise RuntimeError(
             "tbcm_kernels: torch.func.vmap does not run inside dual_level(): put torch.func.jvp "
             "inside vmap, or use jacfwd."

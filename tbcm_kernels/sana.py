@@ -399,7 +399,7 @@ def _gated_conv(ff: nn.Module, a: Pair, grid: tuple[int, int]) -> Pair:
     depth, point = ff.conv_depth, _as_linear(ff.conv_point)
     y = conv_glu_jvp(a[0], depth.weight, depth.bias, a[1], height=grid[0], width=grid[1])
     if point.bias is not None or not lean.worth_it(a[0], y[1]):
-        return _linear(point, y)
+        return linear_jvp(y[0], *point, y[1])
     impl = choose_conv_glu("auto", a[0])
     return lean.of_conv_glu(y, a[0], depth, grid, point.weight, impl)
 

@@ -30,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if not _dual.in_dual_level():  # also under torch.func.grad: no tangent to lose
         _check(x, weight, bias)
-        return _rows(x, weight, bias)
+        return _rows(x, weight, bias).view(*x.shape[:-1], weight.shape[0])
     _dual.guard_levels("linear", "F.linear")
     primals, tangents = _dual.unpack(x, weight, bias)
     return _dual.pack(*_pair(*primals, *tangents))
@@ -69,7 +69,7 @@ def _pair(
     tbias: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     _check(x, weight, bias)
-    y = _rows(x, weight, bias)
+    y, shape = _rows(x, weight, bias), (*x.shape[:-1], weight.shape[0])
     with _dual.tangent_scope():
         terms = []
         if tx is not None:
@@ -79,19 +79,14 @@ def _pair(
         if tbias is not None:
             terms.append(tbias.to(y.dtype).expand_as(y))
         ty = sum(terms[1:], terms[0]) if terms else None
-    return y, ty
+    # A view that is made under no_grad would refuse to be changed in place later.
+    return y.view(shape), None if ty is None else ty.view(shape)
 
 
 def _rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, on rows where it saves them: on more dimensions it saves other tensors inside
-    `torch.func.jvp` than outside, and a checkpointed function would not find them again.
-
-    A view made here under no_grad would refuse to be changed in place later.
-    """
-    if not torch.is_grad_enabled():
-        return F.linear(x, weight, bias)
-    y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    """`F.linear` on rows: on more dimensions it saves other tensors inside
+    `torch.func.jvp` than outside, and a checkpointed function would not find them again."""
+    return F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

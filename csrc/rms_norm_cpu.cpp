@@ -5,18 +5,14 @@
 namespace tbcm::rms_norm {
 namespace {
 
-// Chains of at most 16 additions a lane, and blocks in fp64: in every instruction set a wide row has its digits.
 TBCM_INLINE float mean_product(const float* a, const float* b, int64_t n) {
-  constexpr int64_t STEP = 4 * LANES, BLOCK = 16 * STEP;
   double sum = 0.0;
-  for (int64_t begin = 0; begin < n; begin += BLOCK) {
-    const int64_t end = begin + BLOCK < n ? begin + BLOCK : n, whole = begin + (end - begin) / STEP * STEP;
-    Lanes parts[4] = {};
-    for (int64_t i = begin; i < whole; i += STEP)
-      for (int64_t k = 0; k < 4; ++k) parts[k] += get(a + i + k * LANES) * get(b + i + k * LANES);
-    for_lanes(whole, end, [&](int64_t i, auto m) __attribute__((always_inline)) { parts[0] += get(a + i, m) * get(b + i, m); });
-    sum += total((parts[0] + parts[1]) + (parts[2] + parts[3]));
-  }
+  for_blocks(n, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+    float part = 0.f;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = begin; i < end; ++i) part += a[i] * b[i];
+    sum += part;
+  });
   return float(sum / double(n));
 }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
+from accelerate import Accelerator
+
 from tbcm import checkpoint, plots
 from tbcm.config import TrainConfig, unused
 from tbcm.distiller import Distiller
@@ -24,10 +26,11 @@ def train(config: TrainConfig) -> None:
     """Run `tbcm train`. Raises UserError for whatever the user can mend."""
     check_device(config)
     teacher = teacher_of(config)
+    accelerator = make_accelerator(config)
     with ExitStack() as held:
-        start = find_start(config, held)
+        start = find_start(config, accelerator, held)
         prompts = load_prompts(config)
-        check_vae(config, teacher)
+        check_vae(teacher, accelerator)
         distiller = METHODS[config.method](config, teacher, prompts)
         open_run(distiller, start, held)
         if distiller.main:
@@ -67,7 +70,7 @@ def announce(distiller: Distiller) -> None:
         print(f"{path} holds no vae/ to draw its latents with, so no grids are drawn.")
 
 
-def find_start(config: TrainConfig, held: ExitStack) -> Path | None:
+def find_start(config: TrainConfig, accelerator: Accelerator, held: ExitStack) -> Path | None:
     """The checkpoint to continue from, found before any long work; its run is held from here on."""
 
     def find() -> Path | None:
@@ -76,10 +79,10 @@ def find_start(config: TrainConfig, held: ExitStack) -> Path | None:
             held.enter_context(checkpoint.alone(Path(config.output_dir)))
         return found
 
-    return on_main(make_accelerator(config), find)
+    return on_main(accelerator, find)
 
 
-def check_vae(config: TrainConfig, teacher: Teacher) -> None:
+def check_vae(teacher: Teacher, accelerator: Accelerator) -> None:
     """Raises UserError for a VAE that cannot be read, hours before the first grid would."""
 
     def load() -> None:
@@ -87,7 +90,7 @@ def check_vae(config: TrainConfig, teacher: Teacher) -> None:
             _ = teacher.vae
             teacher.free("vae")
 
-    on_main(make_accelerator(config), load)
+    on_main(accelerator, load)
 
 
 def open_run(distiller: Distiller, start: Path | None, held: ExitStack) -> None:

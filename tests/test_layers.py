@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import tbcm_kernels as tk
-from tbcm_kernels import _dispatch, layers, modules, processors
-from tbcm_kernels.backend import NAME, backend
+from tbcm_kernels import modules
+from tbcm_kernels.backend import NAME
 
 HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
 TEXT = {"in_channels": 4, "joint_attention_dim": 8, "axes_dims_rope": (4, 4, 8)} | HEADS
@@ -214,7 +214,7 @@ def _layer_norm(
     return y if bias is None else y + bias
 
 
-def _worst(got: Tensor, want: Tensor) -> float:
+def worst(got: Tensor, want: Tensor) -> float:
     return ((got - want).abs().max() / want.abs().max().clamp_min(1e-4)).item()
 
 
@@ -230,7 +230,7 @@ def test_agrees_with_stock(name: str) -> None:
     with tk.fuse(model):
         got = _step(model, function, x)
     assert len(got) == len(want)
-    assert max(map(_worst, got, want)) < 2e-5
+    assert max(map(worst, got, want)) < 2e-5
     assert _attributes(model) == before
 
 
@@ -259,7 +259,7 @@ def test_compiles_in_one_graph(name: str) -> None:
         want = dual(x)
         got = torch.compile(dual, backend="aot_eager", fullgraph=True)(x)
     torch.compiler.reset()
-    assert max(map(_worst, got, want)) < 1e-5
+    assert max(map(worst, got, want)) < 1e-5
 
 
 def test_what_was_replaced_is_told() -> None:
@@ -327,7 +327,7 @@ def test_layers_that_do_more_keep_their_forward() -> None:
         for kept in (model.proj_out, model.wide, model.biased):
             assert "forward" not in kept.__dict__
         assert model.x_embedder.forward.func is modules.Linear.forward
-        assert _worst(function(x), want) < 1e-5
+        assert worst(function(x), want) < 1e-5
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -347,7 +347,7 @@ def test_layers_inside_a_fused_layer_run(late: bool) -> None:
         if fused and not late:
             tk.fuse(model)
         outputs.append(function(x))
-    assert _worst(*outputs) < 1e-5
+    assert worst(*outputs) < 1e-5
 
 
 def test_norms_that_are_changed_after_fuse_run() -> None:
@@ -442,13 +442,6 @@ def test_a_backend_that_is_set_later_stays() -> None:
     tk.fuse(model).undo()
 
 
-def test_a_backend_that_a_class_has_chosen_stays() -> None:
-    from diffusers.models.transformers import transformer_anyflow_far as anyflow
-
-    processor = anyflow.AnyFlowCausalAttnProcessor()
-    assert processor._attention_backend == "flex" and not processors._dispatches(processor)
-
-
 def test_skipped_attention_scores_are_refused() -> None:
     """diffusers does that by replacing F.scaled_dot_product_attention."""
     from diffusers import LayerSkipConfig
@@ -463,138 +456,6 @@ def test_skipped_attention_scores_are_refused() -> None:
     function(x)
     with tk.fuse(model), pytest.raises(ValueError, match="which is not called here"):
         function(x)
-
-
-def test_norms_of_queries_and_keys_run_inside_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_processors import SD3
-
-    model = diffusers.SD3Transformer2DModel(**SD3 | {"qk_norm": "rms_norm"})
-    attn = model.transformer_blocks[0].attn
-    with tk.fuse(model):
-        assert processors._kernel_norm(attn.norm_q) == (attn.norm_q.weight, attn.norm_q.eps)
-        attn.norm_q.register_forward_hook(lambda module, args, y: y)
-        assert processors._kernel_norm(attn.norm_q) is None
-
-
-NORMS = {
-    "FP32LayerNorm": {},
-    "RMSNorm": {"eps": 1e-6},
-    "RMSNorm without weight": {"eps": 0.1, "elementwise_affine": False},
-    "RMSNorm of no width": {"eps": 1e-6, "elementwise_affine": False},
-    "AdaLayerNormContinuous": {
-        "conditioning_embedding_dim": 24, "elementwise_affine": False, "eps": 1e-3,
-    },
-    "AdaLayerNormZeroSingle": {},
-    "AdaLayerNormZero": {},
-}  # fmt: skip
-FP32, BF16 = torch.float32, torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    ("kind", "of_x", "of_weights"),
-    [
-        (kind, x, weights)
-        for kind in NORMS
-        for x, weights in ((FP32, FP32), (BF16, BF16), (FP32, BF16), (BF16, FP32))
-        if x == weights or kind != "AdaLayerNormContinuous"  # which casts emb to x's dtype
-    ],
-)
-def test_dtypes_are_those_of_stock(
-    kind: str, of_x: torch.dtype, of_weights: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(0)
-    width = 0 if "no width" in kind else 24  # as Mochi makes those without a weight
-    layer = getattr(normalization, kind.split()[0])(width, **NORMS[kind]).to(of_weights)
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, 0.5, 0.3)
-    x = torch.randn(2, 5, 24).to(of_x)
-    emb = {"conditioning_embedding" if "Continuous" in kind else "emb": x[:, 0].to(of_weights)}
-    emb = emb if kind.startswith("Ada") else {}
-    want = layer(x, **emb)
-    monkeypatch.setattr(layers.processors, "swaps", lambda model: [])
-    for owner, name, new in layers.swaps(layer):
-        setattr(owner, name, new)
-    assert "forward" in layer.__dict__
-    got = layer(x, **emb)
-    close = 1e-5 if of_x == of_weights == FP32 else 0.03
-    for a, b in zip(*(v if isinstance(v, tuple) else (v,) for v in (got, want)), strict=True):
-        assert a.dtype == b.dtype and _worst(a.float(), b.float()) < close
-
-
-def test_what_broadcasts_is_as_in_stock() -> None:
-    """A weight of one number, and one x for several embeddings."""
-    torch.manual_seed(0)
-    x, emb = torch.randn(1, 5, 24), torch.randn(2, 24)
-    model = nn.ModuleList(
-        [normalization.RMSNorm(1, 1e-6), normalization.AdaLayerNormZeroSingle(24), nn.Linear(2, 2)]
-    )
-    want = [model[0](x), *model[1](x, emb)]
-    with tk.fuse(model):
-        torch.testing.assert_close([model[0](x), *model[1](x, emb)], want)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_weights_of_an_adaptive_norm_are_kept(bias: bool) -> None:
-    torch.manual_seed(0)
-    layer = normalization.AdaLayerNormContinuous(24, 24, elementwise_affine=True, bias=bias)
-    nn.init.normal_(layer.norm.weight)
-    x, emb = torch.randn(2, 5, 24), torch.randn(2, 24)
-    want = layer(x, emb)
-    with tk.fuse(nn.ModuleList([layer])):
-        torch.testing.assert_close(layer(x, emb), want)
-
-
-def test_what_the_backend_does_not_do_is_named() -> None:
-    from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-    q = torch.randn(2, 6, 2, 16)
-    for options, says in (
-        ({"dropout_p": 0.1}, "dropout_p"),
-        ({"attention_kwargs": {"return_lse": True}}, "return_lse"),
-        ({"parallel_config": object()}, "context parallelism"),
-    ):
-        with pytest.raises(ValueError, match=says):
-            dispatch_attention_fn(q, q, q, backend=backend(), **options)
-    mask = torch.tensor([[True] * 4 + [False] * 2, [True] * 6])
-    for options in ({}, {"attn_mask": mask}, {"is_causal": True}, {"scale": 0.3}):
-        got = dispatch_attention_fn(q, q, q, backend=backend(), **options)
-        torch.testing.assert_close(got, dispatch_attention_fn(q, q, q, **options))
-    shared = [torch.randn(2, 6, 1, 16) for _ in "kv"]
-    got = dispatch_attention_fn(q, *shared, enable_gqa=True, backend=backend())
-    torch.testing.assert_close(got, dispatch_attention_fn(q, *shared, enable_gqa=True))
-
-
-@pytest.mark.parametrize("moves", [True, False])
-def test_a_mask_of_the_backend_that_learns_is_pytorchs(moves: bool) -> None:
-    from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-    q, bias = torch.randn(2, 6, 2, 16, requires_grad=True), torch.randn(6, 6, requires_grad=True)
-
-    def step(**options: object) -> list[Tensor]:
-        def function(x: Tensor) -> Tensor:
-            return dispatch_attention_fn(x, x, x, attn_mask=bias, **options)
-
-        pair = torch.func.jvp(function, (q,), (torch.ones_like(q),)) if moves else [function(q)]
-        loss = sum(x.sin().sum() for x in pair)
-        return [*pair, *torch.autograd.grad(loss, [q, bias])]
-
-    with sdpa_kernel(SDPBackend.MATH):
-        want = step()
-    _dispatch._notice_fallback.cache_clear()
-    with pytest.warns(UserWarning, match="neither moves nor learns"):
-        torch.testing.assert_close(step(backend=backend()), want)
-
-
-def test_a_group_norm_has_a_tangent_in_any_order_of_memory() -> None:
-    """PyTorch's raises there, as in a UNet whose attention gives images back with channels last."""
-    x, dx = torch.randn(2, 2, 4, 4, 8).permute(0, 1, 4, 2, 3)
-    norm = nn.Sequential(nn.GroupNorm(2, 8))
-    nn.init.normal_(norm[0].weight)
-    want = torch.func.jvp(norm, (x.contiguous(),), (dx.contiguous(),))
-    with pytest.raises(RuntimeError, match="view size is not compatible"):
-        torch.func.jvp(norm, (x,), (dx,))
-    with tk.fuse(norm):
-        torch.testing.assert_close(torch.func.jvp(norm, (x,), (dx,)), want)
 
 
 def test_processors_that_do_not_call_pytorchs_attention_are_refused() -> None:

@@ -29,8 +29,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.is_nested or not x.layout == weight.layout == torch.strided:
         return F.linear(x, weight, bias)
     if not _dual.in_dual_level():  # also under torch.func.grad: no tangent to lose
-        _check(x, weight, bias)
-        return _rows(x, weight, bias).view(*x.shape[:-1], weight.shape[0])
+        return _pair(x, weight, bias)[0]
     _dual.guard_levels("linear", "F.linear")
     primals, tangents = _dual.unpack(x, weight, bias)
     return _dual.pack(*_pair(*primals, *tangents))
@@ -65,8 +64,8 @@ def linear_jvp(
 
 
 def _pair(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tx: Tensor | None, tweight: Tensor | None,
-    tbias: Tensor | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, tx: Tensor | None = None,
+    tweight: Tensor | None = None, tbias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     _check(x, weight, bias)
     y, shape = _rows(x, weight, bias), (*x.shape[:-1], weight.shape[0])

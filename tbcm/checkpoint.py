@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from tbcm.config import MAY_CHANGE, TrainConfig, changed_fields, read_config
 from tbcm.errors import UserError
-from tbcm.files import TMP, whole_folder
+from tbcm.files import TMP, is_part, remove, whole_folder, writing
 
 KEYS = {
     "step", "skipped", "skipped_in_row", "config", "made_from", "student", "log_variance",
@@ -28,7 +27,7 @@ KEYS = {
 }  # fmt: skip
 """What a checkpoint has at least."""
 LOCK = ".lock"
-"""Held by the process of a run; a folder with nothing else in it counts as empty."""
+"""Held by the process of a run; a folder with it and parts of files alone counts as empty."""
 
 
 class Unopened(UserError):
@@ -53,7 +52,8 @@ def save(run: Path, step: int, state: dict[str, Any], limit: int | None) -> None
     with whole_folder(path) as folder, (folder / "state.pt").open("wb") as file:
         torch.save(state, file)
     for old in checkpoints(run)[: -limit if limit else 0]:
-        shutil.rmtree(old)
+        with writing(old):
+            remove(old)
 
 
 def read(path: Path, whole: bool = False) -> dict[str, Any]:
@@ -170,7 +170,8 @@ def check_free(run: Path) -> None:
     Raises UserError if there is something in it.
     """
     try:
-        free = not run.exists() or not any(p.name != LOCK for p in run.iterdir())
+        there = run.iterdir() if run.exists() else ()
+        free = all(path.name == LOCK or is_part(path) for path in there)
     except OSError as error:
         raise _unwritable(run, error.strerror) from error
     if not free:
@@ -204,7 +205,7 @@ def _resumed_state(run: Path, name: str) -> dict[str, Any] | None:
     own = run / "checkpoints"
     path = own / name if (own / name).exists() else Path(name)
     state = read(path, whole=True)
-    if path.resolve().parent != own.resolve():
+    if path.parent.resolve() != own.resolve():  # where it lies, whatever it links to
         raise UserError(
             f"The checkpoint {path} is not of the run in output_dir {run}; give that run's own "
             "folder as --output_dir."
@@ -234,7 +235,8 @@ def set_aside_newer(run: Path, step: int) -> None:
 def set_aside(folder: Path, why: str) -> None:
     """Rename a folder that no longer counts; what was set aside before it under its name goes."""
     aside = folder.with_name(folder.name + ".replaced")
-    shutil.rmtree(aside, ignore_errors=True)
+    if aside.exists():
+        remove(aside)
     folder.rename(aside)
     print(f"Set aside {folder}, {why}, as {aside.name}.")
 

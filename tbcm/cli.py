@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
 
 from tbcm.errors import UserError
@@ -188,10 +190,11 @@ def settings(args: Namespace, config: type) -> dict[str, Any]:
 def build_parser(command: str) -> ArgumentParser:
     """The parser, with the arguments of the command that was asked for."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser("tbcm", description=__doc__, exit_on_error=False)
+    strict = {"exit_on_error": False, "allow_abbrev": False}
+    parser = ArgumentParser("tbcm", description=__doc__, **strict)
     commands = parser.add_subcommands()
     for name, (says, add, _) in COMMANDS.items():
-        sub = ArgumentParser(description=says, exit_on_error=False)
+        sub = ArgumentParser(description=says, **strict)
         if name == command:
             add(sub)
         commands.add_subcommand(name, sub, help=says)
@@ -203,6 +206,7 @@ def parse(argv: list[str]) -> Namespace:
     command = argv[0] if argv else ""
     parser = build_parser(command)
     argv = line = config_first(argv)
+    refuse_repeated_keys(argv)
     if printing := command == "train" and any(map(prints_config, argv)):
         # Printing ends the parsing, so the preset is found without; no folder is needed.
         line = [*(word for word in argv if not prints_config(word)), "--output_dir="]
@@ -236,13 +240,27 @@ def as_typed(command: str, says: str) -> str:
     return known + found + ", ".join(f"--{n}" if f"--{n} " in usage else n for n in names)
 
 
+def of_config(argv: list[str], i: int) -> bool:
+    """Whether a word of the line is --config, or names its file."""
+    return "--config" in argv[max(i - 1, 0) : i + 1] or argv[i].startswith("--config=")
+
+
 def config_first(argv: list[str]) -> list[str]:
     """The command line with its --config in front: flags override it wherever they stand."""
-    files = [i for i, word in enumerate(argv) if word == "--config"]
-    moved = [word for i in files for word in argv[i : i + 2]]
-    rest = [w for i, w in enumerate(argv) if not {i, i - 1} & set(files)]
-    moved += [word for word in rest if word.startswith("--config=")]
-    return rest[:1] + moved + [w for w in rest[1:] if not w.startswith("--config=")]
+    moved = [word for i, word in enumerate(argv) if of_config(argv, i)]
+    rest = [word for i, word in enumerate(argv) if not of_config(argv, i)]
+    return rest[:1] + moved + rest[1:]
+
+
+def refuse_repeated_keys(argv: list[str]) -> None:
+    """Raises UserError for a key that a --config file has twice: YAML would take the last."""
+    words = [w.removeprefix("--config=") for i, w in enumerate(argv) if of_config(argv, i)]
+    for path in filter(Path.is_file, map(Path, words)):
+        with suppress(yaml.YAMLError, UnicodeDecodeError):  # which the parser names
+            top = yaml.compose(path.read_text("utf-8"))
+            keys = [key.value for key, _ in top.value] if isinstance(top, yaml.MappingNode) else []
+            if twice := [key for n, key in enumerate(keys) if key in keys[:n]]:
+                raise UserError(f"{path} has {twice[0]} twice; leave one.")
 
 
 def preset_of(args: Namespace) -> Path | None:
@@ -268,6 +286,8 @@ def going_on(args: Namespace | None) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0, or 2 after a sentence on stderr for what the user can mend."""
     argv, args = sys.argv[1:] if argv is None else argv, None
+    if hasattr(sys.stdout, "reconfigure"):  # names that it cannot show stop no run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = parse(argv)
         COMMANDS[args.subcommand][2](args[args.subcommand])

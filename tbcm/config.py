@@ -289,13 +289,15 @@ def unused(config: TrainConfig) -> dict[str, str]:
 
 
 MAY_CHANGE = (
-    "output_dir", "prompts", "images", "latents_cache", "fused", "cuda_graphs", "device",
-    "gradient_accumulation_steps", "points_per_pass", "gradient_checkpointing", "fsdp",
-    "resume_from_checkpoint", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit",
-    "validation_steps", "validation_samples", "validation_prompts", "sample_steps", "logging_steps",
-    "report_to", "max_skipped_steps",
+    "output_dir", "pretrained_model_name_or_path", "prompts", "images", "latents_cache",
+    "filter_latent", "fused", "cuda_graphs", "device", "gradient_accumulation_steps",
+    "points_per_pass", "gradient_checkpointing", "fsdp", "resume_from_checkpoint",
+    "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
+    "validation_samples", "validation_prompts", "sample_steps", "logging_steps", "report_to",
+    "max_skipped_steps",
 )  # fmt: skip
-"""Settings that a resumed run may change; any other would make it a different run."""
+"""Settings that a resumed run may change; any other would make it a different run. What paths name
+has fingerprints, in the checkpoint."""
 
 
 def changed_fields(old: dict[str, Any], new: TrainConfig) -> dict[str, tuple[Any, Any]]:

@@ -15,12 +15,14 @@ from tbcm.errors import UserError, reason
 
 TMP = ".tmp"
 """The end of a folder's name while it is filled."""
+PART = ".part"
+"""The end of a file's name while it is written; it begins with a dot."""
 
 
 @contextmanager
 def _part_of(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, gone afterwards; what fails becomes a UserError."""
-    name = f".{path.name}.{os.getpid()}.part"  # another process may write it too
+    name = f".{path.name}.{os.getpid()}{PART}"  # another process may write it too
     part = path.resolve().with_name(name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,6 +34,22 @@ def _part_of(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+def is_part(path: Path) -> bool:
+    """Whether a file is one that was being written when its process was killed."""
+    return path.name.startswith(".") and path.name.endswith(PART)
+
+
+def remove_parts(folder: Path) -> None:
+    """What killed processes have left of files that they were writing."""
+    for path in filter(is_part, folder.rglob(f".*{PART}")):
+        path.unlink()
+
+
+def remove(folder: Path) -> None:
+    """A folder and all in it; of one that is a link, the link."""
+    folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
 
 
 def _is_device(path: Path) -> bool:
@@ -122,7 +140,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(tmp, ignore_errors=True)
             raise
         if path.exists():
-            shutil.rmtree(path)
+            remove(path)
         tmp.rename(path)
         flush(path.parent)
 

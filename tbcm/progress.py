@@ -65,7 +65,8 @@ class Metrics:
 
     def flush(self) -> None:
         """On disc before the checkpoint that counts on it."""
-        flush(self.path)
+        with writing(self.path):
+            flush(self.path)
 
 
 SCALARS = (bool, int, float, str)
@@ -117,7 +118,8 @@ class Log:
         self.accelerator, self.main = accelerator, accelerator.is_main_process
         if config.report_to:
             scalars = {k: v if isinstance(v, SCALARS) else str(v) for k, v in vars(config).items()}
-            accelerator.init_trackers("tbcm", scalars)
+            again = {"tensorboard": {"purge_step": step + 1}}  # steps that come anew
+            accelerator.init_trackers("tbcm", scalars, again)
         if self.main:
             self.metrics = Metrics(Path(config.output_dir) / "metrics.jsonl", step)
             self.display = Display(step, config.max_train_steps, config.logging_steps)

@@ -6,6 +6,7 @@ by the hinge loss. Source: SANA-Sprint (arXiv 2503.09641) §3.3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ class Head(nn.Module):
         super().__init__()
         self.mix = spectral_norm(nn.Conv1d(channels, channels, 1))
         self.near = spectral_norm(nn.Conv1d(channels, channels, 9, padding=4))
-        self.norms = nn.ModuleList(nn.GroupNorm(min(32, channels), channels) for _ in range(2))
+        self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(32, channels), channels) for _ in range(2))
         self.logit = spectral_norm(nn.Conv1d(channels, 1, 1))
 
     def forward(self, tokens: Tensor) -> Tensor:

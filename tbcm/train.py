@@ -11,7 +11,7 @@ from tbcm import checkpoint, plots
 from tbcm.config import TrainConfig, unused
 from tbcm.distiller import Distiller
 from tbcm.distributed import check_device, make_accelerator, on_main
-from tbcm.files import whole_folder, write_whole
+from tbcm.files import remove_parts, whole_folder, write_whole
 from tbcm.models import Teacher, teacher_of
 from tbcm.progress import Log, peak_memory_mb
 from tbcm.sampling import grid
@@ -36,13 +36,14 @@ def train(config: TrainConfig) -> None:
         if distiller.main:
             announce(distiller)
         with Log(config, distiller.accelerator, distiller.step) as log:
+            if start and not on_main(accelerator, grid_path(distiller).exists):
+                due_grid(distiller, log)  # it stopped between a checkpoint and its grid
             while distiller.step < config.max_train_steps:
                 log.write(distiller.train_step())
                 if due(distiller.step, config.checkpointing_steps, config):
                     log.flush()
                     save_checkpoint(distiller)
-                if due(distiller.step, config.validation_steps, config):
-                    save_grid(distiller, log)
+                due_grid(distiller, log)
         finish(distiller)
         distiller.accelerator.end_training()
 
@@ -74,10 +75,10 @@ def find_start(config: TrainConfig, accelerator: Accelerator, held: ExitStack) -
     """The checkpoint to continue from, found before any long work; its run is held from here on."""
 
     def find() -> Path | None:
-        found = checkpoint.find_start(config)
-        if config.resume_from_checkpoint:
-            held.enter_context(checkpoint.alone(Path(config.output_dir)))
-        return found
+        run = Path(config.output_dir)
+        if config.resume_from_checkpoint and (run / "config.yaml").exists():
+            held.enter_context(checkpoint.alone(run))
+        return checkpoint.find_start(config)
 
     return on_main(accelerator, find)
 
@@ -106,6 +107,7 @@ def open_run(distiller: Distiller, start: Path | None, held: ExitStack) -> None:
     if start:
         distiller.load_state(checkpoint.read(start))
     if distiller.main:
+        remove_parts(run)
         checkpoint.set_aside_newer(run, distiller.step)
         if distiller.step < config.max_train_steps and (run / "student").exists():
             checkpoint.set_aside(run / "student", "of an earlier end of this run")
@@ -138,15 +140,19 @@ def finish(distiller: Distiller) -> None:
     )
 
 
-def save_grid(distiller: Distiller, log: Log) -> None:
-    """Images of the validation prompts from fixed noise, if the teacher can draw."""
-    if not distiller.teacher.drawable:
-        return
+def grid_path(distiller: Distiller) -> Path:
+    """Where the grid of this step belongs."""
+    return Path(distiller.config.output_dir) / "samples" / f"step-{distiller.step:06d}.png"
+
+
+def due_grid(distiller: Distiller, log: Log) -> None:
+    """Images of the validation prompts from fixed noise, where a step has them."""
     c = distiller.config
+    if not (distiller.teacher.drawable and due(distiller.step, c.validation_steps, c)):
+        return
     latents = distiller.sample(c.validation_samples, c.sample_steps)
     if distiller.main:
         pictures = distiller.teacher.images(latents)
         distiller.teacher.free("vae")
-        path = Path(c.output_dir) / "samples" / f"step-{distiller.step:06d}.png"
-        grid(pictures, path)
-        log.picture(path, distiller.step)
+        grid(pictures, grid_path(distiller))
+        log.picture(grid_path(distiller), distiller.step)

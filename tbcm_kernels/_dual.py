@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 T = TypeVar("T")
 _stopped = False
@@ -255,7 +255,14 @@ def number(op: str, name: str, value: Any) -> float:
 
 def pack(y: Tensor, ty: Tensor | None) -> Tensor:
     """The dual y + ε ty, or y itself where there is no tangent."""
-    return y if ty is None else fwAD.make_dual(y, ty)
+    if ty is None:
+        return y
+    if not torch.compiler.is_compiling() and is_legacy_batchedtensor(y):
+        raise RuntimeError(
+            "tbcm_kernels: torch.autograd.functional.jacobian has no rule for duals made under its "
+            "vectorize=True: use torch.func.jacfwd."
+        )
+    return fwAD.make_dual(y, ty)
 
 
 def settled(y: Tensor) -> Tensor:

@@ -148,6 +148,7 @@ def test_what_the_heads_see_is_noised_again(tmp_path: Path):
 
 
 def test_a_head_is_a_residual_of_convolutions():
+    assert Head(48)(torch.randn(2, 5, 48)).shape == (2, 5)  # no multiple of 32
     head, tokens = Head(8).eval(), torch.randn(2, 5, 8)
     rows = tokens.transpose(1, 2)
     for conv, norm in zip((head.mix, head.near), head.norms, strict=True):

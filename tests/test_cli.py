@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -62,6 +63,11 @@ def test_config_file_goes_over_the_preset_and_round_trips(tmp_path: Path):
     for line in (("--config", str(path), "--seed", "3"), ("--seed", "3", f"--config={path}")):
         config = parsed(*line)
         assert (config.route_steps, config.output_dir, config.seed) == (5, "there", 3)
+    later = tmp_path / "later.yaml"
+    later.write_text("route_steps: 6\n")
+    for first in (["--config", str(path)], [f"--config={path}"]):
+        assert parsed(*first, "--config", str(later), f"--config={later}").route_steps == 6
+        assert parsed("--config", str(later), *first).route_steps == 5
     assert config.fused and config.learning_rate == 4e-4
     for run in (config, TrainConfig("there")):
         path.write_text(replace(run, resume_from_checkpoint="latest").dump())
@@ -117,7 +123,8 @@ BAD_FILES = {
     "key.yaml": "lerning_rate: 1\n", "type.yaml": "learning_rate: fast\n", "torn.yaml": "a: [1\n",
     "empty.txt": "\n \n", "latin.txt": b"\xff\xfe caf\xe9", "long.txt": "seven " * 400,
     "wide.yaml": "seed: 1".encode("utf-16"), "file": "not a folder",
-    "number.jsonl": '{"prompt": 5}', "word.txt": "seven" * 400,
+    "twice.yaml": "seed: 1\nfused: true\nseed: 2\n", "number.jsonl": '{"prompt": 5}',
+    "word.txt": "seven" * 400,
 }  # fmt: skip
 
 
@@ -144,6 +151,9 @@ BAD_FILES = {
         ("train --output_dir {d}/o --config {d}/key.yaml", "lerning_rate"),
         ("train --output_dir {d}/o --config {d}/type.yaml", "learning_rate"),
         ("train --output_dir {d}/o --config {d}/torn.yaml", "torn.yaml"),
+        ("train --output_dir {d}/o --config {d}/twice.yaml", "twice.yaml has seed twice"),
+        ("train --output_dir {d}/o --config={d}/twice.yaml", "twice.yaml has seed twice"),
+        ("train --output_dir {d}/o --conf {d}/torn.yaml --see 5", "--conf"),
         ("train --output_dir {d}/o --config {d}/wide.yaml", "wide.yaml"),
         ("train --output_dir {d}/o --config {d}/rate.yaml", "learning_rate must have a value"),
         ("train --output_dir {d}/o --config {d}/kind.yaml", "optimizer must have a value"),
@@ -220,6 +230,14 @@ def test_ctrl_c_tells_how_to_go_on(
     monkeypatch.setitem(cli.COMMANDS, name, (*cli.COMMANDS[name][:2], stop))
     assert cli.main(line.format(d=tmp_path).split()) == 130
     assert re.search(says, capsys.readouterr().err)
+
+
+def test_a_terminal_that_knows_few_letters_stops_no_run(tmp_path: Path):
+    quick = "--max_train_steps 1 --train_batch_size 1 --route_steps 2 --validation_samples 1"
+    line = [sys.executable, "-m", "tbcm", "train", *quick.split(), "--output_dir", "run"]
+    latin = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(line, cwd=tmp_path, env=latin, capture_output=True, text=True)
+    assert done.returncode == 0 and r"\u2016g\u2016" in done.stdout, done.stderr
 
 
 def test_help_needs_no_torch():

@@ -214,8 +214,13 @@ def test_grids_show_the_validation_prompts(tmp_path: Path):
 
 def test_tensorboard_has_the_losses_and_the_grids(tmp_path: Path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    train(settings(tmp_path / "run", report_to="tensorboard"))
+    quick = {"report_to": "tensorboard", "checkpointing_steps": 1}
+    train(settings(tmp_path / "run", **quick))
     events = reader.EventAccumulator(str(tmp_path / "run" / "tbcm"))
     events.Reload()
     losses = [event.step for event in events.Scalars("loss")]
     assert losses == [1, 2] and len(events.Images("samples")) == 1
+    # What a run that goes back does again, it tells once.
+    train(settings(tmp_path / "run", resume_from_checkpoint="step-000001", **quick))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]

@@ -185,9 +185,54 @@ def test_a_setting_that_is_younger_than_the_run_has_its_default(whole: Path, cop
 
 
 def test_what_a_failed_start_leaves_is_no_run(tmp_path: Path):
-    (tmp_path / ".lock").touch()
-    checkpoint.check_free(tmp_path)
-    checkpoint.claim(tmp_path)
+    for name in (".lock", ".config.yaml.123.part"):
+        (tmp_path / name).touch()
+    train(settings(tmp_path, steps=1))
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_grid_that_was_not_drawn_is_drawn_on_resume(tmp_path: Path):
+    run = tmp_path / "run"
+    train(settings(run, steps=4, validation_steps=2, checkpointing_steps=2))
+    last, middle = (run / "samples" / f"step-00000{n}.png" for n in (4, 2))
+    want = {path: path.read_bytes() for path in (last, middle)}
+    last.unlink()
+    train(settings(run, 4, "latest", validation_steps=2, checkpointing_steps=2))
+    assert last.read_bytes() == want[last]
+    for path in want:
+        path.unlink()
+    train(settings(run, 4, "step-000002", validation_steps=2, checkpointing_steps=2))
+    assert {path: path.read_bytes() for path in want} == want
+
+
+def test_a_checkpoint_that_lies_elsewhere_is_the_run_s_own(copy: Path, tmp_path: Path):
+    """Of a link that the limit removes, or another folder replaces, the link goes."""
+    own, elsewhere = copy / "checkpoints", tmp_path / "big"
+    elsewhere.mkdir()
+    for name in ("step-000003", "step-000006", "step-000008"):
+        shutil.move(own / name, elsewhere / name)
+        (own / name).symlink_to(elsewhere / name)
+    train(settings(copy, resume="step-000003", checkpoints_total_limit=1))
+    assert [path.name for path in checkpoint.checkpoints(copy)] == ["step-000008"]
+    train(settings(copy, resume="latest", steps=9, checkpoints_total_limit=1))
+    assert len(list(elsewhere.iterdir())) == 3
+
+
+def test_the_checkpoint_is_chosen_when_no_other_process_is_at_the_run(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+):
+    held = []
+    find = checkpoint.find_start
+
+    def watched(config: TrainConfig) -> Path | None:
+        with pytest.raises(UserError, match="Another process is at the run"):
+            checkpoint.alone(copy).__enter__()
+        held.append(True)
+        return find(config)
+
+    monkeypatch.setattr(checkpoint, "find_start", watched)
+    train(settings(copy, steps=9, resume="latest"))
+    assert held
 
 
 def snapshot(run: Path) -> dict[str, bytes]:
@@ -271,6 +316,17 @@ def test_a_changed_teacher_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(trainer, "teacher_of", lambda config: teacher)
     with pytest.raises(UserError, match="teacher's weights are not those of the checkpoint"):
         train(settings(copy, steps=9, resume="latest"))
+
+
+def test_a_teacher_that_was_moved_is_the_same(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    moved = Path(shutil.copytree(tiny_teacher, tmp_path / "moved"))
+    run = tiny_pipeline.distil(tiny_teacher, tmp_path, checkpointing_steps=2)
+    shutil.rmtree(run / "checkpoints" / "step-000003")
+    more = {"resume_from_checkpoint": "latest", "checkpointing_steps": 2}
+    tiny_pipeline.distil(moved, tmp_path, **more)
+    assert f"Resuming with pretrained_model_name_or_path = {moved}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("what", "says"), [

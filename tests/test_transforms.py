@@ -69,6 +69,24 @@ def test_vmap_inside_a_dual_level_raises_with_the_mend(name: str) -> None:
         torch.func.vmap(OPS[name])(fwAD.make_dual(x, tx))
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_the_vectorised_jacobian_raises_with_the_mend(name: str) -> None:
+    """PyTorch's older form of vmap; but where the value is a call of its own it has all rules."""
+    x = torch.randn(1, 4, 8)
+
+    def older(function: Callable[..., Tensor]) -> Tensor:
+        forward = {"vectorize": True, "strategy": "forward-mode"}
+        return torch.autograd.functional.jacobian(function, x, **forward)
+
+    want = torch.func.jacfwd(PLAIN[name])(x)
+    torch.testing.assert_close(torch.func.jacfwd(OPS[name])(x), want, rtol=1e-4, atol=1e-5)
+    if name == "linear":
+        torch.testing.assert_close(older(OPS[name]), want)
+        return
+    with pytest.raises(RuntimeError, match=r"use torch\.func\.jacfwd"):
+        older(OPS[name])
+
+
 def test_vmap_over_nothing_raises() -> None:
     with pytest.raises(ValueError, match="at least one element"):
         torch.vmap(tk.rms_norm)(torch.randn(0, 3, 8))

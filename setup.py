@@ -173,7 +173,8 @@ setup(
     if CHOICE == "0"
     else [
         Extension(
-            "tbcm_kernels._C", SOURCES, depends=[*HEADERS, *map(str, CUDA_SOURCES)],
+            "tbcm_kernels._C", SOURCES,
+            depends=[*HEADERS, *map(str, CUDA_SOURCES), "csrc/cuda_registration.cpp"],
             py_limited_api=True, language="c++",
         )
     ],

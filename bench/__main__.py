@@ -83,15 +83,15 @@ def rows(op: str, name: str, shape: ops.Shape, args: argparse.Namespace) -> Iter
     variants |= ops.baselines(few, args.compile)
     if op == "attention":
         if (absence := peers.absent(few, args.device)) is None:
-            absence = ops.off(few, ops.peer(few))
+            absence = ops.off(few, ops.peer())
         if absence:
             yield {**about, "variant": peers.NAME, "skipped": absence}
         else:
-            variants[peers.label()] = ops.peer(few)
+            variants[peers.label()] = ops.peer()
     cases = [ops.draw(op, shape, dtype, args.device)]
     sets = min(args.sets, -(-timing.beyond_cache(args.device) // ops.traffic(cases[0], "forward")))
     cases += [ops.draw(op, shape, dtype, args.device) for _ in range(sets - 1)]
-    for what in ops.passes(op):
+    for what in ops.OPS[op].passes:
         if args.what is None or what in args.what:
             able = {n: v for n, v in variants.items() if ops.takes_part(n, v, what)}
             for row in timed(able, cases, what, args):

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tbcm import objective
+from tbcm.rollout import trajectory_step  # noqa: F401 - one of the ops
 from tbcm.trigflow import flow_time, like, wrapped
 
 
@@ -72,27 +74,9 @@ def flow_output(v: Tensor, x: Tensor, t: Tensor) -> Tensor:
     return wrapped(lambda *_: v, x, t)
 
 
-def trajectory_step(
-    x: Tensor, out: Tensor, t: Tensor, s: Tensor, guidance: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Guided velocity, and the step along it from time t to s."""
-    without, with_text = out.chunk(2)
-    velocity = 0.5 * (without + like(guidance, x) * (with_text - without))
-    d = like(t - s, x)
-    return velocity, torch.cos(d) * x - torch.sin(d) * velocity
-
-
-def tangent_loss(
-    out: Tensor, jvp: Tensor, velocity: Tensor, x: Tensor, t: Tensor, keep: Tensor,
-    weight: Tensor, log_variance: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def tangent_loss(*tensors: Tensor) -> tuple[Tensor, Tensor]:
     """sCM's objective at r = 0.7 and c = 0.1, and ‖g‖."""
-    cos, sin = like(torch.cos(t), x), like(torch.sin(t), x)
-    g = -(cos**2) * (0.5 * out.detach() - velocity) - 0.7 * (cos * sin * x + 0.5 * jvp)
-    norm = g.flatten(1).norm(dim=1)
-    g_hat = g / like(norm + 0.1, g)
-    square = (out - out.detach() - g_hat).square().flatten(1).mean(1)
-    return (keep * (weight * torch.exp(-log_variance) * square + log_variance)).mean(), norm
+    return objective.tangent_loss(*tensors[:5], 0.7, 0.1, *tensors[5:])
 
 
 def jvp_of(plain: Callable[..., Any], moving: list[int]) -> Callable[..., Any]:

@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import SanaTransformer2DModel
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -27,7 +26,7 @@ from bench import timing
 from bench.cost import of_row
 from bench.environment import Row, check, environment
 from tbcm import cost, objective
-from tbcm.step_bench import SANA, saved_bytes
+from tbcm.step_bench import SANA, sana, saved_bytes
 
 HEADS = {"digits": (4, 4, 32)} | {name: heads for name, (_, *heads) in SANA.items()}
 """Heads of linear attention, 32 wide each; heads of cross-attention and their width."""
@@ -113,17 +112,11 @@ def parse_common(
 def students(args: argparse.Namespace) -> dict[str, Student]:
     """One model with random weights as diffusers has it, and as `fuse` makes it."""
     torch.manual_seed(args.seed)
-    heads, cross_heads, cross_width = HEADS[args.model]
-    model = SanaTransformer2DModel(
-        num_attention_heads=heads, attention_head_dim=32, num_cross_attention_heads=cross_heads,
-        cross_attention_head_dim=cross_width, cross_attention_dim=32 * heads, caption_channels=2304,
-        num_layers=args.layers, mlp_ratio=2.5, patch_size=1, sample_size=args.latent,
-        qk_norm="rms_norm_across_heads", guidance_embeds=True,
-    ).to(args.device)  # fmt: skip
+    model = sana(HEADS[args.model], args.layers, args.latent, guidance=True).to(args.device)
     image = (args.batch, model.config.in_channels, args.latent, args.latent)
     inputs = [
         torch.randn(image), torch.linspace(0.4, 1.2, args.batch), torch.randn(image),
-        torch.randn(args.batch, args.text, 2304),
+        torch.randn(args.batch, args.text, cost.CAPTION),
         torch.ones(args.batch, args.text, dtype=torch.long), torch.full((args.batch,), 0.45),
     ]  # fmt: skip
     stock = Student(

@@ -226,7 +226,7 @@ def baselines(case: Case, compiled: bool) -> dict[str, Variant]:
     return found
 
 
-def peer(case: Case) -> Variant:
+def peer() -> Variant:
     """The installed peer."""
     return Variant(*peers.functions(), one_pass=True, through=False)
 
@@ -309,11 +309,6 @@ def tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     return [t for v in value or () for t in tensors(v)]
-
-
-def passes(op: str) -> tuple[str, ...]:
-    """The passes that are timed."""
-    return OPS[op].passes
 
 
 def traffic(case: Case, what: str) -> int:

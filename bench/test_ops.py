@@ -36,7 +36,7 @@ def cases() -> Iterator[tuple[str, str, str, str]]:
             few = ops.checked(op, ops.SHAPES[name], DTYPE, "meta")
             impls = ops.implementations(op, DEVICE, DTYPE)
             variants = {impl: ops.ours(few, impl) for impl in impls} | ops.baselines(few, False)
-            for what in ops.passes(op):
+            for what in ops.OPS[op].passes:
                 for variant, v in variants.items():
                     if ops.takes_part(variant, v, what):
                         yield op, name, what, variant

@@ -17,7 +17,7 @@ struct ForwardTiles {
   float *kt, *v, *tkt, *tv;       // K', V and tangents of one head
   float *q, *tq, *s, *ts;         // queries, logits, and the latter's tangent of one lane
   float *o, *to, *top, *total, *u;  // accumulators and row statistics
-  float* center;                  // of a row's rates: their mean over the first block that it sees
+  float* center;                  // of a row's rates: their mean so far
 };
 
 TBCM_INLINE int64_t forward_floats(const Forward& p, Arena* arena, ForwardTiles* t) {
@@ -57,6 +57,7 @@ TBCM_INLINE void forward_block(const Forward& p, const ForwardTiles& t, int64_t 
   const Isa isa;
   const int64_t width = p.q.x.width, ldq = p.q_stride(), ldv = p.v_stride(), lds = p.span_stride();
   const int64_t padded = round_up(n, LANES), dv = p.v.x.width, at = j / p.span * width * lds;
+  float before[QUERIES], own[QUERIES];  // weight of the earlier blocks, and of this one
   set_product(isa, t.q, ldq, t.kt + at, lds, t.s, lds, m, padded, width);
   for (int64_t r = 0; r < m; ++r) {
     float* s = t.s + r * lds;
@@ -65,7 +66,9 @@ TBCM_INLINE void forward_block(const Forward& p, const ForwardTiles& t, int64_t 
     const float block = greatest<typename Isa::Vector>(s, padded), top = block > t.top[r] ? block : t.top[r];
     const float shift = top == HIDDEN ? 0 : top;
     const float fade = t.top[r] == HIDDEN ? 1 : std::exp(t.top[r] - shift);  // 1: there is nothing yet
-    t.total[r] = t.total[r] * fade + exponentiate<typename Isa::Vector>(s, shift, padded);
+    before[r] = t.total[r] * fade;
+    own[r] = exponentiate<typename Isa::Vector>(s, shift, padded);
+    t.total[r] = before[r] + own[r];
     t.top[r] = top;
     if (fade == 1) continue;
     rescale<typename Isa::Vector>(t.o + r * ldv, fade, p.v.padded());
@@ -74,7 +77,6 @@ TBCM_INLINE void forward_block(const Forward& p, const ForwardTiles& t, int64_t 
       t.u[l * QUERIES + r] *= fade;
     }
   }
-  add_product(isa, t.s, lds, t.v + j * ldv, ldv, t.o, ldv, m, dv, n);
   for (int64_t l = 0; l < p.lanes; ++l) {
     float* to = t.to + l * QUERIES * ldv;
     if (p.v.tx) add_product(isa, t.s, lds, t.tv + (l * p.all_keys() + j) * ldv, ldv, to, ldv, m, dv, n);
@@ -83,13 +85,21 @@ TBCM_INLINE void forward_block(const Forward& p, const ForwardTiles& t, int64_t 
     else for (int64_t r = 0; r < m; ++r) zero(t.ts + r * lds, padded);
     if (p.k.tx) add_product(isa, t.q, ldq, t.tkt + l * p.key_blocks() * width * lds + at, lds, t.ts, lds, m, padded, width);
     for (int64_t r = 0; r < m; ++r) {
-      float &center = t.center[l * QUERIES + r], *ts = t.ts + r * lds;
-      if (center == HIDDEN && t.total[r] > 0)
-        center = p.scale * moment<typename Isa::Vector>(ts, t.s + r * lds, padded) / t.total[r];
-      t.u[l * QUERIES + r] += weigh<typename Isa::Vector>(ts, t.s + r * lds, p.scale, center == HIDDEN ? 0 : center, padded);
+      float &center = t.center[l * QUERIES + r], &u = t.u[l * QUERIES + r];
+      float *s = t.s + r * lds, *ts = t.ts + r * lds;
+      if (own[r] > 0) {  // sums about the mean of blocks that have faded would be differences of large numbers
+        const float mean = p.scale * moment<typename Isa::Vector>(ts, s, padded) / own[r];
+        const float moved = (center - mean) * (own[r] / t.total[r]);
+#pragma omp simd
+        for (int64_t d = 0; d < dv; ++d) to[r * ldv + d] += moved * t.o[r * ldv + d];
+        u += moved * before[r];
+        center -= moved;
+      }
+      u += weigh<typename Isa::Vector>(ts, s, p.scale, center, padded);
     }
     add_product(isa, t.ts, lds, t.v + j * ldv, ldv, to, ldv, m, dv, n);
   }
+  add_product(isa, t.s, lds, t.v + j * ldv, ldv, t.o, ldv, m, dv, n);
 }
 
 // o = acc / l, mu = u / l, to = tacc / l - mu o; a query that sees no key has l = 0 and gets zeros.
@@ -102,11 +112,11 @@ TBCM_INLINE void finish(const Forward& p, const ForwardTiles& t, int64_t b, int6
   write(p.o, p.o.offset(0, b, h, n), o, 1);
   p.lse[row] = t.top[r] + std::log(t.total[r]);
   for (int64_t l = 0; l < p.lanes; ++l) {
-    const float mu = t.u[l * QUERIES + r] * inverse, center = t.center[l * QUERIES + r];
+    const float mu = t.u[l * QUERIES + r] * inverse;
     float* to = t.to + (l * QUERIES + r) * ldv;
     for (int64_t d = 0; d < p.v.padded(); ++d) to[d] = to[d] * inverse - mu * o[d];
     write(p.to, p.to.offset(l, b, h, n), to, 1);
-    p.mu[l * p.batch * p.heads * p.queries + row] = center == HIDDEN ? mu : center + mu;
+    p.mu[l * p.batch * p.heads * p.queries + row] = t.center[l * QUERIES + r] + mu;
   }
 }
 
@@ -133,7 +143,7 @@ TBCM_INLINE void forward_tasks(const Forward& p, int64_t begin, int64_t end) {
     zero(t.o, rows * ldv);
     for (int64_t l = 0; l < p.lanes; ++l) zero(t.to + l * QUERIES * ldv, rows * ldv);
     zero(t.u, p.lanes * QUERIES);
-    for (int64_t r = 0; r < p.lanes * QUERIES; ++r) t.center[r] = HIDDEN;
+    zero(t.center, p.lanes * QUERIES);
     const int64_t seen = smaller(p.last_key(b), i + m + p.causal);  // by some query of the block
     for (int64_t j = 0; j < seen; j += p.span) forward_block<Isa>(p, t, b, h, i, m, j, smaller(p.span, seen - j));
     for (int64_t r = 0; r < m; ++r) finish<Isa>(p, t, b, h, i + r, r);

@@ -141,8 +141,8 @@ TBCM_INLINE void gate(const Forward<T>& p, const Lines<V>& l, const Block<N>& k,
     const auto sum = [&](int64_t i) __attribute__((always_inline)) { return get<V>(l.sum(i) + x * lanes<V>); };
     const V c1 = sum(0), c2 = sum(1);
     const auto s = logistic(c2);
-    put_ahead(p.y + at, c1 * c2 * s.s, k.n, line);
-    if (p.ty) put_ahead(p.ty + at, sum(2) * c2 * s.s + c1 * silu_slope(c2, s.s, s.rest) * sum(3), k.n, line);
+    put_ahead(p.y + at, c1 * (c2 * s.s), k.n, line);
+    if (p.ty) put_ahead(p.ty + at, sum(2) * (c2 * s.s) + c1 * silu_slope(c2, s.s, s.rest) * sum(3), k.n, line);
   }
 }
 
@@ -178,7 +178,7 @@ TBCM_INLINE void gradient_of_c(const Backward<T>& p, const Lines<V>& l, const Bl
     const V c1 = get<V>(l.sum(0) + x), c2 = get<V>(l.sum(1) + x);
     const V g = get_ahead<V>(p.gy + at, k.n, p.width * p.channels);
     const auto s = logistic(c2);
-    put(g1 + x, g * c2 * s.s);
+    put(g1 + x, g * (c2 * s.s));
     put(g2 + x, g * c1 * silu_slope(c2, s.s, s.rest));
   }
 }

@@ -7,7 +7,7 @@
 namespace tbcm::linear_attention {
 namespace {
 
-constexpr int64_t TOKENS = 16, GROUP = 32;
+constexpr int64_t TOKENS = 16, GROUP = 32, BLOCK = 512;
 enum class Feature { relu, elu, identity };
 
 // phi(x) and phi'(x).
@@ -83,6 +83,21 @@ TBCM_INLINE float inner(const float* a, const float* b, int64_t n) {
   return total(sum);
 }
 
+// After the last tile of a block its sums are added to those of the blocks before: one chain of additions over all tokens
+// would lose digits.
+TBCM_INLINE void carry(float* sums, float* all, int64_t n, int64_t tokens) {
+  if (tokens % BLOCK) return;
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) all[j] += sums[j];
+  zero(sums, n);
+}
+
+// sums = all + sums
+TBCM_INLINE void finish(float* sums, const float* all, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) sums[j] += all[j];
+}
+
 // Row n of phi(x), zero up to a whole number of lanes; calls f(d, phi'(x)) for its vectors.
 template <class Vector, class F>
 TBCM_INLINE void feature_row(const Problem& p, const Input& in, float* x, int64_t b, int64_t h, int64_t n, const F& f) {
@@ -115,14 +130,15 @@ struct Forward : Problem {
 struct ForwardTiles {
   float *x, *tx;  // features of a tile of tokens, and their tangents
   float *v, *tv;  // v and its tangent; then n and its tangent
-  float *state, *tstate, *z, *tz;
+  float *state, *z, *tstate, *tz, *all;  // sums over a block, side by side, and over those before it
 };
 
 TBCM_INLINE int64_t forward_floats(const Forward& p, Arena* arena, ForwardTiles* t) {
   const int64_t x = p.group * TOKENS * p.ldq(), v = p.group * TOKENS * p.ldv(), state = p.group * p.floats();
   const int64_t z = p.group * p.ldq();
-  const Piece pieces[] = {{&t->x, x},         {&t->tx, x},         {&t->v, v}, {&t->tv, v},
-                          {&t->state, state}, {&t->tstate, state}, {&t->z, z}, {&t->tz, z}};
+  const Piece pieces[] = {{&t->x, x},         {&t->tx, x}, {&t->v, v},          {&t->tv, v},
+                          {&t->state, state}, {&t->z, z},  {&t->tstate, state}, {&t->tz, z},
+                          {&t->all, 2 * (state + z)}};
   return take(arena, pieces);
 }
 
@@ -132,9 +148,9 @@ TBCM_INLINE void gather(const Forward& p, const ForwardTiles& t, int64_t b, int6
   using Vector = typename Isa::Vector;
   const Isa isa;
   const int64_t width = p.width(), columns = p.columns(), ldq = p.ldq(), ldv = p.ldv();
-  zero(t.state, count * p.floats());
-  zero(t.z, count * ldq);
-  if (p.to) zero(t.tstate, count * p.floats()), zero(t.tz, count * ldq);
+  const int64_t sums = (p.to ? t.tz : t.z) + count * ldq - t.state;
+  zero(t.state, sums);
+  zero(t.all, sums);
   for (int64_t i = 0; i < p.k.tokens; i += TOKENS) {
     const int64_t m = smaller(TOKENS, p.k.tokens - i);
     for (int64_t r = 0; r < m; ++r)
@@ -152,7 +168,9 @@ TBCM_INLINE void gather(const Forward& p, const ForwardTiles& t, int64_t b, int6
       if (p.k.tx) add_rows<Vector>(t.tz + g * ldq, t.tx + q, ldq, m, width);
       if (p.v.tx) add_transposed(isa, t.x + q, ldq, t.tv + v, ldv, t.tstate + s, ldv, width, columns, m);
     }
+    carry(t.state, t.all, sums, i + TOKENS);
   }
+  finish(t.state, t.all, sums);
 }
 
 // o = n / (q.z + eps), to = (tn - o (q.z)') / (q.z + eps), for row r of n and tn of head g of the group.
@@ -223,8 +241,8 @@ struct Backward : Problem {
 struct BackwardTiles {
   float *x, *slope, *gx;           // features of a tile of tokens, their slopes and gradients
   float *v, *n, *rate;             // v or the gradient of n; n or gv; the gradient of q.z
-  float *state, *turned, *gstate;  // S, a transposed state, gS
-  float *z, *gz;
+  float *state, *turned, *z;       // S, a transposed state, z
+  float *gstate, *gz, *all;        // gS and gz over a block, side by side, and over those before it
 };
 
 TBCM_INLINE int64_t backward_floats(const Backward& p, Arena* arena, BackwardTiles* t) {
@@ -232,7 +250,8 @@ TBCM_INLINE int64_t backward_floats(const Backward& p, Arena* arena, BackwardTil
   const int64_t turned = p.group * p.columns() * p.ldq(), z = p.group * p.ldq();
   const Piece pieces[] = {{&t->x, x},           {&t->slope, x},   {&t->gx, x}, {&t->v, v},
                           {&t->n, v},           {&t->rate, p.group * TOKENS}, {&t->state, state},
-                          {&t->turned, turned}, {&t->gstate, state}, {&t->z, z}, {&t->gz, z}};
+                          {&t->turned, turned}, {&t->z, z},       {&t->gstate, state}, {&t->gz, z},
+                          {&t->all, state + z}};
   return take(arena, pieces);
 }
 
@@ -347,10 +366,14 @@ TBCM_INLINE void backward_tasks(const Backward& p, int64_t begin, int64_t end) {
     const int64_t b = task / p.groups(), h = task % p.groups() * p.group, count = smaller(p.group, p.heads - h);
     read_state(p, t, b, h, count);
     turn(p, t.turned, t.state, count);
-    zero(t.gstate, count * p.floats());
-    zero(t.gz, count * p.ldq());
-    for (int64_t i = 0; i < p.q.tokens; i += TOKENS)
+    const int64_t sums = t.gz + count * p.ldq() - t.gstate;
+    zero(t.gstate, sums);
+    zero(t.all, sums);
+    for (int64_t i = 0; i < p.q.tokens; i += TOKENS) {
       backward_queries<Isa>(p, t, b, h, count, i, smaller(TOKENS, p.q.tokens - i));
+      carry(t.gstate, t.all, sums, i + TOKENS);
+    }
+    finish(t.gstate, t.all, sums);
     turn(p, t.turned, t.gstate, count);
     for (int64_t i = 0; i < p.k.tokens; i += TOKENS)
       backward_keys<Isa>(p, t, b, h, count, i, smaller(TOKENS, p.k.tokens - i));

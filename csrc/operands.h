@@ -90,9 +90,9 @@ TBCM_INLINE void read_row(float* dst, const Input& in, bool moving, int64_t l, i
   if (moving) {
     float row[MAX_WIDTH];
     read(row, in.x, in.x.offset(0, b, h, n));
-    const float drift = r * r * in.norm.m[in.statistic(l, b, h, n)];
+    const float drift = r * in.norm.m[in.statistic(l, b, h, n)];
     for (int64_t d = 0; d < in.padded(); d += LANES)
-      for (int64_t i = d; i < d + LANES; ++i) dst[i] -= row[i] * drift;
+      for (int64_t i = d; i < d + LANES; ++i) dst[i] -= row[i] * r * drift;  // r * r may overflow
   }
   for (int64_t d = 0; d < in.padded(); d += LANES)
     for (int64_t i = d; i < d + LANES; ++i) dst[i] *= w[i] * r;

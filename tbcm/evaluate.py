@@ -112,24 +112,6 @@ def teacher_images(
     return draw(sampler, noise, prompts, name)
 
 
-def few_step_images(
-    net: TrigFlow,
-    noise: Tensor,
-    prompts: Prompts,
-    guidance: Callable[[int], Tensor] | None,
-    steps: int,
-    generator: torch.Generator,
-    name: str,
-) -> Tensor:
-    """Images of `net` in a few steps from `noise`; the generator draws what comes between them."""
-
-    def sampler(z: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        g = guidance and guidance(len(z))
-        return consistency_sample(net, z, text, mask, g, steps, generator)
-
-    return draw(sampler, noise, prompts, name)
-
-
 def images_of_seed(run: Run, teacher: TrigFlow, prompts: Prompts, seed: int) -> dict[str, Tensor]:
     """Images of every contestant from the same noise: teacher, undistilled, and student steps."""
     generator = torch.Generator().manual_seed(seed)
@@ -139,8 +121,11 @@ def images_of_seed(run: Run, teacher: TrigFlow, prompts: Prompts, seed: int) -> 
     def few(net: TrigFlow, guidance: Callable[[int], Tensor] | None, steps: int) -> Tensor:
         # Noise between steps comes after the first, in the same way for all.
         again = generator.clone_state()
-        name = f"seed {seed}, {steps} step{'s'[: steps > 1]}"
-        return few_step_images(net, noise, prompts, guidance, steps, again, name)
+
+        def sampler(z: Tensor, *text: Tensor) -> Tensor:
+            return consistency_sample(net, z, *text, guidance and guidance(len(z)), steps, again)
+
+        return draw(sampler, noise, prompts, f"seed {seed}, {steps} step{'s'[: steps > 1]}")
 
     images = {
         "teacher": teacher_images(teacher, noise, prompts, run.scale, f"seed {seed}, teacher"),

@@ -7,7 +7,6 @@ encoding that was stopped continues and several processes share the work.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -87,7 +86,7 @@ def open_latents(
     pairs = captioned(config.images)
     files = encoded([path for path, _ in pairs], config, teacher, accelerator)
     rows = {caption: row for row, caption in enumerate(prompts)}
-    digest = hashlib.sha256("".join(file.name for file in files).encode()).hexdigest()
+    digest = content(salt="".join(file.name for file in files))
 
     def load(picks: Tensor) -> Tensor:
         return torch.stack([_latent(files[i]) for i in picks.tolist()])

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -116,4 +115,6 @@ class LogVariance(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """t [B] in [0, π/2] → [B]; the times are stretched to the range the sinusoids resolve."""
+        from diffusers.models.embeddings import get_timestep_embedding
+
         return self.linear(get_timestep_embedding(1000 * t, self.linear.in_features))[:, 0]

@@ -55,7 +55,7 @@ def consistency_sample(
     """
     check_steps(steps)
     x, x0, end = noise, None, noise.new_zeros(len(noise))
-    for t in SAMPLE_TIMES[steps][:-1]:  # the last is 0
+    for t in SAMPLE_TIMES[steps]:
         now = torch.full_like(end, t)
         if x0 is not None:
             fresh = SIGMA_DATA * randn_tensor(x.shape, generator, x.device, x.dtype)

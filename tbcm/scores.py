@@ -8,7 +8,6 @@ compute them with the user's weights; figures compare with those of papers if th
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from dataclasses import dataclass
@@ -286,4 +285,4 @@ def save_progress(out: Path, judges: Judges) -> None:
 
 def prompts_digest(prompts: list[str]) -> str:
     """SHA-256 of prompts, in their order."""
-    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    return content(salt=json.dumps(prompts))

@@ -49,7 +49,7 @@ from tbcm.models import Teacher, load_teacher
 from tbcm.progress import peak_memory_mb
 from tbcm.rollout import Text
 from tbcm.sprint import HEAD_BLOCKS, head_blocks
-from tbcm.text import load_prompts
+from tbcm.text import SANA_MAX_LENGTH, load_prompts
 from tbcm.train import METHODS
 
 MODES = ("eager", "compile", "fused")
@@ -74,8 +74,6 @@ AGAINST = {
 """Where a report compares TBCM with sCM, and with which."""
 SANA = {"sana-0.6b": (28, 36, 16, 72), "sana-1.6b": (20, 70, 20, 112)}
 """Layers; heads of linear attention, 32 wide each; heads of cross-attention and their width."""
-TEXT, CAPTION = 300, 2304
-"""Tokens of a prompt, and the width of their embedding."""
 Timings = dict[str, float]
 
 
@@ -143,7 +141,7 @@ class RandomText:
     """Random embeddings in place of an encoder's, whose work no step contains."""
 
     def __init__(self, teacher: Teacher, prompts: list[str], device: torch.device):
-        self.embeds = torch.randn(len(prompts) + 1, TEXT, CAPTION)
+        self.embeds = torch.randn(len(prompts) + 1, SANA_MAX_LENGTH, cost.CAPTION)
 
     def __len__(self) -> int:
         return len(self.embeds) - 1
@@ -158,13 +156,15 @@ class RandomText:
         return self.text([-1])
 
 
-def sana(model: str, layers: int, latent: int, guidance: bool) -> SanaTransformer2DModel:
-    """A SANA transformer at a model's widths, with random weights."""
-    _, heads, cross_heads, cross_width = SANA[model]
+def sana(
+    widths: tuple[int, int, int], layers: int, latent: int, guidance: bool
+) -> SanaTransformer2DModel:
+    """A SANA transformer of the heads and width that SANA names, with random weights."""
+    heads, cross_heads, cross_width = widths
     return SanaTransformer2DModel(
         num_attention_heads=heads, attention_head_dim=32, num_cross_attention_heads=cross_heads,
         cross_attention_head_dim=cross_width, cross_attention_dim=32 * heads,
-        caption_channels=CAPTION, num_layers=layers, mlp_ratio=2.5, patch_size=1,
+        caption_channels=cost.CAPTION, num_layers=layers, mlp_ratio=2.5, patch_size=1,
         sample_size=latent, qk_norm="rms_norm_across_heads", guidance_embeds=guidance,
     )  # fmt: skip
 
@@ -314,7 +314,7 @@ def sana_distiller(settings: dict[str, Any], plan: Plan) -> Distiller:
     torch.manual_seed(0)
     latent = sizes["resolution"] // 32
     with torch.device("cuda" if plan.gpu else "cpu"):  # a GPU draws the weights in no time
-        transformer = sana(plan.model, sizes["layers"], latent, guidance=False)
+        transformer = sana(SANA[plan.model][1:], sizes["layers"], latent, guidance=False)
     shape = (transformer.config.in_channels, latent, latent)
     teacher = Teacher(Path(), shape)
     teacher.transformer = transformer.eval().requires_grad_(False)

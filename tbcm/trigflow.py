@@ -100,8 +100,8 @@ def jittered(times: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 
 SAMPLE_TIMES: dict[int, Sequence[float]] = {
-    1: (HALF_PI, 0.0),
-    2: (HALF_PI, 1.0, 0.0),
-    4: (1.56830, 1.3, 1.1, 0.6, 0.0),
+    1: (HALF_PI,),
+    2: (HALF_PI, 1.0),
+    4: (1.56830, 1.3, 1.1, 0.6),
 }
 """Times of the 1-, 2- and 4-step consistency sampler (SANA-Sprint; TBCM for 2 steps)."""

@@ -287,8 +287,7 @@ def check_tangents(op: str, **pairs: tuple[Tensor | None, Tensor | None]) -> Non
     for name, (x, tx) in pairs.items():
         if tx is None:
             continue
-        if not _is_dense(tx):
-            raise _not_dense(op, f"t{name}", tx)
+        _check_dense(op, f"t{name}", tx)
         if x is None:
             raise ValueError(f"{op}: t{name} was given without {name}; pass both or neither.")
         if tx.shape != x.shape or tx.dtype != x.dtype or tx.device != x.device:
@@ -306,21 +305,15 @@ def check_tensors(
     Raises:
         ValueError: naming one that is not.
     """
-    for name, x in needed.items():
-        if not _is_dense(x):
-            raise _not_dense(op, name, x)
-    for name, x in (optional or {}).items():
-        if x is not None and not _is_dense(x):
-            raise _not_dense(op, name, x)
+    given = {name: x for name, x in (optional or {}).items() if x is not None}
+    for name, x in {**needed, **given}.items():
+        _check_dense(op, name, x)
 
 
-def _is_dense(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.layout == torch.strided
-
-
-def _not_dense(op: str, name: str, x: Any) -> ValueError:
-    got = x.layout if isinstance(x, Tensor) else type(x).__name__
-    return ValueError(f"{op}: {name} must be a dense tensor, got {got}.")
+def _check_dense(op: str, name: str, x: Any) -> None:
+    if not isinstance(x, Tensor) or x.layout != torch.strided:
+        got = x.layout if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{op}: {name} must be a dense tensor, got {got}.")
 
 
 def describe(x: Tensor) -> str:

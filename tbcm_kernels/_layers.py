@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,13 @@ COUNTERPARTS: set[Callable[..., Any]] = set()
 
 def does_more(layer: nn.Module) -> bool:
     """Whether a call does more than the class's forward: hooks, or a forward of the instance's."""
-    return has_other_forward(layer) or has_hooks(layer)
+    return has_other_forward(layer) or any(map(layer.__dict__.__getitem__, _HOOKS))
+
+
+@functools.cache
+def is_plain(forward: Callable[..., Any]) -> bool:
+    """Whether a forward is torch's or diffusers' own."""
+    return forward.__module__.partition(".")[0] in ("torch", "diffusers")
 
 
 def has_other_forward(layer: nn.Module) -> bool:
@@ -38,11 +45,6 @@ def has_other_forward(layer: nn.Module) -> bool:
 def function_of(x: Any) -> Any:
     """What a bound method or a partial calls; else x itself."""
     return getattr(x, "__func__", getattr(x, "func", x))
-
-
-def has_hooks(layer: nn.Module) -> bool:
-    """Whether more than the layer's forward runs when it is called."""
-    return any(map(layer.__dict__.__getitem__, _HOOKS))
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,11 @@ def present_or_absent(like: Tensor, outputs: Sequence[Tensor | None]) -> tuple[T
     return tuple(absent(like) if o is None else o for o in outputs)
 
 
+def in_rows(like: Tensor, outputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The same, contiguous as `fresh` makes them: the reference's have their inputs' order."""
+    return present_or_absent(like, [None if o is None else o.contiguous() for o in outputs])
+
+
 def fresh(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised contiguous tensor like x, in another dtype if one is given."""
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
@@ -181,12 +186,17 @@ def in_order(like: Tensor, x: Tensor) -> Tensor:
     return fresh_heads(like, x.shape).copy_(x)
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast casts to there, None where it is off; meta alone has none."""
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def autocast(tensors: Sequence[Tensor | None], device: str) -> list[Tensor | None]:
     """The tensors as PyTorch's autocast gives them to a matrix product."""
-    if device == "meta" or not torch.is_autocast_enabled(device):  # meta alone has no autocast
-        return list(tensors)
-    dtype, cast = torch.get_autocast_dtype(device), (torch.float32, torch.bfloat16, torch.float16)
-    return [t.to(dtype) if t is not None and t.dtype in cast else t for t in tensors]
+    dtype, cast = autocast_dtype(device), (torch.float32, torch.bfloat16, torch.float16)
+    return [t.to(dtype) if dtype and t is not None and t.dtype in cast else t for t in tensors]
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -195,7 +205,7 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any, **options: Any) -> Any:
         device = next(a for a in args if isinstance(a, Tensor)).device.type
-        if device == "meta" or not torch.is_autocast_enabled(device):
+        if autocast_dtype(device) is None:
             return function(*args, **options)
         with torch.autocast(device, enabled=False):
             return function(*args, **options)

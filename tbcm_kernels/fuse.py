@@ -48,14 +48,14 @@ class Fused:
             return
         for owner, name, new, _ in self.swaps:
             # Whoever has called set_attention_backend() since keeps what that has set.
-            if owner.__dict__.get(name) is not new and name != "_attention_backend":
+            if owner.__dict__.get(name) != new and name != "_attention_backend":
                 raise ValueError(
                     f"undo: the {name} of {type(owner).__name__} was replaced after fuse(); "
                     f"restore that first."
                 )
         for owner, name, new, old in self.swaps:
             _live.discard(owner)
-            if owner.__dict__.get(name) is not new:
+            if owner.__dict__.get(name) != new:  # a method that was bound anew is the same
                 continue
             if old is None:
                 delattr(owner, name)
@@ -116,8 +116,11 @@ def fuse(model: nn.Module) -> Fused:
         it gives it a handle of its own. A pickle is too, but one of SANA has the stock forward.
         Where the model checkpoints activations, call backward before `undo()`: it runs the forward
         again, which must be the same. Fused layers refer to themselves, so that the memory of a
-        model that is dropped is free after `undo()` or `gc.collect()`. Of PyTorch's wrappers DDP
-        and FSDP2 work, `nn.DataParallel` does not.
+        model that is dropped is free after `undo()` or `gc.collect()`, and so that a shallow
+        `copy.copy` computes with the original's parameters; of PyTorch's wrappers DDP and FSDP2
+        work, `nn.DataParallel`, which makes such copies, does not. Hooks that know processors by
+        their class, as diffusers' layer skip, come before `fuse`. Hooks for all modules of a
+        process are not called for layers that a fused forward computes itself.
 
     Raises:
         TypeError: no module, one with nothing to fuse, or one that wraps a model which has a fused

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tbcm_kernels import modules, processors
 from tbcm_kernels._dual import any_dual
-from tbcm_kernels._layers import COUNTERPARTS, does_more, has_other_forward
+from tbcm_kernels._layers import COUNTERPARTS, does_more, has_other_forward, is_plain
 from tbcm_kernels.adaln import adaln
 from tbcm_kernels.rms_norm import rms_norm
 
@@ -106,7 +106,7 @@ def swaps(model: nn.Module) -> list[tuple[Any, str, Any]]:
 
 def _is_covered(layer: nn.Module) -> bool:
     """Whether the counterpart does all that the layer does."""
-    if has_other_forward(layer):
+    if has_other_forward(layer) or not is_plain(type(layer).forward):
         return False
     if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
         return len(layer.normalized_shape) == 1

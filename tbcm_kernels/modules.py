@@ -96,6 +96,8 @@ class RMSNorm(nn.RMSNorm):
         _check_last_dimension(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_nested:
+            return nn.RMSNorm.forward(self, x)
         _check_width(self, x)
         eps = self.eps
         if eps is None:
@@ -142,6 +144,8 @@ class LayerNorm(nn.LayerNorm):
         _check_last_dimension(self)
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:
+            return nn.LayerNorm.forward(self, input)
         _check_width(self, input)
         x = input
         if self.weight is not None and x.dtype.itemsize > 2:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tbcm_kernels import _dispatch, _dual
-from tbcm_kernels._layers import ADDED, Made, does_more
+from tbcm_kernels._layers import ADDED, Made, does_more, is_plain
+from tbcm_kernels._library import autocast_dtype
 from tbcm_kernels.adaln import adaln_jvp
 from tbcm_kernels.attention import attention_jvp
 from tbcm_kernels.attention.functional import MAX_HEAD_DIM
@@ -66,7 +67,7 @@ def swaps(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
             "fuse: this model's forward is replaced already, by a hook, offloading or fuse(); "
             "remove that first."
         )
-    if not _is_plain(type(model).forward):
+    if not is_plain(type(model).forward):
         raise ValueError(
             f"fuse: {type(model).__name__} has a forward of its own, which the fused one would "
             f"pass by; put a diffusers model inside, and fuse that."
@@ -112,7 +113,7 @@ def _check_layers(model: nn.Module) -> None:
         elif want is None:
             kind = type(layer)
             path = f"{kind.__module__}.{kind.__qualname__}"
-            reason = None if _is_plain(kind.forward) else f"is a {path}"
+            reason = None if is_plain(kind.forward) else f"is a {path}"
         else:
             reason = want.difference(layer)
         if reason:
@@ -135,12 +136,6 @@ def _as_made(config: tuple[tuple[str, Any], ...]) -> Made:
     settings = {name: value for name, value in config if name in known}
     with torch.device("meta"):
         return Made.of(SanaTransformer2DModel(**settings | {"num_layers": 1}))
-
-
-@functools.cache
-def _is_plain(forward: Callable[..., Any]) -> bool:
-    """Whether a forward is torch's or diffusers' own."""
-    return forward.__module__.partition(".")[0] in ("torch", "diffusers")
 
 
 def forward(
@@ -281,10 +276,7 @@ def _adaln(x: Pair, h: Pair, gate: Pair, scale: Pair, shift: Pair, eps: float) -
 
 def _of_layers(x: Tensor) -> torch.dtype | None:
     """The dtype in which autocast would give a stream in fp32 to the layers after its norm."""
-    device = x.device.type
-    if x.dtype != torch.float32 or device == "meta" or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
+    return autocast_dtype(x.device.type) if x.dtype == torch.float32 else None
 
 
 def zip_pairs(*pairs: Pair) -> list[Tensor | None]:
@@ -294,10 +286,8 @@ def zip_pairs(*pairs: Pair) -> list[Tensor | None]:
 
 def _split(x: Tensor) -> Pair:
     """A tensor or dual as a pair; its tangent is detached under `stop_tangent_gradient()`."""
-    (primal,), (tangent,) = _dual.unpack(x)
-    if tangent is not None and _dual.tangent_gradient_stopped():
-        tangent = tangent.detach()
-    return primal, tangent
+    (primal,), tangents = _dual.unpack(x)
+    return primal, *_dual.held(*tangents)
 
 
 def _chunks(table: Tensor, embedded: Pair) -> list[Pair]:

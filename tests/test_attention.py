@@ -245,6 +245,30 @@ def test_inner_products_agree() -> None:
     assert forward.item() == pytest.approx(reverse.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("bias", "factor"), [(-1e4, 1e6), (-200.0, 1e12), (-40.0, 1e4)])
+def test_rates_of_keys_that_hardly_count_cost_no_digits(
+    bias: float, factor: float, late: bool
+) -> None:
+    """A block of keys that is nearly hidden and moves fast, before or after one that is neither."""
+    torch.manual_seed(0)
+    q, tq = torch.randn(2, 1, 1, 4, 16)
+    k, v, t = torch.randn(3, 1, 1, 600, 16)
+    faint = slice(300, None) if late else slice(0, 300)
+    t, mask = t.clone(), torch.zeros(1, 1, 4, 600)
+    t[:, :, faint] *= factor
+    mask[..., faint] = bias
+
+    def moved(dtype: torch.dtype, impl: str) -> list[Tensor]:
+        inputs = [x.to(dtype) for x in (q, k, v, tq, t)]
+        options = {"attn_mask": mask.to(dtype), "return_lse": True, "impl": impl}
+        return tk.attention_jvp(*inputs, **options)[2:]
+
+    exact = moved(torch.float64, "reference")
+    for got, want in zip(moved(torch.float32, "cpu"), exact, strict=True):
+        assert (got - want).abs().max() < 2e-6 * want.abs().max()
+
+
 def test_inputs_are_never_written() -> None:
     case = draw(
         "slices", orders=("sliced", "tokens"), key_mask=True, mask="holes 1HNS", q_norm="each"

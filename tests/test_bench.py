@@ -59,12 +59,12 @@ def test_rows_of_every_pass_and_variant(op: str, tmp_path: Path) -> None:
     code, rows = run(tmp_path / "rows.jsonl", "--op", op)
     assert code == 0
     kernels = ops.implementations(op, "cpu", torch.float32)
-    plain = {p: {"eager"} for p in ops.passes(op)} | {"step": {"two-pass"}}
+    plain = {p: {"eager"} for p in ops.OPS[op].passes} | {"step": {"two-pass"}}
     if op == "attention":
         plain["forward"], plain["backward"] = {"eager", "sdpa"}, {"eager", "sdpa"}
         skipped = rows.pop(0)
         assert skipped["variant"] == peers.NAME and "us" not in skipped
-    pairs = {(p, v) for p in ops.passes(op) for v in {*kernels, *plain[p]}}
+    pairs = {(p, v) for p in ops.OPS[op].passes for v in {*kernels, *plain[p]}}
     assert {(r["pass"], r["variant"]) for r in rows} == pairs
     for row in rows:
         assert row["p20_us"] <= row["us"] <= row["p80_us"] and row["rounds"] == 2
@@ -77,7 +77,7 @@ def test_rows_of_every_pass_and_variant(op: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["backward", "step"])
-@pytest.mark.parametrize("op", [o for o in ops.OPS if "step" in ops.passes(o)])
+@pytest.mark.parametrize("op", [o for o in ops.OPS if "step" in ops.OPS[o].passes])
 def test_a_pass_of_ours_gives_what_pytorch_gives(
     op: str, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

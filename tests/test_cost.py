@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from bench import model
 from tbcm import cost
-from tbcm.step_bench import Plan, make_distiller, sana, work_of
+from tbcm.step_bench import SANA, Plan, make_distiller, sana, work_of
 from tbcm.train import METHODS
 
 SMALL = cost.Sana(width=1152, layers=1, tokens=64, text=8)
@@ -111,7 +111,7 @@ def test_flops_of_a_training_step(method: str) -> None:
 @pytest.mark.parametrize(("name", "width"), [("sana-0.6b", 1152), ("sana-1.6b", 2240)])
 def test_parameters(name: str, width: int) -> None:
     with torch.device("meta"):
-        exact = sum(p.numel() for p in sana(name, 2, 32, guidance=True).parameters())
+        exact = sum(p.numel() for p in sana(SANA[name][1:], 2, 32, guidance=True).parameters())
     assert cost.Sana(width, 2, 1024).parameters == pytest.approx(exact, rel=0.005)
 
 

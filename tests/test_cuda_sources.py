@@ -32,7 +32,7 @@ REGISTERS = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(audit_cuda.missing() is not None, reason=str(audit_cuda.missing()))
+@pytest.mark.skipif(_dispatch.missing("cuda") is not None, reason=str(_dispatch.missing("cuda")))
 def test_no_spills_and_few_registers() -> None:
     made = Path(importlib.import_module("tbcm_kernels._C").__file__).stat().st_mtime
     changed = [f.name for f in (ROOT / "csrc").iterdir() if f.stat().st_mtime > made]
@@ -129,7 +129,7 @@ def test_proofs_are_of_dtypes_without_a_fault() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.skipif(audit_cuda.missing() is not None, reason=str(audit_cuda.missing()))
+@pytest.mark.skipif(_dispatch.missing("cuda") is not None, reason=str(_dispatch.missing("cuda")))
 def test_the_shipped_table_is_of_todays_sources() -> None:
     table = json.loads(proofs.TABLE.read_text())
     assert set(table) <= proofs.sources()

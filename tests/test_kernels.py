@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tbcm_kernels as tk
 from tbcm_kernels import _dispatch
@@ -173,6 +174,74 @@ def test_extreme_inputs_of_the_gate() -> None:
         assert (y[0, :6] == 0).all() and (ty[0, :6].abs() < 1e-30).all(), impl
         # The stencil multiplies its neighbours by zero, so the NaN reaches one pixel to each side.
         assert torch.isfinite(ty[0, :9]).all() and y[0, 9:].isnan().all(), impl
+
+
+def test_a_gate_that_is_shut_hides_what_would_overflow() -> None:
+    """y = c₁ silu(c₂) where c₁ c₂ is no number of fp32."""
+    a, taps, bias = torch.zeros(1, 1, 2), torch.zeros(2, 1, 3, 3), torch.tensor([1e30, -1e10])
+    for impl in ("cpu", "reference"):
+        pair = tk.conv_glu_jvp(a, taps, bias, torch.ones_like(a), height=1, width=1, impl=impl)
+        assert all((y == 0).all() for y in pair), impl
+
+
+@pytest.mark.parametrize("tokens", [(4096, 4096), (64, 16384), (16384, 64)], ids=str)
+def test_long_inputs_of_linear_attention_keep_their_digits(tokens: tuple[int, int]) -> None:
+    """Sums over all tokens err as PyTorch's, by the policy's factor, in all outputs."""
+    torch.manual_seed(0)
+    n, s = tokens
+    q, tq, go = torch.randn(3, 1, 2, n, 32)
+    k, v, tk_, tv = torch.randn(4, 1, 2, s, 32)
+
+    def run(impl: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        moving = [x.to(dtype) for x in (tq, tk_, tv)]
+        with tk.stop_tangent_gradient():
+            o, to = tk.linear_attention_jvp(*leaves, *moving, impl=impl)
+        return [o, to, *torch.autograd.grad(o, leaves, go.to(dtype))]
+
+    def error(got: torch.Tensor, want: torch.Tensor) -> float:
+        return (got.double() - want).square().mean().sqrt().item()
+
+    exact = run("reference", torch.float64)
+    ours, plain = (run(impl, torch.float32) for impl in ("cpu", "reference"))
+    for mine, theirs, want in zip(ours, plain, exact, strict=True):
+        assert error(mine, want) <= 1.25 * error(theirs, want)
+
+
+@pytest.mark.parametrize("name", ["attention_jvp", "linear_attention_jvp"])
+def test_a_norm_of_tiny_rows_has_a_tangent(name: str) -> None:
+    """Where 1 / rms² is no number of fp32."""
+    torch.manual_seed(0)
+    q, k, v, tq, tk_ = torch.randn(5, 1, 2, 8, 32)
+    norm = torch.ones(32), 0.0
+    at = {"q_norm": norm, "k_norm": norm}
+    call = functools.partial(getattr(tk, name), **at)
+    want = call(q, k, v, tq, tk_, None, impl="reference")
+    got = call(*(3e-20 * x for x in (q, k)), v, *(3e-20 * x for x in (tq, tk_)), None)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", ["adaln", "conv_glu", "rms_norm", "flow_input", "flow_output"])
+def test_a_fake_has_the_strides_of_the_reference(op: str) -> None:
+    """Of inputs in another order of memory, where "auto" takes it; compiled code relies on them."""
+    x = torch.randn(2, 8, 6, dtype=torch.float64).transpose(1, 2)
+    taps, t = torch.ones(8, 1, 3, 3), torch.rand(2).double()
+    calls = {
+        "adaln": lambda x: tk.adaln_jvp(x, x, tx=x), "rms_norm": lambda x: tk.rms_norm_jvp(x, tx=x),
+        "conv_glu": lambda x: tk.conv_glu_jvp(x, taps, ta=x, height=2, width=3),
+        "flow_input": lambda x: tk.flow_input_jvp(x, t, x),
+        "flow_output": lambda x: tk.flow_output_jvp(x, x, t, x),
+    }  # fmt: skip
+
+    def layouts(x: torch.Tensor) -> list[tuple]:
+        leaf = x.detach().requires_grad_()
+        values = [y for y in calls[op](leaf) if y is not None]
+        values += torch.autograd.grad(values[0], leaf, torch.ones_like(values[0]))
+        return [(y.shape, y.stride(), y.dtype) for y in values]
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        promised = layouts(mode.from_tensor(x))
+    assert layouts(x) == promised
 
 
 @pytest.mark.parametrize("moving", ["weight", "bias"])

@@ -308,6 +308,16 @@ def test_copies_of_models_with_processors() -> None:
     handle.undo()
 
 
+def test_classes_with_another_forward_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32)), torch.randn(2, 5, 32)
+    stock = nn.LayerNorm.forward
+    monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, x: 2 * stock(self, x))
+    want = model(x)
+    with tk.fuse(model) as fused:
+        assert "forward" not in fused[0].__dict__
+        torch.testing.assert_close(model(x), want)
+
+
 def test_layers_that_do_more_keep_their_forward() -> None:
     """A forward of its own, a subclass, two dimensions, a bias."""
 

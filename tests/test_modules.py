@@ -397,6 +397,22 @@ def test_attention_is_exported_for_every_batch() -> None:
     torch.testing.assert_close(program.module()(x), layer(x))
 
 
+def test_the_gated_convolution_is_exported_for_every_grid() -> None:
+    class Images(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.taps = nn.Parameter(torch.randn(8, 1, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            _, height, width, _ = x.shape
+            return tk.conv_glu(x.flatten(1, 2), self.taps, height=height, width=width)
+
+    layer, any_size = Images(), dict.fromkeys((0, 1, 2), torch.export.Dim.DYNAMIC)
+    program = torch.export.export(layer, (torch.randn(2, 3, 5, 8),), dynamic_shapes=(any_size,))
+    x = torch.randn(4, 6, 7, 8)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
 def test_grouped_heads_are_repeated_heads() -> None:
     torch.manual_seed(0)
     grouped = modules.Attention(32, heads=4, kv_heads=2, dim_head=8)
@@ -473,6 +489,24 @@ def test_linear_of_other_layouts_is_pytorchs() -> None:
         for row, y in zip(rows, layer(nested).unbind(), strict=True):
             torch.testing.assert_close(y, layer(row))
     torch.testing.assert_close(layer(torch.eye(8).to_sparse()), layer(torch.eye(8)))
+    bias = torch.ones(3)
+    empty = torch.ones(2, 0), torch.ones(3, 0), bias
+    assert torch.equal(tk.linear(*empty), torch.nn.functional.linear(*empty))
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_norms_of_nested_tensors_are_pytorchs(name: str, layout: torch.layout) -> None:
+    norm, stock = getattr(modules, name)(8), getattr(nn, name)(8)
+    rows = [torch.randn(n, 8) for n in (3, 5)]
+    nested = torch.nested.nested_tensor(rows, layout=layout)
+    try:
+        want = stock(nested).unbind()
+    except RuntimeError as error:  # PyTorch has no such norm
+        with pytest.raises(RuntimeError, match=re.escape(str(error)[:40])):
+            norm(nested)
+        return
+    torch.testing.assert_close(norm(nested).unbind(), want)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (2, 2, 3, 4)])

@@ -105,6 +105,16 @@ def test_module_prints_a_row_for_each_op() -> None:
     assert "in float32" in printed.splitlines()[1]
 
 
+def test_the_trainer_without_its_packages_is_told() -> None:
+    """`pip install tbcm-kernels` brings the command, and not what it runs on."""
+    lack = "import sys; sys.modules['jsonargparse'] = None; from tbcm.__main__ import main"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{lack}; sys.exit(main())"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "jsonargparse is not installed; pip install 'tbcm-kernels[train]'" in done.stderr
+
+
 def test_a_record_makes_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

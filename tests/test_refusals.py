@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,22 @@ X, A, W = torch.ones(2, 6, 8), torch.ones(2, 6, 8), torch.ones(8, 1, 3, 3)
 Q, K, V = torch.ones(2, 4, 5, 8), torch.ones(2, 4, 7, 8), torch.ones(2, 4, 7, 16)
 GRID, T = {"height": 2, "width": 3}, torch.ones(2)
 REFUSED = [
+    ("rms_norm_jvp: x must be", lambda: tk.rms_norm_jvp(X.long())),
+    ("adaln_jvp: x must be", lambda: tk.adaln_jvp(X[0])),
+    ("conv_glu_jvp: a must be", lambda: tk.conv_glu_jvp(A[0], W, **GRID)),
+    ("linear_jvp: weight must be", lambda: tk.linear_jvp(X, W)),
+    *(
+        (f"{name} must be a number, got 'a'", functools.partial(call, impl=impl))
+        for impl in ("auto", "reference")
+        for name, call in {
+            "rms_norm: eps": lambda **o: tk.rms_norm(X, eps="a", **o),
+            "adaln_jvp: eps": lambda **o: tk.adaln_jvp(X, eps="a", **o),
+            "tangent_loss: c": lambda **o: tk.tangent_loss(X, X, X, X, T, 1, "a", **o),
+            "trajectory_step: sigma_data": lambda **o: tk.trajectory_step(
+                X, torch.cat((X, X)), T, T, T, "a", **o
+            ),
+        }.items()
+    ),
     ("adaln: x must be .* floating", lambda: tk.adaln(X[0])),
     ("adaln: x must be .* floating", lambda: tk.adaln(X.long())),
     ("adaln: x has width 0", lambda: tk.adaln(X[..., :0])),
@@ -75,7 +92,7 @@ REFUSED = [
     ("linear_attention: v must be a dense", lambda: tk.linear_attention(Q, K, None)),
     ("rms_norm: weight must be a dense tensor, got float", lambda: tk.rms_norm(X, 1.0)),
     ("x must be a dense tensor, got torch.sparse_coo", lambda: tk.rms_norm(X.to_sparse())),
-    ("linear: x must be a dense tensor, got NoneType", lambda: tk.linear_jvp(None, X[0])),
+    ("linear_jvp: x must be a dense tensor, got NoneType", lambda: tk.linear_jvp(None, X[0])),
     ("conv_glu: weight must be a dense", lambda: tk.conv_glu(A, None, **GRID)),
     ("conv_glu: height and width must be integers", lambda: tk.conv_glu(A, W, height=2.0, width=3)),
     ("tangent_loss: jvp must be a dense", lambda: tk.tangent_loss(X, None, X, X, T, 1.0)),

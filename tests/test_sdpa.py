@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_layers import OwnAttention, _worst
+from test_layers import OwnAttention, worst
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -43,7 +43,7 @@ def test_attention_is_found_through_super_and_by_another_name() -> None:
             want = torch.func.jvp(module, (x,), (x.cos(),))
         with tk.fuse(nn.Sequential(module, torch.jit.script(nn.GELU()))):
             got = torch.func.jvp(module, (x,), (x.cos(),))
-        assert max(map(_worst, got, want)) < 1e-5
+        assert max(map(worst, got, want)) < 1e-5
 
 
 @functools.wraps(sdpa)
@@ -178,7 +178,7 @@ def test_the_gradient_of_a_learned_bias_is_not_lost_without_a_tangent() -> None:
     (want,) = torch.autograd.grad(module(x).sin().sum(), module.bias)
     with tk.fuse(module):
         (got,) = torch.autograd.grad(module(x).sin().sum(), module.bias)
-    assert _worst(got, want) < 1e-5
+    assert worst(got, want) < 1e-5
 
 
 @pytest.mark.parametrize("shape", [(6, 8), (3, 6, 8), (2, 2, 3, 6, 8), (2, 1, 2, 3, 6, 8)], ids=str)

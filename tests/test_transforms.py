@@ -124,3 +124,18 @@ def test_a_gradient_through_a_tangent_is_differentiated_again_or_refuses(name: s
 def test_explicit_functions_raise_under_functional_reverse_mode(call: Callable) -> None:
     with pytest.raises(RuntimeError, match=r"torch\.autograd\.grad"):
         torch.func.grad(lambda x: call(x).sum())(torch.randn(1, 4, 8))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_tangents_of_explicit_functions_are_constants_in_the_semi_gradient(impl: str) -> None:
+    x, t, a = torch.randn(1, 4, 8), torch.randn(1, 4, 8), {"impl": impl}
+    leaf = x.clone().requires_grad_()
+    with tk.stop_tangent_gradient():
+        moved = [
+            tk.rms_norm_jvp(leaf, None, t, **a)[1],
+            *tk.adaln_jvp(leaf, x, tx=t, **a)[2:],
+            tk.conv_glu_jvp(leaf, TAPS, None, t, height=2, width=2, **a)[1],
+            tk.flow_input_jvp(leaf, T, t, **a)[2],
+            tk.flow_output_jvp(leaf, x, T, t, **a)[1],
+        ]
+    assert not any(y.requires_grad for y in moved)

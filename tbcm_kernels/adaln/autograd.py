@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tbcm_kernels import _dispatch
 from tbcm_kernels._dual import present
-from tbcm_kernels._library import CHUNK, differentiate, present_or_absent, register
+from tbcm_kernels._library import CHUNK, differentiate, in_rows, present_or_absent, register
 from tbcm_kernels.adaln import buffers, reference
 
 
@@ -21,7 +21,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         return present_or_absent(x, kernel.forward(*operands, eps, dtype=dtype))
     h, th = _as(x.dtype, h), _as(x.dtype, th)  # saved as it came
     out, y, tout, ty = kernel.forward(x, h, gate, scale, shift, tx, th, *others, eps)
-    return present_or_absent(x, (out, _as(dtype, y), tout, _as(dtype, ty)))
+    return in_rows(x, (out, _as(dtype, y), tout, _as(dtype, ty)))
 
 
 def _takes_both(kernel: Any, x: Tensor, dtype: torch.dtype, *narrow: Tensor | None) -> bool:
@@ -97,7 +97,7 @@ def _backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
         return present_or_absent(out, kernel.backward(*arguments[:-2], dtype=narrow))
     gy, h = _as(out.dtype, gy), _as(out.dtype, h)
     gx, gh, *sums = kernel.backward(gout, gy, out, h, gate, scale, *rest)
-    return present_or_absent(out, (gx, _as(dtype or out.dtype, gh), *sums))
+    return in_rows(out, (gx, _as(dtype or out.dtype, gh), *sums))
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:

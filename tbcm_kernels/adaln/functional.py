@@ -54,7 +54,8 @@ def adaln(
     Source: adaLN-Zero of DiT, arXiv 2212.09748.
     """
     inputs = (x, h, gate, scale, shift)
-    _check(*inputs, dtype)
+    _check("adaln", *inputs, dtype)
+    eps = _dual.number("adaln", "eps", eps)
     if impl == "reference":
         out, y, _, _ = reference.forward(*inputs, *[None] * 5, eps, dtype)
         return (x if out is None else _dual.settled(out)), _dual.settled(y)
@@ -86,6 +87,7 @@ def adaln_jvp(
         ty  = r ((tx' − mean tx') − x̂ mean(x̂ tx')) · (1 + scale) + x̂ · tscale + tshift
 
     Args: those of `adaln`, then the tangent of each; None is a zero tangent, whose work is skipped.
+        With "reference" too gradients are of first order.
 
     Returns:
         (x', y, tx', ty). A tangent is None where every input it depends on has none. Under
@@ -99,7 +101,8 @@ def adaln_jvp(
     """
     primals = (x, h, gate, scale, shift)
     tangents = (tx, th, tgate, tscale, tshift)
-    _check(*primals, dtype)
+    _check("adaln_jvp", *primals, dtype)
+    eps = _dual.number("adaln_jvp", "eps", eps)
     _dual.guard_levels("adaln")
     _dual.refuse_duals("adaln_jvp", *primals, *tangents)
     if _dual.present(tangents):
@@ -121,7 +124,6 @@ def _pair(
     tangents = _dual.held(*tangents)
     through = not _dual.tangent_gradient_stopped()
     chosen = _dispatch.choose_for_rows("adaln", impl, x)
-    eps = _dual.number("adaln", "eps", eps)
     out, y, tout, ty = adaln_op(*primals, *tangents, eps, dtype, through, chosen)
     residual_tangent = _dual.present(tangents[:3])
     return (
@@ -133,23 +135,23 @@ def _pair(
 
 
 def _check(
-    x: Tensor, h: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
-    dtype: torch.dtype | None,
+    op: str, x: Tensor, h: Tensor | None, gate: Tensor | None, scale: Tensor | None,
+    shift: Tensor | None, dtype: torch.dtype | None,
 ) -> None:  # fmt: skip
     modulations = {"gate": gate, "scale": scale, "shift": shift}
-    _dual.check_tensors("adaln", {"x": x}, {"h": h, **modulations})
+    _dual.check_tensors(op, {"x": x}, {"h": h, **modulations})
     if x.ndim != 3 or not x.dtype.is_floating_point:
-        raise ValueError(f"adaln: x must be [B, N, C] and floating, got {_dual.describe(x)}.")
+        raise ValueError(f"{op}: x must be [B, N, C] and floating, got {_dual.describe(x)}.")
     if x.shape[-1] == 0:
-        raise ValueError("adaln: x has width 0, and a row of nothing has no norm.")
+        raise ValueError(f"{op}: x has width 0, and a row of nothing has no norm.")
     if dtype is not None and not _fits(dtype, x):
         raise ValueError(
-            f"adaln: dtype must be x's, or bf16 or fp16 beside an x in fp32, got {dtype} for "
+            f"{op}: dtype must be x's, or bf16 or fp16 beside an x in fp32, got {dtype} for "
             f"{_dual.describe(x)}."
         )
     if h is not None and not (h.shape == x.shape and h.device == x.device and _fits(h.dtype, x)):
         raise ValueError(
-            f"adaln: h must match x, or be in 16 bits beside an x in fp32, got "
+            f"{op}: h must match x, or be in 16 bits beside an x in fp32, got "
             f"{_dual.describe(h)} for {_dual.describe(x)}."
         )
     if gate is not None and h is None:
@@ -159,7 +161,7 @@ def _check(
             continue
         if m.device != x.device or not (m.is_floating_point() and _broadcasts(m.shape, x.shape)):
             raise ValueError(
-                f"adaln: {name} must be floating, on x's device, and [..., C] that broadcasts to "
+                f"{op}: {name} must be floating, on x's device, and [..., C] that broadcasts to "
                 f"x, such as [B, 1, C]; got {_dual.describe(m)} for {_dual.describe(x)}."
             )
 
@@ -172,7 +174,6 @@ def _fits(dtype: torch.dtype, x: Tensor) -> bool:
 def _broadcasts(small: torch.Size, big: torch.Size) -> bool:
     if small == (big[0], 1, big[2]):
         return True
-    padded = (1,) * (len(big) - len(small)) + tuple(small)
-    return len(padded) == len(big) and all(
-        s in (1, b) for s, b in zip(padded, big, strict=True)
-    ) and padded[-1] == big[-1]  # fmt: skip
+    padded = (1,) * (3 - len(small)) + tuple(small)
+    pairs = zip(padded, big, strict=False)
+    return len(small) <= 3 and padded[-1] == big[-1] and all(s in (1, b) for s, b in pairs)

@@ -242,7 +242,9 @@ def _choose(
 
 def _check_dropout(dropout_p: float) -> None:
     if dropout_p:
-        raise ValueError(f"attention: dropout_p must be 0, got {dropout_p}; it is not supported.")
+        raise ValueError(
+            f"attention: dropout_p must be 0, got {dropout_p}; call model.eval(), or set it to 0."
+        )
 
 
 def _refuse_moving(attn_mask: Tensor | None) -> None:

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from tbcm_kernels import _dispatch
 from tbcm_kernels._dual import present
-from tbcm_kernels._library import differentiate, present_or_absent, register
+from tbcm_kernels._library import differentiate, in_rows, present_or_absent, register
 from tbcm_kernels.conv_glu import buffers, reference
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     *operands, _, impl = arguments
     kernel = _dispatch.implementation("conv_glu", impl).forward
-    return present_or_absent(operands[0], kernel(*operands))
+    return in_rows(operands[0], kernel(*operands))
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -52,7 +52,7 @@ def _backward(ctx: Any, gy: Tensor | None, gty: Tensor | None) -> tuple[Tensor |
 def _backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
     *operands, impl = arguments
     kernel = _dispatch.implementation("conv_glu", impl).backward
-    return present_or_absent(operands[1], kernel(*operands))
+    return in_rows(operands[1], kernel(*operands))
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -63,12 +63,12 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 conv_glu_op = register(
     "conv_glu",
     "(Tensor a, Tensor weight, Tensor? bias, Tensor? ta, Tensor? tweight, Tensor? tbias, "
-    "int height, int width, bool through, str impl) -> (Tensor, Tensor)",
+    "SymInt height, SymInt width, bool through, str impl) -> (Tensor, Tensor)",
     _forward, _forward_fake, _setup, _backward,
 )  # fmt: skip
 conv_glu_backward = register(
     "conv_glu_backward",
     "(Tensor gy, Tensor a, Tensor weight, Tensor? bias, bool needs_weight, bool needs_bias, "
-    "int height, int width, str impl) -> (Tensor, Tensor, Tensor)",
+    "SymInt height, SymInt width, str impl) -> (Tensor, Tensor, Tensor)",
     _backward_kernel, _backward_fake,
 )  # fmt: skip

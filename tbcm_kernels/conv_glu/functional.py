@@ -49,7 +49,7 @@ def conv_glu(
     Cost: reads a and writes y once. Saves a for backward.
     Source: GLUMBConv of SANA, arXiv 2410.10629.
     """
-    _check(a, weight, bias, height, width)
+    _check("conv_glu", a, weight, bias, height, width)
     if impl == "reference":
         y, _ = reference.forward(a, weight, bias, None, None, None, height, width)
         return _dual.settled(y)
@@ -76,7 +76,8 @@ def conv_glu_jvp(
         ty = tc₁ · silu(c₂) + c₁ · silu′(c₂) · tc₂
 
     Args: those of `conv_glu`, then the tangent of each; None is a zero tangent. With tangents of
-        weight or bias "auto" runs the reference, and other kernels raise.
+        weight or bias "auto" runs the reference, and other kernels raise. With "reference" too
+        gradients are of first order.
 
     Returns:
         (y, ty); ty is None where all tangents are, and does not require grad under
@@ -88,7 +89,7 @@ def conv_glu_jvp(
     Cost: reads a, ta and writes y, ty once. Backward through ty is exact, by differentiating the
     reference, and then saves all inputs.
     """
-    _check(a, weight, bias, height, width)
+    _check("conv_glu_jvp", a, weight, bias, height, width)
     primals, tangents = (a, weight, bias), (ta, tweight, tbias)
     _dual.guard_levels("conv_glu")
     _dual.refuse_duals("conv_glu_jvp", *primals, *tangents)
@@ -120,24 +121,26 @@ def choose(impl: str, a: Tensor, weights_move: bool = False) -> str:
     return _dispatch.choose("conv_glu", impl, a, unfit=unfit, avoid=avoid)
 
 
-def _check(a: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -> None:
-    _dual.check_tensors("conv_glu", {"a": a, "weight": weight}, {"bias": bias})
+def _check(
+    op: str, a: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int
+) -> None:
+    _dual.check_tensors(op, {"a": a, "weight": weight}, {"bias": bias})
     if any(n is None or isinstance(n, float) for n in (height, width)):
-        raise ValueError(f"conv_glu: height and width must be integers, got {height} and {width}.")
+        raise ValueError(f"{op}: height and width must be integers, got {height} and {width}.")
     if a.ndim != 3 or a.shape[2] % 2 or a.shape[2] == 0 or not a.dtype.is_floating_point:
-        raise ValueError(f"conv_glu: a must be [B, N, 2K] and floating, got {_dual.describe(a)}.")
+        raise ValueError(f"{op}: a must be [B, N, 2K] and floating, got {_dual.describe(a)}.")
     if height < 1 or width < 1 or a.shape[1] != height * width:
         raise ValueError(
-            f"conv_glu: height · width must be a's {a.shape[1]} tokens, got {height} · {width}."
+            f"{op}: height · width must be a's {a.shape[1]} tokens, got {height} · {width}."
         )
     if weight.shape != (a.shape[2], 1, 3, 3) or weight.device != a.device:
         raise ValueError(
-            f"conv_glu: weight must be [{a.shape[2]}, 1, 3, 3] on {a.device}, got "
+            f"{op}: weight must be [{a.shape[2]}, 1, 3, 3] on {a.device}, got "
             f"{_dual.describe(weight)}."
         )
     if not all(p is None or p.is_floating_point() for p in (weight, bias)):
-        raise ValueError("conv_glu: weight and bias must be floating.")
+        raise ValueError(f"{op}: weight and bias must be floating.")
     if bias is not None and (bias.shape != a.shape[2:] or bias.device != a.device):
         raise ValueError(
-            f"conv_glu: bias must be [{a.shape[2]}] on {a.device}, got {_dual.describe(bias)}."
+            f"{op}: bias must be [{a.shape[2]}] on {a.device}, got {_dual.describe(bias)}."
         )

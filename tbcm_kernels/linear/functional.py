@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,10 +31,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.is_nested or not x.layout == weight.layout == torch.strided:
         return F.linear(x, weight, bias)
     if not _dual.in_dual_level():  # also under torch.func.grad: no tangent to lose
-        return _pair(x, weight, bias)[0]
+        return _pair("linear", x, weight, bias)[0]
     _dual.guard_levels("linear", "F.linear")
     primals, tangents = _dual.unpack(x, weight, bias)
-    return _dual.pack(*_pair(*primals, *tangents))
+    return _dual.pack(*_pair("linear", *primals, *tangents))
 
 
 def linear_jvp(
@@ -60,14 +62,14 @@ def linear_jvp(
     """
     _dual.refuse_duals("linear_jvp", x, weight, bias, tx, tweight, tbias)
     _dual.check_tangents("linear_jvp", x=(x, tx), weight=(weight, tweight), bias=(bias, tbias))
-    return _pair(x, weight, bias, tx, tweight, tbias)
+    return _pair("linear_jvp", x, weight, bias, tx, tweight, tbias)
 
 
 def _pair(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tx: Tensor | None = None,
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, tx: Tensor | None = None,
     tweight: Tensor | None = None, tbias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    _check(x, weight, bias)
+    _check(op, x, weight, bias)
     y, shape = _rows(x, weight, bias), (*x.shape[:-1], weight.shape[0])
     with _dual.tangent_scope():
         terms = []
@@ -85,15 +87,16 @@ def _pair(
 def _rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` on rows: on more dimensions it saves other tensors inside
     `torch.func.jvp` than outside, and a checkpointed function would not find them again."""
-    return F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 has no meaning where x is empty
+    return F.linear(rows, weight, bias)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _dual.check_tensors("linear", {"x": x, "weight": weight}, {"bias": bias})
+def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _dual.check_tensors(op, {"x": x, "weight": weight}, {"bias": bias})
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"linear: weight must be [O, I] with I = x's last dimension, got "
+            f"{op}: weight must be [O, I] with I = x's last dimension, got "
             f"{_dual.describe(weight)} for {_dual.describe(x)}."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"linear: bias must be [{weight.shape[0]}], got {_dual.describe(bias)}.")
+        raise ValueError(f"{op}: bias must be [{weight.shape[0]}], got {_dual.describe(bias)}.")

@@ -209,7 +209,7 @@ def _conv_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 
 linear_of_conv_glu = register(
     "linear_of_conv_glu",
-    "(Tensor y, Tensor a, Tensor depth, Tensor? bias, int height, int width, Tensor weight, "
+    "(Tensor y, Tensor a, Tensor depth, Tensor? bias, SymInt height, SymInt width, Tensor weight, "
     "str impl) -> Tensor",
     _conv_forward, _conv_fake, _conv_setup, _conv_backward,
 )  # fmt: skip

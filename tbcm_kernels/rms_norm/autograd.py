@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from tbcm_kernels import _dispatch
-from tbcm_kernels._library import CHUNK, differentiate, present_or_absent, register
+from tbcm_kernels._library import CHUNK, differentiate, in_rows, present_or_absent, register
 from tbcm_kernels.rms_norm import buffers, heads, reference
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     *operands, eps, _, impl = arguments
     kernel = _dispatch.implementation("rms_norm", impl).forward
-    return present_or_absent(operands[0], kernel(*operands, eps))
+    return in_rows(operands[0], kernel(*operands, eps))
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -60,7 +60,7 @@ def _gradients(
 def _backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
     *operands, impl = arguments
     kernel = _dispatch.implementation("rms_norm", impl).backward
-    return present_or_absent(operands[1], kernel(*operands))
+    return in_rows(operands[1], kernel(*operands))
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:

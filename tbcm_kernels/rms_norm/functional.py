@@ -36,7 +36,8 @@ def rms_norm(
     Cost: reads x and writes y once. Saves x for backward.
     Source: arXiv 1910.07467.
     """
-    _check(x, weight)
+    _check("rms_norm", x, weight)
+    eps = _dual.number("rms_norm", "eps", eps)
     if impl == "reference":
         return _dual.settled(reference.forward(x, weight, None, None, eps)[0])
     _dual.guard_levels("rms_norm")
@@ -57,7 +58,8 @@ def rms_norm_jvp(
 
         ty = weight · r · (tx − x r² mean(x tx)) + tweight · x · r
 
-    Args: those of `rms_norm`, then the tangent of each; None is a zero tangent.
+    Args: those of `rms_norm`, then the tangent of each; None is a zero tangent. With "reference"
+        too gradients are of first order.
 
     Returns:
         (y, ty); ty is None where both tangents are, and does not require grad under
@@ -69,7 +71,8 @@ def rms_norm_jvp(
     Cost: reads x, tx and writes y, ty once. Backward through ty is exact, by differentiating the
     reference, and then saves all inputs.
     """
-    _check(x, weight)
+    _check("rms_norm_jvp", x, weight)
+    eps = _dual.number("rms_norm_jvp", "eps", eps)
     _dual.guard_levels("rms_norm")
     _dual.refuse_duals("rms_norm_jvp", x, weight, tx, tweight)
     _dual.check_tangents("rms_norm_jvp", x=(x, tx), weight=(weight, tweight))
@@ -83,22 +86,21 @@ def _pair(
     tx, tweight = _dual.held(tx, tweight)
     through = not _dual.tangent_gradient_stopped()
     chosen = _dispatch.choose_for_rows("rms_norm", impl, x)
-    eps = _dual.number("rms_norm", "eps", eps)
     y, ty = rms_norm_op(x, weight, tx, tweight, eps, through, chosen)
     return y, or_none(ty, tx is not None or tweight is not None)
 
 
-def _check(x: Tensor, weight: Tensor | None) -> None:
-    _dual.check_tensors("rms_norm", {"x": x}, {"weight": weight})
+def _check(op: str, x: Tensor, weight: Tensor | None) -> None:
+    _dual.check_tensors(op, {"x": x}, {"weight": weight})
     if x.ndim == 0 or x.shape[-1] == 0 or not x.dtype.is_floating_point:
         raise ValueError(
-            f"rms_norm: x must be [..., C] with C > 0 and floating, got {_dual.describe(x)}."
+            f"{op}: x must be [..., C] with C > 0 and floating, got {_dual.describe(x)}."
         )
     if weight is None:
         return
     fits = weight.shape == x.shape[-1:] and weight.device == x.device
     if not (fits and weight.is_floating_point()):
         raise ValueError(
-            f"rms_norm: weight must be floating [C] = [{x.shape[-1]}] on {x.device}, got "
+            f"{op}: weight must be floating [C] = [{x.shape[-1]}] on {x.device}, got "
             f"{_dual.describe(weight)}."
         )

@@ -63,8 +63,10 @@ def tangent_loss(
     tensors, numbers = (out, jvp, velocity, x), (t, keep, weight, log_variance)
     _check(*tensors, *numbers)
     constants = _dual.detached(*tensors[1:], *numbers[:3])
+    options = {"r": r, "c": c, "sigma_data": sigma_data}
+    scalars = [_dual.number("tangent_loss", name, value) for name, value in options.items()]
     if impl == "reference":
-        loss, norm = reference.loss(out, *constants, log_variance, r, c, sigma_data)
+        loss, norm = reference.loss(out, *constants, log_variance, *scalars)
         return loss, norm.detach()
     _dual.guard_levels("tangent_loss")
     if _dual.any_dual(*tensors, *numbers):
@@ -72,8 +74,6 @@ def tangent_loss(
             "tbcm_kernels.tangent_loss has no forward-mode derivative: unpack the student's dual "
             "and pass its value as out and its tangent as jvp."
         )
-    options = {"r": r, "c": c, "sigma_data": sigma_data}
-    scalars = [_dual.number("tangent_loss", name, value) for name, value in options.items()]
     chosen = _dispatch.choose("tangent_loss", impl, out)
     loss, norm, _, _ = tangent_loss_op(out, *constants, log_variance, *scalars, chosen)
     return loss, norm

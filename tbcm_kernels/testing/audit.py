@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tbcm_kernels._dispatch import missing
 from tbcm_kernels.testing import audit_cuda
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _cuda_reports(pattern: str) -> list[Report]:
     """Reports of the CUDA C++ kernels whose name matches, where the extension has them."""
-    if reason := audit_cuda.missing():
+    if reason := missing("cuda"):
         print(f"no CUDA C++ kernels: {reason}", file=sys.stderr)
         return []
     reports = (Report(**row) for row in audit_cuda.built())

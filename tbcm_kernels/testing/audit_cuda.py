@@ -8,14 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from tbcm_kernels import _dispatch
-
 _TYPES = {"float": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
-
-def missing() -> str | None:
-    """Why there are no CUDA C++ kernels here; None where there are."""
-    return _dispatch.missing("cuda")
 
 
 def cuobjdump(file: str | Path, what: str) -> str:

@@ -115,7 +115,7 @@ def _baseline(case: Case, impl: str) -> Values:
     primals, tangents = ([_cpu(v) for v in vs] for vs in (case.primals, case.tangents))
     exact = _forward(case, primals, tangents)
     plain = _forward(case, primals, [None] * len(primals))
-    grads = _backward(case, primals, plain, _cotangents(case, plain), _reference(case.op))
+    grads = _backward(case, primals, plain, _cotangents(case, plain))
     grads = [None if p is None else g.to(p.dtype) for g, p in zip(grads, case.primals, strict=True)]
     return [None if o is None else o.double() for o in (*exact, *_alone(plain), *grads)]
 
@@ -143,10 +143,8 @@ def _cpu(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().cpu()
 
 
-def _backward(
-    case: Case, primals: Values, outputs: Values, cotangents: Values,
-    reference: ModuleType,
-) -> Values:  # fmt: skip
+def _backward(case: Case, primals: Values, outputs: Values, cotangents: Values) -> Values:
+    reference = _reference(case.op)
     if case.op == "rms_norm":
         x, weight = primals
         gy, needs = cotangents[0], weight is not None

@@ -12,14 +12,22 @@ from torch import Tensor
 
 from tbcm_kernels import _dispatch
 from tbcm_kernels._dual import present
-from tbcm_kernels._library import absent, differentiate, fresh, present_or_absent, register, wide
+from tbcm_kernels._library import (
+    absent,
+    differentiate,
+    fresh,
+    in_rows,
+    present_or_absent,
+    register,
+    wide,
+)
 from tbcm_kernels.trigflow import reference
 
 
 def _input(*arguments: Any) -> tuple[Tensor, ...]:
     *operands, _, impl = arguments
     kernel = _dispatch.implementation("trigflow", impl).flow_input
-    return present_or_absent(operands[0], kernel(*operands))
+    return in_rows(operands[0], kernel(*operands))
 
 
 def _input_fake(
@@ -45,7 +53,7 @@ def _input_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
 def _output(*arguments: Any) -> tuple[Tensor, ...]:
     *operands, _, impl = arguments
     kernel = _dispatch.implementation("trigflow", impl).flow_output
-    return present_or_absent(operands[0], kernel(*operands))
+    return in_rows(operands[0], kernel(*operands))
 
 
 def _output_fake(_: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -94,7 +102,8 @@ def _scaled(ctx: Any, grad: Tensor | None) -> Tensor | None:
 
 def _step(*arguments: Any) -> tuple[Tensor, Tensor]:
     *operands, impl = arguments
-    return _dispatch.implementation("trigflow", impl).trajectory_step(*operands)
+    kernel = _dispatch.implementation("trigflow", impl).trajectory_step
+    return in_rows(operands[0], kernel(*operands))
 
 
 def _step_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,8 @@ def flow_input_jvp(
 
         tx_FM = λ tx − λ² δ tt x,  tt_FM = λ² tt,  δ = cos t − sin t
 
-    Args: those of `flow_input`, then the tangent of each; None is a zero tangent.
+    Args: those of `flow_input`, then the tangent of each; None is a zero tangent. With "reference"
+        too gradients are of first order.
 
     Returns:
         (x_FM, t_FM, tx_FM, tt_FM). A tangent is None where every input it depends on has none.
@@ -110,7 +111,8 @@ def flow_output_jvp(
 
         tF = λ (δ tx + tv) − λ² tt (2 x + δ v)
 
-    Args: those of `flow_output`, then the tangent of each; None is a zero tangent.
+    Args: those of `flow_output`, then the tangent of each; None is a zero tangent. With "reference"
+        too gradients are of first order.
 
     Returns:
         (F, tF); tF is None where all tangents are, and does not require grad under
@@ -172,10 +174,10 @@ def trajectory_step(
             f"trajectory_step: out must be [2P, ...], both branches of guidance, on {x.device}, "
             f"got {_dual.describe(out)} for x {_dual.describe(x)}."
         )
+    sigma_data = _dual.number("trajectory_step", "sigma_data", sigma_data)
     if impl == "reference":
         return reference.trajectory_step(x, out, t, s, guidance, sigma_data)
     _dual.refuse_derivatives("trajectory_step", x, out, t, s, guidance)
-    sigma_data = _dual.number("trajectory_step", "sigma_data", sigma_data)
     chosen = _dispatch.choose("trigflow", impl, x)
     return trajectory_step_op(x, out, t, s, guidance, sigma_data, chosen)
 

@@ -205,7 +205,7 @@ def _resumed_state(run: Path, name: str) -> dict[str, Any] | None:
     own = run / "checkpoints"
     path = own / name if (own / name).exists() else Path(name)
     state = read(path, whole=True)
-    if path.parent.resolve() != own.resolve():  # where it lies, whatever it links to
+    if own.resolve() not in (path.parent.resolve(), path.resolve().parent):
         raise UserError(
             f"The checkpoint {path} is not of the run in output_dir {run}; give that run's own "
             "folder as --output_dir."
@@ -235,7 +235,7 @@ def set_aside_newer(run: Path, step: int) -> None:
 def set_aside(folder: Path, why: str) -> None:
     """Rename a folder that no longer counts; what was set aside before it under its name goes."""
     aside = folder.with_name(folder.name + ".replaced")
-    if aside.exists():
+    if os.path.lexists(aside):
         remove(aside)
     folder.rename(aside)
     print(f"Set aside {folder}, {why}, as {aside.name}.")

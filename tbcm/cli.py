@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable
@@ -253,9 +254,12 @@ def config_first(argv: list[str]) -> list[str]:
 
 
 def refuse_repeated_keys(argv: list[str]) -> None:
-    """Raises UserError for a key that a --config file has twice: YAML would take the last."""
+    """Raises UserError for a key that a --config file has twice: YAML would take the last.
+
+    A word may also be YAML itself, of any length.
+    """
     words = [w.removeprefix("--config=") for i, w in enumerate(argv) if of_config(argv, i)]
-    for path in filter(Path.is_file, map(Path, words)):
+    for path in map(Path, filter(os.path.isfile, words)):
         with suppress(yaml.YAMLError, UnicodeDecodeError):  # which the parser names
             top = yaml.compose(path.read_text("utf-8"))
             keys = [key.value for key, _ in top.value] if isinstance(top, yaml.MappingNode) else []

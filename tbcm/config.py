@@ -289,7 +289,7 @@ def unused(config: TrainConfig) -> dict[str, str]:
 
 
 MAY_CHANGE = (
-    "output_dir", "pretrained_model_name_or_path", "prompts", "images", "latents_cache",
+    "output_dir", "pretrained_model_name_or_path", "revision", "prompts", "images", "latents_cache",
     "filter_latent", "fused", "cuda_graphs", "device", "gradient_accumulation_steps",
     "points_per_pass", "gradient_checkpointing", "fsdp", "resume_from_checkpoint",
     "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",

@@ -24,6 +24,7 @@ from tbcm import distributed, objective
 from tbcm.config import TrainConfig
 from tbcm.embeddings import prompt_embeddings
 from tbcm.errors import UserError
+from tbcm.files import content
 from tbcm.graphed import Graphed
 from tbcm.lora import build_lora_student, learnt, merged
 from tbcm.models import Teacher
@@ -392,9 +393,11 @@ class Distiller:
     def made_from(self) -> dict[str, str]:
         """Fingerprints of all that a run is made from beside its settings, by what they are of."""
         given = [] if self.filter_latent is None else [self.filter_latent]
+        made = sorted(i for i in self.transformer.config.items() if not i[0].startswith("_"))
         return {
             "prompts or the text encoder": self.embeddings.folder.name,
             "teacher's weights": self.teacher_digest,
+            "teacher's settings": content(salt=repr((made, self.teacher.latent_shape))),
             "numbers of filter_latent": digest(given),
         }
 

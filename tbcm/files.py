@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +17,7 @@ from tbcm.errors import UserError, reason
 TMP = ".tmp"
 """The end of a folder's name while it is filled."""
 PART = ".part"
-"""The end of a file's name while it is written; it begins with a dot."""
+"""The end of a file's name while it is written, after a dot, its own name and the process."""
 
 
 @contextmanager
@@ -38,13 +39,13 @@ def _part_of(path: Path) -> Iterator[Path]:
 
 def is_part(path: Path) -> bool:
     """Whether a file is one that was being written when its process was killed."""
-    return path.name.startswith(".") and path.name.endswith(PART)
+    return path.is_file() and re.fullmatch(rf"\..+\.\d+{re.escape(PART)}", path.name) is not None
 
 
 def remove_parts(folder: Path) -> None:
-    """What killed processes have left of files that they were writing."""
-    for path in filter(is_part, folder.rglob(f".*{PART}")):
-        path.unlink()
+    """What killed processes have left in a folder of files that they were writing."""
+    for path in filter(is_part, folder.glob(f".*{PART}")):
+        path.unlink(missing_ok=True)
 
 
 def remove(folder: Path) -> None:
@@ -139,7 +140,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
             raise
-        if path.exists():
+        if os.path.lexists(path):
             remove(path)
         tmp.rename(path)
         flush(path.parent)

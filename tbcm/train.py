@@ -76,7 +76,8 @@ def find_start(config: TrainConfig, accelerator: Accelerator, held: ExitStack) -
 
     def find() -> Path | None:
         run = Path(config.output_dir)
-        if config.resume_from_checkpoint and (run / "config.yaml").exists():
+        there = any((run / name).exists() for name in ("config.yaml", "checkpoints"))
+        if config.resume_from_checkpoint and there:
             held.enter_context(checkpoint.alone(run))
         return checkpoint.find_start(config)
 
@@ -107,7 +108,8 @@ def open_run(distiller: Distiller, start: Path | None, held: ExitStack) -> None:
     if start:
         distiller.load_state(checkpoint.read(start))
     if distiller.main:
-        remove_parts(run)
+        for folder in (run, run / "samples"):
+            remove_parts(folder)
         checkpoint.set_aside_newer(run, distiller.step)
         if distiller.step < config.max_train_steps and (run / "student").exists():
             checkpoint.set_aside(run / "student", "of an earlier end of this run")

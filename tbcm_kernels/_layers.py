@@ -24,8 +24,9 @@ def does_more(layer: nn.Module) -> bool:
 
 @functools.cache
 def is_plain(forward: Callable[..., Any]) -> bool:
-    """Whether a forward is torch's or diffusers' own."""
-    return forward.__module__.partition(".")[0] in ("torch", "diffusers")
+    """Whether a forward is torch's or diffusers' own; one that `functools.wraps` it is not."""
+    home = getattr(forward, "__globals__", {}).get("__name__", forward.__module__)
+    return home.partition(".")[0] in ("torch", "diffusers")
 
 
 def has_other_forward(layer: nn.Module) -> bool:

@@ -27,7 +27,7 @@ def fp32_layer_norm(layer: nn.Module, inputs: Tensor) -> Tensor:
 def rms_norm_cast(layer: nn.Module, hidden_states: Tensor) -> Tensor:
     """diffusers' `RMSNorm`, which casts to its weight's dtype where that has 16 bits."""
     weight = layer.weight
-    if layer.bias is not None:  # it has got one since fuse()
+    if layer.bias is not None or hidden_states.is_nested:  # a bias that it has got since fuse()
         return type(layer).forward(layer, hidden_states)
     if weight is None:
         return rms_norm(hidden_states, eps=layer.eps)

@@ -221,7 +221,9 @@ def test_a_norm_of_tiny_rows_has_a_tangent(name: str) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("op", ["adaln", "conv_glu", "rms_norm", "flow_input", "flow_output"])
+@pytest.mark.parametrize(
+    "op", ["adaln", "conv_glu", "rms_norm", "flow_input", "flow_output", "tangent_loss"]
+)
 def test_a_fake_has_the_strides_of_the_reference(op: str) -> None:
     """Of inputs in another order of memory, where "auto" takes it; compiled code relies on them."""
     x = torch.randn(2, 8, 6, dtype=torch.float64).transpose(1, 2)
@@ -231,6 +233,7 @@ def test_a_fake_has_the_strides_of_the_reference(op: str) -> None:
         "conv_glu": lambda x: tk.conv_glu_jvp(x, taps, ta=x, height=2, width=3),
         "flow_input": lambda x: tk.flow_input_jvp(x, t, x),
         "flow_output": lambda x: tk.flow_output_jvp(x, x, t, x),
+        "tangent_loss": lambda x: tk.tangent_loss(x, x, x, x, t, 1.0),
     }  # fmt: skip
 
     def layouts(x: torch.Tensor) -> list[tuple]:

@@ -79,6 +79,14 @@ def test_what_broadcasts_is_as_in_stock() -> None:
         torch.testing.assert_close([model[0](x), *model[1](x, emb)], want)
 
 
+def test_a_nested_tensor_is_as_in_stock() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(n, 8) for n in (3, 5)], layout=torch.jagged)
+    model = nn.ModuleList([normalization.RMSNorm(8, 1e-6), nn.LayerNorm(8), nn.RMSNorm(8)])
+    want = [norm(nested).values() for norm in model]
+    with tk.fuse(model):
+        torch.testing.assert_close([norm(nested).values() for norm in model], want)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_weights_of_an_adaptive_norm_are_kept(bias: bool) -> None:
     torch.manual_seed(0)

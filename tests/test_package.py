@@ -107,12 +107,12 @@ def test_module_prints_a_row_for_each_op() -> None:
 
 def test_the_trainer_without_its_packages_is_told() -> None:
     """`pip install tbcm-kernels` brings the command, and not what it runs on."""
-    lack = "import sys; sys.modules['jsonargparse'] = None; from tbcm.__main__ import main"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{lack}; sys.exit(main())"], capture_output=True, text=True
-    )
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "jsonargparse is not installed; pip install 'tbcm-kernels[train]'" in done.stderr
+    for name, line in (("jsonargparse", ""), ("rich", "info")):
+        lack = f"import sys; sys.modules['{name}'] = None; from tbcm.__main__ import main"
+        program = [sys.executable, "-c", f"{lack}; sys.exit(main())", *line.split()]
+        done = subprocess.run(program, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert f"{name} is not installed; pip install 'tbcm-kernels[train]'" in done.stderr
 
 
 def test_a_record_makes_its_folder(

@@ -187,6 +187,12 @@ def test_a_setting_that_is_younger_than_the_run_has_its_default(whole: Path, cop
 def test_what_a_failed_start_leaves_is_no_run(tmp_path: Path):
     for name in (".lock", ".config.yaml.123.part"):
         (tmp_path / name).touch()
+    theirs = tmp_path / ".holiday.part"
+    for make in (theirs.touch, theirs.mkdir):
+        make()
+        with pytest.raises(UserError, match="is not empty"):
+            train(settings(tmp_path, steps=1))
+        theirs.unlink() if theirs.is_file() else theirs.rmdir()
     train(settings(tmp_path, steps=1))
     assert not list(tmp_path.rglob("*.part"))
 
@@ -213,8 +219,13 @@ def test_a_checkpoint_that_lies_elsewhere_is_the_run_s_own(copy: Path, tmp_path:
         shutil.move(own / name, elsewhere / name)
         (own / name).symlink_to(elsewhere / name)
     train(settings(copy, resume="step-000003", checkpoints_total_limit=1))
+    for name in ("student", "student.replaced"):  # links whose folder has gone
+        shutil.rmtree(copy / name, ignore_errors=True)
+        (copy / name).symlink_to(tmp_path / "nowhere")
     assert [path.name for path in checkpoint.checkpoints(copy)] == ["step-000008"]
-    train(settings(copy, resume="latest", steps=9, checkpoints_total_limit=1))
+    link = tmp_path / "link"
+    link.symlink_to(own / "step-000008")
+    train(settings(copy, resume=str(link), steps=9, checkpoints_total_limit=1))
     assert len(list(elsewhere.iterdir())) == 3
 
 
@@ -270,9 +281,15 @@ def test_another_run_s_checkpoint_is_refused_and_touches_nothing(whole: Path, co
 
 def test_a_run_that_another_process_is_at_is_refused(copy: Path):
     before = snapshot(copy)
-    with FileLock(copy / ".lock"), pytest.raises(UserError, match="Another process is at the run"):
-        train(settings(copy, steps=9, resume="latest"))
-    assert snapshot(copy) == before
+    for lost in (None, copy / "config.yaml"):
+        if lost:
+            before.pop(str(lost))
+            config = lost.read_bytes()
+            lost.unlink()
+        with FileLock(copy / ".lock"), pytest.raises(UserError, match="Another process is at"):
+            train(settings(copy, steps=9, resume="latest"))
+        assert snapshot(copy) == before
+    lost.write_bytes(config)
     train(settings(copy, steps=9, resume="latest"))
 
 
@@ -331,6 +348,7 @@ def test_a_teacher_that_was_moved_is_the_same(
 
 @pytest.mark.parametrize(("what", "says"), [
     ("text_encoder", "prompts or the text encoder are"), ("filter", "numbers of filter_latent are"),
+    ("transformer", "teacher's settings are"),
 ])  # fmt: skip
 def test_what_else_a_run_is_made_from_must_be_the_same(
     what: str, says: str, tiny_teacher: Path, tmp_path: Path
@@ -341,7 +359,11 @@ def test_what_else_a_run_is_made_from_must_be_the_same(
     more = {"filter_latent": str(latent), "checkpointing_steps": 2}
     run = tiny_pipeline.distil(teacher, tmp_path, **more)
     shutil.rmtree(run / "checkpoints" / "step-000003")
-    if what == "filter":
+    if what == "transformer":
+        config = teacher / what / "config.json"
+        made = json.loads(config.read_text())
+        config.write_text(json.dumps(made | {"norm_eps": 0.1}))
+    elif what == "filter":
         torch.save(torch.ones(4, 8, 8), latent)
     else:
         (file,) = (teacher / what).glob("*.safetensors")

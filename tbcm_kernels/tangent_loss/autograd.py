@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tbcm_kernels import _dispatch
-from tbcm_kernels._library import absent, fresh, register
+from tbcm_kernels._library import absent, fresh, in_rows, register
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -50,7 +50,7 @@ def _backward_kernel(
     if not needs_out:
         return absent(operands[0]), gloss * glv
     kernel = _dispatch.implementation("tangent_loss", impl).backward
-    return kernel(gloss, slope, *operands), gloss * glv
+    return in_rows(gloss, (kernel(gloss, slope, *operands), gloss * glv))
 
 
 def _backward_fake(_: Tensor, __: Tensor, glv: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

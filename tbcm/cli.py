@@ -206,22 +206,23 @@ def parse(argv: list[str]) -> Namespace:
     """Parsed arguments, over the defaults of a preset."""
     command = argv[0] if argv else ""
     parser = build_parser(command)
-    argv = line = config_first(argv)
-    refuse_repeated_keys(argv)
-    if printing := command == "train" and any(map(prints_config, argv)):
-        # Printing ends the parsing, so the preset is found without; no folder is needed.
-        line = [*(word for word in argv if not prints_config(word)), "--output_dir="]
     try:
+        argv = line = config_first(argv)
+        refuse_repeated_keys(argv)
+        if printing := command == "train" and any(map(prints_config, argv)):
+            # Printing ends the parsing, so the preset is found without; no folder is needed.
+            line = [*(word for word in argv if not prints_config(word)), "--output_dir="]
         args = parser.parse_args(line)
+        preset = preset_of(args.train) if args.subcommand == "train" else None
+        if not (preset or printing):
+            return args
+        # Before the rest of the line, which overrides it.
+        over = ["--config", str(preset)] if preset else []
+        return parser.parse_args(["train", *over, *argv[1:]])
     except (ArgumentError, UnicodeDecodeError) as error:
         says = as_typed(command, str(error))
         files = " ".join(word for word in argv if word.endswith((".yaml", ".yml")))
         raise UserError(f"{says} (reading {files})" if files else says) from error
-    preset = preset_of(args.train) if args.subcommand == "train" else None
-    if not (preset or printing):
-        return args
-    # Before the rest of the line, which overrides it.
-    return parser.parse_args(["train", *(["--config", str(preset)] if preset else []), *argv[1:]])
 
 
 def prints_config(word: str) -> bool:
@@ -248,9 +249,17 @@ def of_config(argv: list[str], i: int) -> bool:
 
 def config_first(argv: list[str]) -> list[str]:
     """The command line with its --config in front: flags override it wherever they stand."""
-    moved = [word for i, word in enumerate(argv) if of_config(argv, i)]
+    moved = [read_pipe(word) for i, word in enumerate(argv) if of_config(argv, i)]
     rest = [word for i, word in enumerate(argv) if not of_config(argv, i)]
     return rest[:1] + moved + rest[1:]
+
+
+def read_pipe(word: str) -> str:
+    """A pipe's contents in place of its name: the line is parsed twice, a pipe read once."""
+    path = word.removeprefix("--config=")
+    if not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path):
+        return word
+    return word.replace(path, Path(path).read_text("utf-8"))
 
 
 def refuse_repeated_keys(argv: list[str]) -> None:
@@ -259,12 +268,14 @@ def refuse_repeated_keys(argv: list[str]) -> None:
     A word may also be YAML itself, of any length.
     """
     words = [w.removeprefix("--config=") for i, w in enumerate(argv) if of_config(argv, i)]
-    for path in map(Path, filter(os.path.isfile, words)):
+    for word in words:
+        named = os.path.isfile(word)
         with suppress(yaml.YAMLError, UnicodeDecodeError):  # which the parser names
-            top = yaml.compose(path.read_text("utf-8"))
+            top = yaml.compose(Path(word).read_text("utf-8") if named else word)
             keys = [key.value for key, _ in top.value] if isinstance(top, yaml.MappingNode) else []
             if twice := [key for n, key in enumerate(keys) if key in keys[:n]]:
-                raise UserError(f"{path} has {twice[0]} twice; leave one.")
+                name = word if named else "--config"
+                raise UserError(f"{name} has {twice[0]} twice; leave one.")
 
 
 def preset_of(args: Namespace) -> Path | None:

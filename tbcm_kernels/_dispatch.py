@@ -22,7 +22,6 @@ from torch import Tensor
 
 from tbcm_kernels._dual import constant_under_compile
 
-IMPLEMENTATIONS = ("auto", "triton", "cuda", "cpu", "reference")
 _FAST_DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
@@ -184,8 +183,8 @@ def _choice(
     """The chosen implementation, or None and why; `tell` warns the user of a fallback."""
     if impl == "reference":
         return impl, "asked for"
-    if impl not in IMPLEMENTATIONS:
-        return None, f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}"
+    if impl not in (known := ("auto", *OPS[op], "reference")):
+        return None, f"impl must be one of {', '.join(known)}, got {impl!r}"
     cannot, avoided = dict(unfit), dict(avoid)
     if impl != "auto":
         reason = refusal(op, impl, device, dtype) or cannot.get(impl)

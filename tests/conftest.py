@@ -156,7 +156,7 @@ def gpu_on_meta(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     """
     from tbcm_kernels import _dispatch
 
-    missing = dict.fromkeys(_dispatch.IMPLEMENTATIONS)
+    missing = dict.fromkeys(_dispatch._DEVICES)
     monkeypatch.setattr(_dispatch, "_known_choice", _dispatch._choice)
     monkeypatch.setattr(_dispatch, "_proved", lambda *_: True)
     monkeypatch.setattr(_dispatch, "_DEVICES", dict.fromkeys(_dispatch._DEVICES, "meta"))

@@ -107,8 +107,9 @@ def _refusals() -> Iterator[tuple[str, str, Callable[[Tensor, Tensor], Any]]]:
         "causal_alignment must be upper_left or lower_right, got 'left'",
         call(is_causal=True, causal_alignment="left"),
     )
-    expected = "impl must be one of auto, triton, cuda, cpu, reference, got 'hip'"
-    yield "impl", expected, call(impl="hip")
+    expected = "impl must be one of auto, triton, cpu, reference, got "
+    yield "impl", expected + "'hip'", call(impl="hip")
+    yield "impl of other ops", expected + "'cuda'", call(impl="cuda")
     yield (
         "tangent",
         "tq must match q in shape, dtype and device",

@@ -243,6 +243,18 @@ def test_a_terminal_that_knows_few_letters_stops_no_run(tmp_path: Path):
     assert done.returncode == 0 and r"\u2016g\u2016" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize(("settings", "says"), [
+    (b"seed: 3\n", r"^seed: 3$"),
+    (b"seed: 3\nseed: 4\n", "--config has seed twice"),
+    (b"seed: 3 \xff", "error: .*decode"),
+])  # fmt: skip
+def test_settings_come_from_a_pipe(settings: bytes, says: str):
+    line = [sys.executable, "-m", "tbcm", "train", "--config", "/dev/stdin", "--print_config"]
+    done = subprocess.run(line, input=settings, capture_output=True)
+    out, error = done.stdout.decode(), done.stderr.decode()
+    assert re.search(says, out + error, re.M) and "Traceback" not in error, out + error
+
+
 def test_help_needs_no_torch():
     code = "import sys; from tbcm import cli; cli.build_parser(''); exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -42,3 +42,9 @@ def test_a_result_without_a_graph_takes_one_and_can_be_detached(
             y = net(torch.randn(2, 3, 16, dtype=dtype))
         assert y.add_(added).requires_grad
         assert not net(torch.randn(2, 3, 16, dtype=dtype)).detach_().requires_grad
+
+
+def test_a_tangent_of_the_bias_alone_takes_an_addition():
+    x, weight, bias, tbias = torch.ones(2, 3, 4), torch.ones(5, 4), torch.ones(5), torch.ones(5)
+    _, ty = tk.linear_jvp(x, weight, bias, tbias=tbias)
+    torch.testing.assert_close(ty.add_(1), torch.full((2, 3, 5), 2.0))

@@ -95,6 +95,7 @@ REFUSED = [
     ("linear_jvp: x must be a dense tensor, got NoneType", lambda: tk.linear_jvp(None, X[0])),
     ("conv_glu: weight must be a dense", lambda: tk.conv_glu(A, None, **GRID)),
     ("conv_glu: height and width must be integers", lambda: tk.conv_glu(A, W, height=2.0, width=3)),
+    ("conv_glu: height and width must be integers", lambda: tk.conv_glu(A, W, height="2", width=3)),
     ("tangent_loss: jvp must be a dense", lambda: tk.tangent_loss(X, None, X, X, T, 1.0)),
     ("tangent_loss: t must be a dense", lambda: tk.tangent_loss(X, X, X, X, 0.5, 1.0)),
     ("tangent_loss: jvp must be .* real", lambda: tk.tangent_loss(X, X + 0j, X, X, T, 1.0)),

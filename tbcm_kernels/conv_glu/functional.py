@@ -125,8 +125,8 @@ def _check(
     op: str, a: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int
 ) -> None:
     _dual.check_tensors(op, {"a": a, "weight": weight}, {"bias": bias})
-    if any(n is None or isinstance(n, float) for n in (height, width)):
-        raise ValueError(f"{op}: height and width must be integers, got {height} and {width}.")
+    if any(n is None or isinstance(n, (float, str)) for n in (height, width)):
+        raise ValueError(f"{op}: height and width must be integers, got {height!r} and {width!r}.")
     if a.ndim != 3 or a.shape[2] % 2 or a.shape[2] == 0 or not a.dtype.is_floating_point:
         raise ValueError(f"{op}: a must be [B, N, 2K] and floating, got {_dual.describe(a)}.")
     if height < 1 or width < 1 or a.shape[1] != height * width:

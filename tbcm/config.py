@@ -112,8 +112,8 @@ class TrainConfig:
     adam_epsilon: float = 1e-8
     """AdamW ε."""
     lora_rank: int | None = None
-    """Learn LoRA adapters of this rank on the teacher's own weights, held once (needs peft); such a
-    student runs unfused, its teacher may be fused (none: learn all weights)."""
+    """Learn LoRA adapters of this rank on the teacher's own weights, held once (none: learn all
+    weights)."""
     optimizer: Literal["adamw", "adamw_8bit", "came"] = "adamw"
     """AdamW, AdamW with 8-bit moments (needs bitsandbytes) or CAME (needs came-pytorch)."""
     gradient_clip: float = 0.1

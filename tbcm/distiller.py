@@ -93,23 +93,21 @@ class Distiller:
             self.student.enable_gradient_checkpointing()
         self.student_pass, self.loss = objective.two_passes, objective.tangent_loss
         self.trajectory_step, self.fused = trajectory_step, None
-        self.student_fused = config.fused and not config.lora_rank
         if config.fused:
             import tbcm_kernels
 
             self.loss = tbcm_kernels.tangent_loss
             self.trajectory_step = tbcm_kernels.trajectory_step
             self.fused = tbcm_kernels.fuse(transformer)
+            self.student_pass = objective.one_pass
+            tbcm_kernels.fuse(self.student)
         if config.mixed_precision == "bf16" and not config.lora_rank:
             narrow_products(transformer)
             teacher.free("transformer")  # who asks for it again wants it in fp32
-        if self.student_fused:
-            self.student_pass = objective.one_pass
-            tbcm_kernels.fuse(self.student)
         self.teacher_net, self.rollout = TrigFlow(transformer, config.fused), self.follow
         if config.fused and config.cuda_graphs and self.device.type == "cuda" and not config.fsdp:
             self.rollout = Graphed(self.follow)
-        self.student_net = TrigFlow(self.spread(self.student), self.student_fused)
+        self.student_net = TrigFlow(self.spread(self.student), config.fused)
         self.log_variance_net = self.spread(self.log_variance) if self.log_variance else None
         self.learning = [p for p in self.student.parameters() if p.requires_grad]
         decay = config.ema_decay
@@ -273,7 +271,7 @@ class Distiller:
         """The loss of a student batch and ‖g‖ of its samples."""
         x, t, velocity, text, guidance, keep = samples
         # A fused student reads each prompt once; the stock model wants one text per image.
-        text = text if self.student_fused else text.each(len(x) // len(text.mask))
+        text = text if self.config.fused else text.each(len(x) // len(text.mask))
         with self.autocast():
             out, jvp = self.student_pass(self.student_net, x, t, velocity, *text, guidance)
         weight = objective.time_weight(t) if self.config.time_weighting else torch.ones_like(t)
@@ -323,9 +321,7 @@ class Distiller:
     def whole_student(self) -> SanaTransformer2DModel | None:
         """The student with its averaged weights, on the CPU; None but on the main process."""
         with self.averaged_weights():
-            if self.config.lora_rank:
-                return merged(self.student) if self.main else None
-            state = distributed.whole(self.student.state_dict(), self.main)
+            state = distributed.whole(merged(self.student), self.main)
             if not self.main:
                 return None
             state = {name: weight.cpu().clone() for name, weight in state.items()}

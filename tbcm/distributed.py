@@ -46,8 +46,6 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     for option, names in PACKAGES.items():
         if (value := getattr(config, option)) in names:
             package(names[value], f"{option} {value}")
-    if config.lora_rank:
-        package("peft", "lora_rank")
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise UserError(f"Leave {name} out of accelerate's own settings; give tbcm --fsdp.")

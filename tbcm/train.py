@@ -57,8 +57,6 @@ def announce(distiller: Distiller) -> None:
             f"A step is {c.train_batch_size} of train_batch_size: {processes} processes × "
             f"{c.gradient_accumulation_steps} in turn × {c.train_batch_size // parts} at a time."
         )
-    if c.fused and not distiller.student_fused:
-        print("Adapters have no fused forward: teacher and loss run fused, the student does not.")
     for name, choice in unused(c).items():
         print(f"{name} is not used with --{choice}.")
     if c.lr_warmup_steps >= c.max_train_steps:

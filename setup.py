@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 SOURCES = sorted(str(p) for p in Path("csrc").glob("*.cpp") if p.stem != "cuda_registration")
 CUDA_SOURCES = sorted(Path("csrc").glob("*.cu"))
 HEADERS = sorted(str(p) for p in Path("csrc").glob("*.h"))
+LIBRARY = "tbcm_kernels/_C.abi3.so"
 STABLE_ABI = 0x020A000000000000  # PyTorch 2.10, the oldest supported
 CHOICE = os.environ.get("TBCM_BUILD_CPU", "auto")
 CUDA_CHOICE = os.environ.get("TBCM_BUILD_CUDA", "auto")
@@ -44,6 +45,9 @@ class OptionalBuild(build_ext):
             if "1" in (CHOICE, CUDA_CHOICE):
                 raise
             say(f"installing without the compiled extension: {reason}")
+            for extension in self.extensions:  # nor with one of an earlier build
+                for file in (self.get_ext_fullpath(extension.name), LIBRARY):
+                    Path(file).unlink(missing_ok=True)
             self.extensions = []
 
     def build_extension(self, extension: Extension) -> None:
@@ -72,6 +76,7 @@ class OptionalBuild(build_ext):
             extension.define_macros += [
                 ("TORCH_TARGET_VERSION", f"{STABLE_ABI:#x}ULL"),
                 ("Py_LIMITED_API", "0x030a0000"),
+                ("TBCM_SOURCES", f'"{digest(map(Path, (*SOURCES, *HEADERS)))}"'),
             ]
             extension.extra_compile_args += [
                 *FLAGS, "-fopenmp-simd", "-Wno-unknown-pragmas", "-Wno-psabi",
@@ -107,7 +112,7 @@ def at_once(compile_in_turn: Callable[..., list[str]]) -> Callable[..., list[str
     """A compiler's `compile` that gives each source a process of its own, all at the same time."""
 
     def compile_at_once(sources: list[str], **options: object) -> list[str]:
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as threads:
             made = threads.map(lambda source: compile_in_turn([source], **options), sources)
             return [name for names in made for name in names]
 
@@ -147,10 +152,12 @@ def library_directories(nvcc: str) -> list[str]:
 
 def source_hash(source: Path) -> str:
     """Twelve digits that change with a source and the headers of ours that it includes."""
-    digest = hashlib.sha256()
-    for file in includes(source):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
+    return digest(includes(source))
+
+
+def digest(files: Iterable[Path]) -> str:
+    """Twelve digits that change with the files; _dispatch.py looks for those of the C++ sources."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def includes(source: Path) -> list[Path]:
@@ -166,6 +173,9 @@ def say(sentence: str) -> None:
     print(f"tbcm-kernels: {sentence}", file=sys.stderr)
 
 
+for name, choice in (("TBCM_BUILD_CPU", CHOICE), ("TBCM_BUILD_CUDA", CUDA_CHOICE)):
+    if choice not in ("auto", "0", "1"):
+        sys.exit(f"{name} must be auto, 0 or 1, not {choice!r}.")
 if CHOICE == "0" and CUDA_CHOICE == "1":
     sys.exit("TBCM_BUILD_CUDA=1 needs the extension that TBCM_BUILD_CPU=0 leaves out.")
 setup(

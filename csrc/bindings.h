@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <exception>
+#include <mutex>
 #include <optional>
 #include <type_traits>
 
@@ -57,15 +59,19 @@ inline Rows<const float> broadcast_rows(const Maybe& m) {
 template <class F>
 void parallel(int64_t count, int64_t cost, const F& f) {
   const int64_t grain = 16384 / (cost > 0 ? cost : 1) + 1;
+  std::exception_ptr failure;  // which parallel_for would tell as one of its own
+  std::mutex guard;
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     try {
       f(begin, end);
     } catch (...) {
       own_scratch() = {};
-      throw;
+      const std::lock_guard lock(guard);
+      failure = std::current_exception();
     }
     trim_scratch();
   });
+  if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace tbcm

@@ -125,6 +125,7 @@ STABLE_TORCH_LIBRARY_IMPL(tbcm_cpu, CPU, m) {
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
   PyObject* module = PyModule_Create(&definition);
+  if (module) PyModule_AddStringConstant(module, "sources", TBCM_SOURCES);
 #ifdef TBCM_CUDA_SOURCES  // "op:hash op:hash", where the CUDA kernels were built
   if (module) PyModule_AddStringConstant(module, "cuda", TBCM_CUDA_SOURCES);
 #endif

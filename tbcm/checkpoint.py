@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from tbcm.config import MAY_CHANGE, TrainConfig, changed_fields, read_config
 from tbcm.errors import UserError
-from tbcm.files import TMP, is_part, remove, whole_folder, writing
+from tbcm.files import GO_ON, TMP, is_part, remove, whole_folder, writing
 
 KEYS = {
     "step", "skipped", "skipped_in_row", "config", "made_from", "student", "log_variance",
@@ -49,10 +49,10 @@ def save(run: Path, step: int, state: dict[str, Any], limit: int | None) -> None
     """Write a checkpoint; only then remove the oldest beyond the limit."""
     path = run / "checkpoints" / f"step-{step:06d}"
     # Through a Python file, whose error tells why a write failed.
-    with whole_folder(path) as folder, (folder / "state.pt").open("wb") as file:
+    with whole_folder(path, GO_ON) as folder, (folder / "state.pt").open("wb") as file:
         torch.save(state, file)
     for old in checkpoints(run)[: -limit if limit else 0]:
-        with writing(old):
+        with writing(old, GO_ON):
             remove(old)
 
 
@@ -215,12 +215,14 @@ def _resumed_state(run: Path, name: str) -> dict[str, Any] | None:
 
 def _check_same_run(old: dict[str, Any], config: TrainConfig) -> None:
     """Changed settings are said; those that would make it another run are refused."""
-    for name, (before, now) in changed_fields(old, config).items():
+    changed = changed_fields(old, config)
+    for name, (before, now) in changed.items():
         if name not in MAY_CHANGE:
             raise UserError(
                 f"The checkpoint was made with {name} = {before}, not {now}; give the same value "
                 f"(--config {Path(config.output_dir) / 'config.yaml'} gives all of them)."
             )
+    for name, (before, now) in changed.items():
         if name not in ("output_dir", "resume_from_checkpoint"):
             print(f"Resuming with {name} = {now}; it was {before}.")
 

@@ -166,7 +166,11 @@ def bench(args: Namespace) -> None:
 
 Adds, Runs = Callable[[ArgumentParser], None], Callable[[Namespace], None]
 COMMANDS: dict[str, tuple[str, Adds, Runs]] = {
-    "train": ("Distil a teacher to one step, from prompts alone.", add_train, train),
+    "train": (
+        "Distil a teacher to one step, from prompts alone or (--method) images.",
+        add_train,
+        train,
+    ),
     "teacher": ("Train the built-in digits teacher.", add_teacher, teacher),
     "sample": ("Draw a grid of images with a student.", add_sample, sample),
     "export": ("Write a SanaSprintPipeline folder for diffusers.", add_export, export),

@@ -46,11 +46,13 @@ class TrainConfig:
     method: Literal["tbcm", "scm", "sana_sprint"] = "tbcm"
     """TBCM, or a baseline that learns from images: sCM, or SANA-Sprint (sCM and a GAN)."""
     images: str | None = None
-    """Folder of images, each with its caption beside it (a.jpg, a.txt), for the baselines."""
+    """Folder of images, each with its caption beside it (a.jpg, a.txt), for the baselines; those in
+    folders inside it are not read."""
     latents_cache: str | None = None
-    """Folder where the images' latents are kept (none: tbcm_latents beside the images)."""
+    """Folder where the images' latents are kept (none: tbcm_latents in the folder of images)."""
     prompts: str | None = None
-    """Text file with one prompt per line, the only data (built-in teachers bring their own)."""
+    """Text file with one prompt per line, the only data of tbcm (built-in teachers bring their
+    own)."""
     fused: bool = False
     """Run teacher and student through tbcm_kernels, with one dual pass per step instead of two."""
     cuda_graphs: bool = True
@@ -280,31 +282,41 @@ DEFAULTS = vars(TrainConfig(output_dir=""))
 
 def unused(config: TrainConfig) -> dict[str, str]:
     """Settings off their default that this run ignores, and the choice that is why."""
+    found = passed_by(vars(config)).items()
+    return {name: why for name, why in found if getattr(config, name) != DEFAULTS[name]}
+
+
+def passed_by(config: dict[str, Any]) -> dict[str, str]:
+    """All settings that a run with these ignores, and the choice that is why."""
     return {
-        name: f"{choice} {getattr(config, choice)}"
+        name: f"{choice} {config[choice]}"
         for choice, values, names in LOOKED_AT
         for name in names.split()
-        if getattr(config, choice) not in values and getattr(config, name) != DEFAULTS[name]
+        if config[choice] not in values
     }
 
 
-MAY_CHANGE = (
+PATHS = (
     "output_dir", "pretrained_model_name_or_path", "revision", "prompts", "images", "latents_cache",
-    "filter_latent", "fused", "cuda_graphs", "device", "gradient_accumulation_steps",
+    "filter_latent",
+)  # fmt: skip
+"""Settings that name what the run is made from, of which it keeps fingerprints."""
+MAY_CHANGE = (
+    *PATHS, "fused", "cuda_graphs", "device", "gradient_accumulation_steps",
     "points_per_pass", "gradient_checkpointing", "fsdp", "resume_from_checkpoint",
     "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
     "validation_samples", "validation_prompts", "sample_steps", "logging_steps", "report_to",
     "max_skipped_steps",
 )  # fmt: skip
-"""Settings that a resumed run may change; any other would make it a different run. What paths name
-has fingerprints, in the checkpoint."""
+"""Settings that a resumed run may change; any other would make it a different run."""
 
 
 def changed_fields(old: dict[str, Any], new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """The settings that differ, as {name: (old, new)}."""
+    """The settings that differ, as {name: (old, new)}, without those that neither run looks at."""
     # A setting that did not exist yet had what is now its default.
     old = {**DEFAULTS, **old}
-    pairs = {f.name: (old[f.name], getattr(new, f.name)) for f in fields(TrainConfig)}
+    inert = passed_by(old).keys() & passed_by(vars(new)).keys()
+    pairs = {name: (old[name], now) for name, now in vars(new).items() if name not in inert}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

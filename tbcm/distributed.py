@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -87,6 +87,17 @@ def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
     if told[1] is not None:
         raise UserError(told[1])
     return told[0]
+
+
+def check_alike(found: dict[str, Any]) -> None:
+    """Raises UserError on all processes if one of them has found something else than the others."""
+    first, *others = gather_object([found])
+    for name, value in first.items():
+        if any(other[name] != value for other in others):
+            raise UserError(
+                f"The processes do not have the same {name}; give all the same command, and all "
+                "nodes the same files and output_dir."
+            )
 
 
 def spread(module: nn.Module, accelerator: Accelerator, fsdp: bool) -> nn.Module:

@@ -87,8 +87,12 @@ def check_writable(path: str | Path) -> None:
             part.touch()
 
 
+AGAIN = "give the command again"
+GO_ON = "continue with --resume_from_checkpoint latest"
+
+
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, then: str = AGAIN) -> Iterator[None]:
     """Turns a failed write (disc full, no permission) into a UserError that names the path."""
     try:
         yield
@@ -96,10 +100,7 @@ def writing(path: Path) -> Iterator[None]:
         # torch.save follows the file's own error with one of its archive.
         told = error.__context__ if isinstance(error.__context__, OSError) else error
         why = getattr(told, "strerror", None) or reason(told)
-        raise UserError(
-            f"Cannot write {path}: {why}; mend that and give the command again, `tbcm train` with "
-            "--resume_from_checkpoint latest."
-        ) from error
+        raise UserError(f"Cannot write {path}: {why}; mend that and {then}.") from error
 
 
 def flush(path: Path) -> None:
@@ -123,14 +124,14 @@ def check_new(path: Path) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, then: str = AGAIN) -> Iterator[Path]:
     """Yields an empty temporary folder that becomes `path`, or vanishes if the body fails.
 
     What is at either name is replaced.
     """
     path = path.absolute()
     tmp = path.with_name(path.name + TMP)
-    with writing(path):
+    with writing(path, then):
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
         try:

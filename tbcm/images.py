@@ -7,6 +7,7 @@ encoding that was stopped continues and several processes share the work.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -44,8 +45,11 @@ def captioned(folder: str | Path) -> list[tuple[Path, str]]:
     """Every image of a folder, in the order of the names, with its caption.
 
     Raises:
-        UserError: the folder holds no image, or an image lacks a caption that can be read.
+        UserError: there is no such folder, it holds no image, or an image lacks a caption that can
+            be read.
     """
+    if not Path(folder).is_dir():
+        raise UserError(f"images {folder} is no folder; give the one that holds them.")
     found = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in SUFFIXES)
     if not found:
         raise UserError(f"images {folder} holds no {', '.join(SUFFIXES)} file.")
@@ -111,7 +115,10 @@ def built_in(prompts: list[str]) -> Latents:
 def encoded(
     images: list[Path], config: TrainConfig, teacher: Teacher, accelerator: Accelerator
 ) -> list[Path]:
-    """The files of the images' latents, all of them there."""
+    """The files of the images' latents, all of them there.
+
+    Raises UserError for a teacher without VAE, or a folder that is not written or not shared.
+    """
     vae = teacher.path / "vae"
     if not teacher.has_vae:
         raise UserError(
@@ -123,12 +130,20 @@ def encoded(
     files = [folder / f"{name}.safetensors" for name in names]
     unique = dict(zip(files, images, strict=True))
     missing = [(image, file) for file, image in unique.items() if not file.exists()]
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if missing and not os.access(there, os.W_OK):
+        raise UserError(f"Cannot write latents to {folder}; give another folder by latents_cache.")
     # Every process has listed what is missing before one of them makes a file.
     accelerator.wait_for_everyone()
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     if mine:
         encode(mine, teacher, accelerator.device)
     accelerator.wait_for_everyone()
+    if not all(file.exists() for file in unique):
+        raise UserError(
+            f"{folder} lacks latents that another process made; give as latents_cache a folder "
+            "that all nodes see."
+        )
     return files
 
 

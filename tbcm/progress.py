@@ -29,7 +29,7 @@ from rich.progress import (
 
 from tbcm.checkpoint import kept_metrics
 from tbcm.config import TrainConfig
-from tbcm.files import flush, write_whole, writing
+from tbcm.files import GO_ON, flush, write_whole, writing
 
 
 def tracked(items: Iterable[Any], name: str, **options: Any) -> Iterable[Any]:
@@ -60,12 +60,12 @@ class Metrics:
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in record.items()
         }
-        with writing(self.path):
+        with writing(self.path, GO_ON):
             self.file.write(json.dumps(safe) + "\n")
 
     def flush(self) -> None:
         """On disc before the checkpoint that counts on it."""
-        with writing(self.path):
+        with writing(self.path, GO_ON):
             flush(self.path)
 
 
@@ -75,15 +75,16 @@ SCALARS = (bool, int, float, str)
 class Display:
     """A progress bar on a terminal, one plain line every `every` steps elsewhere."""
 
-    def __init__(self, start: int, total: int, every: int):
-        self.start, self.total, self.every = start, total, every
+    def __init__(self, start: int, config: TrainConfig):
+        self.start, self.total, self.every = start, config.max_train_steps, config.logging_steps
+        self.data = "prompts" if config.method == "tbcm" else "images"
         self.began = time.monotonic()
         self.bar = Progress(
             BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[says]}"),
             TextColumn("ETA"), TimeRemainingColumn(), console=Console(),
         )  # fmt: skip
         self.live = self.bar.console.is_terminal
-        self.task: TaskID = self.bar.add_task("", total=total, completed=start, says="")
+        self.task: TaskID = self.bar.add_task("", total=self.total, completed=start, says="")
 
     def __enter__(self) -> Display:
         if self.live:
@@ -100,7 +101,7 @@ class Display:
         """One step's record."""
         says = (
             f"loss {record['loss']:.5f}  ‖g‖ {record['g_norm']:.3f}  r {record['r']:.2f}  "
-            f"{record['prompts_per_s']:.1f} prompts/s  {peak_memory_mb():.0f} MiB"
+            f"{record['prompts_per_s']:.1f} {self.data}/s  {peak_memory_mb():.0f} MiB"
         )
         step = record["step"]
         if self.live:
@@ -122,7 +123,7 @@ class Log:
             accelerator.init_trackers("tbcm", scalars, again)
         if self.main:
             self.metrics = Metrics(Path(config.output_dir) / "metrics.jsonl", step)
-            self.display = Display(step, config.max_train_steps, config.logging_steps)
+            self.display = Display(step, config)
 
     def __enter__(self) -> Log:
         if self.main:

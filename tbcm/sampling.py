@@ -74,11 +74,12 @@ def grid(images: Tensor, path: str | Path) -> None:
     """Saves images [n, 1 or 3, H, W] in [−1, 1] in one PNG, GRID_COLUMNS to a row."""
     tiles = pad(images.clamp(-1, 1), (0, 1, 0, 1))  # a grey line between the images
     n, c, h, w = tiles.shape
-    rows = -(-n // GRID_COLUMNS)
-    sheet = tiles.new_zeros(rows * GRID_COLUMNS, c, h, w)
+    columns = min(n, GRID_COLUMNS)
+    rows = -(-n // columns)
+    sheet = tiles.new_zeros(rows * columns, c, h, w)
     sheet[:n] = tiles
-    sheet = sheet.unflatten(0, (rows, GRID_COLUMNS)).permute(2, 0, 3, 1, 4)
-    save_image(sheet.reshape(c, rows * h, GRID_COLUMNS * w), path, GRID_ZOOM if w <= 64 else 1)
+    sheet = sheet.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
+    save_image(sheet.reshape(c, rows * h, columns * w), path, GRID_ZOOM if w <= 64 else 1)
 
 
 def save_image(image: Tensor, path: str | Path, zoom: int = 1) -> None:

@@ -73,4 +73,6 @@ class ScmDistiller(Distiller):
 
     def made_from(self) -> dict[str, str]:
         """With the images, as the VAE has encoded them."""
-        return super().made_from() | {"images or the VAE": self.latents.digest}
+        return super().made_from() | {
+            "images (contents, number, order of names) or the VAE": self.latents.digest
+        }

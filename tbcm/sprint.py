@@ -240,11 +240,12 @@ class SprintDistiller(ScmDistiller):
 
 def head_blocks(config: TrainConfig, transformer: nn.Module) -> list[int]:
     """The blocks to judge by. Raises UserError if the teacher lacks one that was asked for."""
-    count, asked = len(transformer.transformer_blocks), config.head_block_ids
-    found = [i for i in asked or HEAD_BLOCKS if i < count]
-    if not found or (asked and found != asked):
+    count, asked = len(transformer.transformer_blocks), config.head_block_ids or HEAD_BLOCKS
+    found = [i for i in asked if i < count]
+    if not found or (config.head_block_ids and found != asked):
         raise UserError(
-            f"The teacher has {count} blocks, from 0 to {count - 1}; give others as head_block_ids."
+            f"The teacher has {count} blocks, from 0 to {count - 1}, not {asked}; give others as "
+            "head_block_ids."
         )
     return found
 

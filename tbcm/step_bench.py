@@ -530,7 +530,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     for name, row in result.items():
         if isinstance(row, dict) and "phases" in row:
             phases = ", ".join(f"{phase} {ms:.0f}" for phase, ms in row["phases"].items())
-            launches = row["launches"] or "uncounted"
+            launches = row["launches"] or "no count of"
             found.append(
                 f"{name}: {row['ms']:.1f} ms ({phases}), {row['samples_s']:.1f} samples/s, peak "
                 f"{row['peak_mb']:.0f} MiB, {launches} {row['launches_are']}, "
@@ -541,8 +541,11 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"measured peaks: {result['copy_gb_s']:.1f} GB/s copied, "
         f"{result['matmul_tflop_s']:.2f} TFLOP/s of products"
     )
-    if "speedup" in result:
-        found.append(f"fused is {result['speedup']:.2f} times as fast as eager")
+    if "fused" in result:
+        for mode in ("eager", "compile"):
+            if mode in result:
+                ratio = result[mode]["ms"] / result["fused"]["ms"]
+                found.append(f"fused is {ratio:.2f} times as fast as {mode}")
     for key, images in AGAINST.items():
         for mode, ours in result.get(key, {}).items():
             found.append(

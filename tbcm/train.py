@@ -8,10 +8,10 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from tbcm import checkpoint, plots
-from tbcm.config import TrainConfig, unused
+from tbcm.config import PATHS, TrainConfig, unused
 from tbcm.distiller import Distiller
-from tbcm.distributed import check_device, make_accelerator, on_main
-from tbcm.files import remove_parts, whole_folder, write_whole
+from tbcm.distributed import check_alike, check_device, make_accelerator, on_main
+from tbcm.files import GO_ON, remove_parts, whole_folder, write_whole
 from tbcm.models import Teacher, teacher_of
 from tbcm.progress import Log, peak_memory_mb
 from tbcm.sampling import grid
@@ -27,11 +27,13 @@ def train(config: TrainConfig) -> None:
     check_device(config)
     teacher = teacher_of(config)
     accelerator = make_accelerator(config)
+    check_alike({name: v for name, v in vars(config).items() if name not in PATHS})
     with ExitStack() as held:
         start = find_start(config, accelerator, held)
         prompts = load_prompts(config)
         check_vae(teacher, accelerator)
         distiller = METHODS[config.method](config, teacher, prompts)
+        check_alike({**distiller.made_from(), f"folder {start}": not start or start.exists()})
         open_run(distiller, start, held)
         if distiller.main:
             announce(distiller)
@@ -131,7 +133,7 @@ def finish(distiller: Distiller) -> None:
     student, run = distiller.whole_student(), Path(distiller.config.output_dir)
     if not distiller.main:
         return
-    with whole_folder(run / "student") as folder:
+    with whole_folder(run / "student", GO_ON) as folder:
         student.save_pretrained(folder)
     plots.loss_plot(run / "metrics.jsonl", run / "loss.png")
     print(

@@ -15,6 +15,7 @@ import importlib
 import json
 import warnings
 from importlib.resources import files
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -68,6 +69,11 @@ def missing(impl: str) -> str | None:
                 f"the compiled extension is not there ({error}); install a C++ compiler and in the "
                 f"checkout run `pip install --no-build-isolation .`"
             )
+        if (own := _sources()) and getattr(extension, "sources", None) != own:
+            return (
+                f"{extension.__file__} was not built from this checkout's csrc; in the checkout "
+                f"run `pip install --no-build-isolation .`"
+            )
         if impl == "cuda" and not hasattr(extension, "cuda"):
             return (
                 "the compiled extension was built without CUDA; with nvcc on PATH run in the "
@@ -79,6 +85,16 @@ def missing(impl: str) -> str | None:
         except ImportError:
             return "triton is not installed; pip install triton"
     return None
+
+
+def _sources() -> str | None:
+    """The hash of the C++ sources beside the package, as setup.py's; None where there are none."""
+    csrc = Path(__file__).parents[1] / "csrc"
+    if not (csrc / "registration.cpp").exists():
+        return None
+    sources = sorted(p for p in csrc.glob("*.cpp") if p.stem != "cuda_registration")
+    content = b"".join(p.read_bytes() for p in (*sources, *sorted(csrc.glob("*.h"))))
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def refusal(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None:

@@ -310,7 +310,22 @@ def check_tensors(
         _check_dense(op, name, x)
 
 
+def takes_stock(x: Tensor) -> bool:
+    """Whether a layer leaves x to PyTorch: a nested tensor, or one that processes share."""
+    return x.is_nested or is_shared(x)
+
+
+def is_shared(x: Tensor) -> bool:
+    """Whether x is a DTensor."""
+    return hasattr(x, "device_mesh")
+
+
 def _check_dense(op: str, name: str, x: Any) -> None:
+    if is_shared(x):
+        raise ValueError(
+            f"{op}: {name} is a DTensor; give its own part, {name}.to_local(), or the whole, "
+            f"{name}.full_tensor()."
+        )
     if not isinstance(x, Tensor) or x.layout != torch.strided:
         got = x.layout if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{op}: {name} must be a dense tensor, got {got}.")

@@ -69,6 +69,7 @@ class Fused:
 
         Raises:
             TypeError: the model keeps its own forward, which reads text as it comes.
+            RuntimeError: the model is sharded by FSDP2 and was not made whole by unshard().
         """
         encode = getattr(self.module, "encode_text", None)
         if encode is None:
@@ -147,7 +148,8 @@ def fuse(model: nn.Module) -> Fused:
     if not swaps:
         raise TypeError(
             f"fuse: {type(model).__name__} has nothing to fuse: no call of "
-            f"F.scaled_dot_product_attention, and no linear layer or norm that is known."
+            f"F.scaled_dot_product_attention, and no linear layer or norm that is known and has "
+            f"its class's own forward (hooks of offloading come after fuse)."
         )
     if shared := next((owner for owner, *_ in swaps if owner in _live), None):
         raise ValueError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tbcm_kernels import modules, processors
-from tbcm_kernels._dual import any_dual
+from tbcm_kernels._dual import any_dual, takes_stock
 from tbcm_kernels._layers import COUNTERPARTS, does_more, has_other_forward, is_plain
 from tbcm_kernels.adaln import adaln
 from tbcm_kernels.rms_norm import rms_norm
@@ -27,7 +27,7 @@ def fp32_layer_norm(layer: nn.Module, inputs: Tensor) -> Tensor:
 def rms_norm_cast(layer: nn.Module, hidden_states: Tensor) -> Tensor:
     """diffusers' `RMSNorm`, which casts to its weight's dtype where that has 16 bits."""
     weight = layer.weight
-    if layer.bias is not None or hidden_states.is_nested:  # a bias that it has got since fuse()
+    if layer.bias is not None or takes_stock(hidden_states):  # a bias it has got since fuse()
         return type(layer).forward(layer, hidden_states)
     if weight is None:
         return rms_norm(hidden_states, eps=layer.eps)

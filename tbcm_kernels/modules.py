@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tbcm_kernels._dual import any_dual
+from tbcm_kernels._dual import any_dual, takes_stock
 from tbcm_kernels._layers import does_more, over_heads
 from tbcm_kernels._library import shaped
 from tbcm_kernels.adaln import adaln
@@ -96,7 +96,7 @@ class RMSNorm(nn.RMSNorm):
         _check_last_dimension(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_nested:
+        if takes_stock(x):
             return nn.RMSNorm.forward(self, x)
         _check_width(self, x)
         eps = self.eps
@@ -144,7 +144,7 @@ class LayerNorm(nn.LayerNorm):
         _check_last_dimension(self)
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_nested:
+        if takes_stock(input):
             return nn.LayerNorm.forward(self, input)
         _check_width(self, input)
         x = input

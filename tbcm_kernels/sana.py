@@ -46,6 +46,11 @@ class FusedText:
 
 def encode_text(model: nn.Module, encoder_hidden_states: Tensor) -> FusedText:
     """Keys and values of the text [P, S, D] for every block, to be reused by many forwards."""
+    if _dual.is_shared(model.scale_shift_table):
+        raise RuntimeError(
+            "encode_text: this model is sharded, and its weights are whole within its forward "
+            "alone; call unshard() before, and reshard() after."
+        )
     projected = model.caption_projection(encoder_hidden_states)
     tokens = encoder_hidden_states.shape[1]
     text = _split(model.caption_norm(projected.view(len(projected), tokens, projected.shape[-1])))
@@ -120,7 +125,7 @@ def _check_layers(model: nn.Module) -> None:
             name = next(n for n, m in model.named_modules() if m is layer)
             raise ValueError(
                 f"fuse: {name} {reason}, which the fused forward would pass by; use the stock "
-                f"model, of adapters the merged one."
+                f"model, of adapters the merged one, under FSDP the model sharded as one unit."
             )
         if inside := layer._modules:
             wanted = want.parts if want else {}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from attention_inputs import draw, heads
 from torch import Tensor
@@ -182,15 +184,25 @@ def test_merge_attention_is_attention_over_all_keys() -> None:
             for s in (slice(0, 4), slice(4, 8), slice(8, 12))
         ])  # fmt: skip
 
+    def in_dual_level(inputs: list[Tensor], tangents: list[Tensor]) -> tuple:
+        with fwAD.dual_level():
+            pairs = [fwAD.unpack_dual(x) for x in merged(*map(fwAD.make_dual, inputs, tangents))]
+        return tuple(zip(*pairs, strict=True))
+
     results = []
-    for function in (whole, merged):
-        (o, lse), (to, tlse) = torch.func.jvp(function, tuple(inputs), tuple(tangents))
+    for function in (whole, merged, in_dual_level):
+        jvp = function if function is in_dual_level else partial(torch.func.jvp, function)
+        (o, lse), (to, tlse) = jvp(tuple(inputs), tuple(tangents))
         seen = lse > -torch.inf
         loss = o.square().sum() + to.square().sum() + (lse[seen] * tlse[seen]).sum()
         results.append([o, lse, to, tlse[seen], *torch.autograd.grad(loss, inputs)])
         assert (lse[:, :, 0] == -torch.inf).all() and not o[:, :, 0].any()
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    for got in results[1:]:
+        for a, b in zip(got, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    with tk.stop_tangent_gradient():
+        _, merged_tangents = torch.func.jvp(merged, tuple(inputs), tuple(tangents))
+    assert not any(x.requires_grad for x in merged_tangents)
 
 
 @pytest.mark.parametrize("moving", ["q", "q k v"])

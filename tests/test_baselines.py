@@ -342,8 +342,18 @@ def test_a_run_does_not_go_on_with_other_images(teacher: Path, folder: Path, tmp
     train(of_folder(tmp_path / "run", teacher, folder))
     Image.new("RGB", (16, 16)).save(folder / "3.png")
     again = {"resume_from_checkpoint": "latest", "max_train_steps": 9}
-    with pytest.raises(UserError, match="images or the VAE are not those of the checkpoint"):
+    with pytest.raises(
+        UserError, match=r"images \(.*\) or the VAE are not those of the checkpoint"
+    ):
         train(of_folder(tmp_path / "run", teacher, folder, **again))
+
+
+def test_a_run_goes_on_with_other_settings_that_it_does_not_look_at(tmp_path: Path):
+    run, again = tmp_path / "run", {"resume_from_checkpoint": "latest", "max_train_steps": 3}
+    train(settings(run, route_steps=3))
+    with pytest.raises(UserError, match="made with logit_std = "):
+        train(settings(run, logit_std=0.5, **again))
+    train(settings(run, route_steps=5, **again))
 
 
 def test_a_folder_of_images_trains(teacher: Path, folder: Path, tmp_path: Path):
@@ -390,6 +400,10 @@ def wrong_length(folder: Path) -> None:
     (folder / "2.png").write_bytes(whole[:33] + b"\x00\x00\x00\x05IDAT" + whole[41:])
 
 
+def moved(folder: Path) -> None:
+    folder.rename(folder.with_name("moved"))
+
+
 def no_image(folder: Path) -> None:
     for image in folder.glob("*.png"):
         image.unlink()
@@ -401,6 +415,7 @@ def no_image(folder: Path) -> None:
         (without_caption, r"Cannot read the caption .*2\.txt"), (empty_caption, r"2\.txt is empty"),
         (torn_image, r"Cannot read the image .*2\.png"),
         (wrong_length, r"Cannot read the image .*2\.png"), (no_image, r"holds no \.jpg"),
+        (moved, "images .* is no folder; give the one that holds them"),
     ],
 )  # fmt: skip
 def test_bad_images_are_named(
@@ -429,5 +444,5 @@ def test_settings_that_a_method_would_pass_by_are_refused(changes: dict, says: s
 def test_a_teacher_without_vae_and_blocks_it_has_not_are_refused(folder: Path, tmp_path: Path):
     with pytest.raises(UserError, match="has no vae/ to encode images with"):
         train(of_folder(tmp_path / "run", ASSETS / "digits", folder))
-    with pytest.raises(UserError, match="4 blocks, from 0 to 3"):
+    with pytest.raises(UserError, match=r"4 blocks, from 0 to 3, not \[2, 8\]"):
         distiller(settings(tmp_path, method="sana_sprint", head_block_ids=[2, 8]))

@@ -265,6 +265,13 @@ def test_preset_is_valid():
         TrainConfig("o", **yaml.safe_load(path.read_text()))
 
 
+@pytest.mark.parametrize("method", ["scm", "sana_sprint"])
+def test_the_preset_of_the_baselines_trains_one(method: str):
+    line = ["train", "--preset", "digits_baselines", "--output_dir", "o"]
+    asked = [] if method == "scm" else ["--method", method]
+    assert cli.parse([*line, *asked]).train.method == method
+
+
 def test_info_lists_versions_and_ops(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["info"]) == 0
     said = capsys.readouterr().out

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -13,12 +14,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 from torch.torch_version import TorchVersion
 
+import tbcm_kernels as tk
 from tbcm import distributed
 from tbcm.config import TrainConfig
-from tbcm.distributed import check_shares
+from tbcm.distributed import check_alike, check_shares
 from tbcm.errors import UserError
+from tbcm.models import load_teacher
 from tbcm.train import train
 
 QUICK = {
@@ -113,6 +122,53 @@ def test_one_process_continues_what_two_began(runs: Path, name: str):
     (run / "metrics.jsonl").write_text("".join(kept))
     train(settings(run, resume_from_checkpoint="step-000002"))
     assert_same_run(run, runs / "one")
+
+
+def test_processes_that_were_given_other_things_are_refused(monkeypatch: pytest.MonkeyPatch):
+    there = [{"seed": 1, "prompts": "a"}, {"seed": 1, "prompts": "b"}]
+    monkeypatch.setattr(distributed, "gather_object", lambda own: there)
+    with pytest.raises(UserError, match="processes do not have the same prompts; give all"):
+        check_alike(there[0])
+    there[1]["prompts"] = "a"
+    check_alike(there[0])
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """A mesh of this process alone."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_layers_leave_a_dtensor_to_pytorch_and_ops_refuse_it(mesh: DeviceMesh):
+    x = torch.randn(2, 4, 16)
+    shared = distribute_tensor(x, mesh, [Shard(1)])
+    for stock in (nn.RMSNorm(16), nn.LayerNorm(16, elementwise_affine=False), nn.LayerNorm(16)):
+        net = nn.Sequential(parallelize_module(stock, mesh, SequenceParallel()))
+        want = stock(shared).full_tensor()
+        with tk.fuse(net):
+            torch.testing.assert_close(net(shared).full_tensor(), want)
+    for op in (tk.rms_norm, tk.adaln, lambda x: tk.attention(x[None], x[None], x[None])):
+        with pytest.raises(
+            ValueError, match=r"[xq] is a DTensor; give its own part, [xq].to_local"
+        ):
+            op(shared)
+    torch.testing.assert_close(tk.linear(shared, shared[0]).full_tensor(), F.linear(x, x[0]))
+
+
+def test_text_of_a_sharded_model_is_encoded_once_it_is_whole(mesh: DeviceMesh):
+    net = load_teacher("digits").transformer
+    text = torch.randn(2, 5, net.config.caption_channels)
+    handle = tk.fuse(net)
+    with torch.no_grad():
+        want = handle.encode_text(text).keys[0][0]
+        fully_shard(net, mesh=mesh)
+        with pytest.raises(RuntimeError, match=r"this model is sharded.*unshard\(\) before"):
+            handle.encode_text(text)
+        net.unshard()
+        torch.testing.assert_close(handle.encode_text(text).keys[0][0], want)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():

@@ -397,6 +397,17 @@ def test_attention_is_exported_for_every_batch() -> None:
     torch.testing.assert_close(program.module()(x), layer(x))
 
 
+def test_one_modulation_for_all_samples_is_exported_for_every_batch() -> None:
+    class Modulated(torch.nn.Module):
+        def forward(self, x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+            return tk.adaln(x, shift=shift)[1]
+
+    layer, x, shift = Modulated(), torch.randn(16, 3, 16), torch.randn(16)
+    sizes = ({0: torch.export.Dim("b", min=2, max=64)}, None)
+    program = torch.export.export(layer, (x[:4], shift), dynamic_shapes=sizes)
+    torch.testing.assert_close(program.module()(x, shift), layer(x, shift))
+
+
 def test_the_gated_convolution_is_exported_for_every_grid() -> None:
     class Images(nn.Module):
         def __init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import os
 import re
@@ -186,3 +186,47 @@ def test_broken_cuda_leaves_the_cpu_kernels(
     command.build_extensions()
     assert built == [plain] and plain.sources == ["csrc/registration.cpp"]
     assert "building without CUDA kernels: " in capfd.readouterr().err
+
+
+def test_a_failed_build_leaves_no_older_extension(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    def build(command: build_ext) -> None:
+        raise OSError("the compiler failed")
+
+    monkeypatch.setattr(build_ext, "build_extensions", build)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setenv("TBCM_BUILD_CUDA", "0")
+    monkeypatch.chdir(tmp_path)
+    module = runpy.run_path(str(ROOT / "setup.py"))
+    plain = Extension("tbcm_kernels._C", [], py_limited_api=True)
+    command = module["OptionalBuild"](Distribution({"ext_modules": [plain]}))
+    command.ensure_finalized()
+    older = [Path(command.get_ext_fullpath(plain.name)), Path(module["LIBRARY"])]
+    for file in older:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    command.extensions = [plain]
+    command.build_extensions()
+    assert "without the compiled extension: the compiler failed" in capfd.readouterr().err
+    assert not any(file.exists() for file in older)
+
+
+@pytest.mark.parametrize("name", ["TBCM_BUILD_CPU", "TBCM_BUILD_CUDA"])
+def test_a_build_switch_that_says_something_else_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(setuptools, "setup", lambda **_: pytest.fail("it went on"))
+    monkeypatch.setenv(name, "yes")
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit, match=f"{name} must be auto, 0 or 1, not 'yes'"):
+        runpy.run_path("setup.py")
+
+
+def test_an_extension_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch):
+    if importlib.util.find_spec("tbcm_kernels._C") is None:
+        pytest.skip("there is no extension")
+    missing = _dispatch.missing.__wrapped__
+    assert missing("cpu") is None
+    monkeypatch.setattr(_dispatch, "_sources", lambda: "another")
+    assert "was not built from this checkout's csrc" in missing("cpu")

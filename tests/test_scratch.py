@@ -37,7 +37,7 @@ used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 28), -1))
 try:
     tk.attention(*large, impl="cpu")
-except RuntimeError as error:
+except MemoryError as error:
     print(error)
 resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
 print(torch.equal(tk.attention(*small, impl="cpu"), want))
@@ -73,8 +73,6 @@ def test_nan_of_one_call_is_not_read_by_the_next(op: str, need: Callable[[str], 
 def test_scratch_is_given_back() -> None:
     """conv_glu's backward takes 73 MiB here; the keys and values of one head 512 MiB."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
-    kept, *error, equal = done.stdout.splitlines() or [""]
     assert done.returncode == 0, done.stderr
-    assert int(kept) < 32
-    assert "failed" in " ".join(error)
-    assert equal == "True"
+    kept, error, equal = done.stdout.splitlines()
+    assert int(kept) < 32 and "bad_alloc" in error and equal == "True"

@@ -85,6 +85,7 @@ def test_report_has_medians_and_their_ratios():
         "before, fused: memory -50.0%, time -50.0%",
         "step, fused: memory -75.0%",
         "20% of",
+        "fused is 3.00 times as fast as eager",
     ):
         assert part in said
 

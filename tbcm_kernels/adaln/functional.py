@@ -172,7 +172,7 @@ def _fits(dtype: torch.dtype, x: Tensor) -> bool:
 
 
 def _broadcasts(small: torch.Size, big: torch.Size) -> bool:
-    if small == (big[0], 1, big[2]):
+    if len(small) == 3 and small == (big[0], 1, big[2]):
         return True
     padded = (1,) * (3 - len(small)) + tuple(small)
     pairs = zip(padded, big, strict=False)

@@ -170,11 +170,14 @@ def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
     seen = torch.stack([lse != -torch.inf for _, lse in parts])
     lses = torch.stack([lse for _, lse in parts])
     lses = torch.where(seen, lses, torch.finfo(lses.dtype).min / 2)
-    lse = torch.logsumexp(lses, 0)
+    top = lses.detach().amax(0)  # torch.logsumexp of a dual has no backward in dual_level()
+    lse = top + (lses - top).exp().sum(0).log()
     weights = (lses - lse).exp() * seen
     o = sum(w.unsqueeze(-1) * o for w, (o, _) in zip(weights, parts, strict=True))
     lse = torch.where(seen.any(0), lse, -torch.inf)
-    return o.to(parts[0][0].dtype), lse.to(parts[0][1].dtype)
+    return tuple(
+        _dual.settled(x.to(like.dtype)) for x, like in zip((o, lse), parts[0], strict=True)
+    )
 
 
 def _run(

@@ -28,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Cost: one GEMM, two under forward mode; `torch.func.jvp` over `F.linear` runs three, because it
     multiplies by a materialised zero tangent of the weight.
     """
-    if x.is_nested or not x.layout == weight.layout == torch.strided:
+    if _dual.takes_stock(x) or not x.layout == weight.layout == torch.strided:
         return F.linear(x, weight, bias)
     if not _dual.in_dual_level():  # also under torch.func.grad: no tangent to lose
         return _pair("linear", x, weight, bias)[0]

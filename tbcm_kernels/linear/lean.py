@@ -106,10 +106,6 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])  # flatten() has no batching rule
 
 
-def _linears(y: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
-    return [F.linear(y, w, biases[i] if biases else None) for i, w in enumerate(weights)]
-
-
 def _through_linears(
     grads: Sequence[Tensor | None], weights: Sequence[Tensor], needs: tuple[bool, Any, Any],
     again: Callable[[], Tensor],
@@ -133,17 +129,13 @@ def _through_linears(
     return None if gy is None else gy.view(shape), gws, gbs
 
 
-def _adaln_forward(
-    y: Tensor, x: Tensor, scale: Tensor, shift: Tensor, eps: float, weights: list[Tensor],
-    biases: list[Tensor], impl: str,
-) -> list[Tensor]:  # fmt: skip
-    return _linears(y, weights, biases)
+def _adaln_forward(y: Tensor, *arguments: Any) -> list[Tensor]:
+    *_, weights, biases, _ = arguments
+    return [F.linear(y, w, biases[i] if biases else None) for i, w in enumerate(weights)]
 
 
-def _adaln_fake(
-    y: Tensor, x: Tensor, scale: Tensor, shift: Tensor, eps: float, weights: list[Tensor],
-    biases: list[Tensor], impl: str,
-) -> list[Tensor]:  # fmt: skip
+def _adaln_fake(y: Tensor, *arguments: Any) -> list[Tensor]:
+    *_, weights, _, _ = arguments
     return [y.new_empty((*y.shape[:-1], w.shape[0])) for w in weights]
 
 
@@ -175,17 +167,13 @@ linear_of_adaln = register(
 )  # fmt: skip
 
 
-def _conv_forward(
-    y: Tensor, a: Tensor, depth: Tensor, bias: Tensor | None, height: int, width: int,
-    weight: Tensor, impl: str,
-) -> Tensor:  # fmt: skip
+def _conv_forward(y: Tensor, *arguments: Any) -> Tensor:
+    *_, weight, _ = arguments
     return F.linear(y, weight)
 
 
-def _conv_fake(
-    y: Tensor, a: Tensor, depth: Tensor, bias: Tensor | None, height: int, width: int,
-    weight: Tensor, impl: str,
-) -> Tensor:  # fmt: skip
+def _conv_fake(y: Tensor, *arguments: Any) -> Tensor:
+    *_, weight, _ = arguments
     return y.new_empty((*y.shape[:-1], weight.shape[0]))
 
 

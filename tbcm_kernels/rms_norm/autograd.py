@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tbcm_kernels import _dispatch
+from tbcm_kernels._dual import present
 from tbcm_kernels._library import CHUNK, differentiate, in_rows, present_or_absent, register
 from tbcm_kernels.rms_norm import buffers, heads, reference
 
@@ -19,17 +20,18 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return present_or_absent(arguments[0], buffers.outputs(*arguments[:4]))
+    x, _, *tangents = arguments[:4]
+    return present_or_absent(x, buffers.outputs(x, present(tangents)))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, tx, tweight, eps, through, impl = inputs
+    x, weight, *tangents, eps, through, impl = inputs
     ctx.set_materialize_grads(False)
     ctx.eps, ctx.impl = eps, impl
-    ctx.through = through and (tx is not None or tweight is not None)
+    ctx.through = through and present(tangents)
     if not ctx.through:
         ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, weight, *((tx, tweight) if ctx.through else ()))
+    ctx.save_for_backward(x, weight, *(tangents if ctx.through else ()))
 
 
 def _backward(ctx: Any, gy: Tensor | None, gty: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -8,11 +8,9 @@ from torch import Tensor
 from tbcm_kernels._library import fresh, unit_stride
 
 
-def outputs(
-    x: Tensor, weight: Tensor | None, tx: Tensor | None, tweight: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def outputs(x: Tensor, moving: bool) -> tuple[Tensor, Tensor | None]:
     """y, and its tangent where inputs move."""
-    return fresh(x), None if tx is None and tweight is None else fresh(x)
+    return fresh(x), fresh(x) if moving else None
 
 
 def gradients(x: Tensor, needs_weight: bool, chunk: int) -> tuple[Tensor, Tensor | None]:

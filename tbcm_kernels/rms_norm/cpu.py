@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tbcm_kernels import _C  # noqa: F401  (loading it registers the kernels)
+from tbcm_kernels._dual import present
 from tbcm_kernels._library import floats
 from tbcm_kernels.rms_norm.buffers import gradients, outputs, rows
 
@@ -14,7 +15,7 @@ def forward(
     x: Tensor, weight: Tensor | None, tx: Tensor | None, tweight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None]:
     """See reference.forward."""
-    y, ty = outputs(x, weight, tx, tweight)
+    y, ty = outputs(x, present((tx, tweight)))
     torch.ops.tbcm_cpu.rms_norm_forward(
         rows(x), floats(weight), rows(tx), floats(tweight), rows(y), rows(ty), eps
     )

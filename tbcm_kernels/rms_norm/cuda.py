@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tbcm_kernels._cuda import scratch_for, stream_of
+from tbcm_kernels._dual import present
 from tbcm_kernels._library import CHUNK, floats
 from tbcm_kernels.rms_norm.buffers import gradients, outputs, rows
 
@@ -14,7 +15,7 @@ def forward(
     x: Tensor, weight: Tensor | None, tx: Tensor | None, tweight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None]:
     """See reference.forward."""
-    y, ty = outputs(x, weight, tx, tweight)
+    y, ty = outputs(x, present((tx, tweight)))
     with stream_of(x) as stream:
         torch.ops.tbcm_cuda.rms_norm_forward(
             rows(x), floats(weight), rows(tx), floats(tweight), rows(y), rows(ty), eps, stream

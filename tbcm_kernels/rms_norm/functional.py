@@ -87,7 +87,7 @@ def _pair(
     through = not _dual.tangent_gradient_stopped()
     chosen = _dispatch.choose_for_rows("rms_norm", impl, x)
     y, ty = rms_norm_op(x, weight, tx, tweight, eps, through, chosen)
-    return y, or_none(ty, tx is not None or tweight is not None)
+    return y, or_none(ty, _dual.present((tx, tweight)))
 
 
 def _check(op: str, x: Tensor, weight: Tensor | None) -> None:

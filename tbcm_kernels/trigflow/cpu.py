@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tbcm_kernels import _C  # noqa: F401  (loading it registers the kernels)
+from tbcm_kernels._dual import present
 from tbcm_kernels._library import flat_samples, floats, fresh, in_one_dtype
 
 
@@ -13,9 +14,9 @@ def flow_input(
     x: Tensor, t: Tensor, tx: Tensor | None, tt: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """See reference.flow_input."""
-    x_fm, t_fm = fresh(x), _fresh_floats(t)
-    tx_fm = None if tx is None and tt is None else fresh(x)
-    tt_fm = None if tt is None else _fresh_floats(t)
+    x_fm, t_fm = fresh(x), fresh(t, torch.float32)
+    tx_fm = fresh(x) if present((tx, tt)) else None
+    tt_fm = None if tt is None else fresh(t_fm)
     torch.ops.tbcm_cpu.trigflow_input(
         flat_samples(x), floats(t), flat_samples(tx), floats(tt), flat_samples(x_fm), t_fm,
         flat_samples(tx_fm), tt_fm,
@@ -30,7 +31,7 @@ def flow_output(
     dtype = x.dtype
     v, x, tv, tx = in_one_dtype(v, x, tv, tx)
     out = fresh(x)
-    tout = None if tv is None and tx is None and tt is None else fresh(x)
+    tout = fresh(x) if present((tv, tx, tt)) else None
     torch.ops.tbcm_cpu.trigflow_output(
         flat_samples(v), flat_samples(x), floats(t), flat_samples(tv), flat_samples(tx),
         floats(tt), flat_samples(out), flat_samples(tout),
@@ -50,7 +51,3 @@ def trajectory_step(
         flat_samples(velocity), flat_samples(moved), sigma_data,
     )  # fmt: skip
     return velocity.to(dtype), moved.to(dtype)
-
-
-def _fresh_floats(t: Tensor) -> Tensor:
-    return t.new_empty(t.shape, dtype=torch.float32)

@@ -39,6 +39,7 @@ REFUSED = [
     ("adaln: h must match x", lambda: tk.adaln(X, X.double())),
     ("adaln: h must match x", lambda: tk.adaln(X, X.to("meta"))),
     ("adaln: gate was given without h", lambda: tk.adaln(X, gate=X)),
+    ("adaln_jvp: gate was given without h", lambda: tk.adaln_jvp(X, gate=X)),
     ("adaln: gate must be", lambda: tk.adaln(X, X, X[:, :1, :1])),
     ("adaln: scale must be", lambda: tk.adaln(X, scale=X[:, :2])),
     ("adaln: scale must be", lambda: tk.adaln(X, scale=X[None])),

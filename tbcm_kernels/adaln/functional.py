@@ -155,7 +155,7 @@ def _check(
             f"{_dual.describe(h)} for {_dual.describe(x)}."
         )
     if gate is not None and h is None:
-        raise ValueError("adaln: gate was given without h; pass the branch output that it gates.")
+        raise ValueError(f"{op}: gate was given without h; pass the branch output that it gates.")
     for name, m in modulations.items():
         if m is None:
             continue

@@ -379,7 +379,7 @@ class Distiller:
         if self.ema:
             self.ema.load_state_dict(state["ema"])
             self.ema.to(self.device)
-            pairs = zip(self.ema.shadow_params, self.parameters, strict=False)
+            pairs = zip(self.ema.shadow_params, self.learning, strict=True)
             self.ema.shadow_params = [distributed.shared_as(*pair) for pair in pairs]
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_rng"])

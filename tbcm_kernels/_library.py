@@ -135,6 +135,11 @@ def _lane(values: Any, dims: Any, i: int) -> Any:
     return values if dims is None else values.select(dims, i)
 
 
+def unrounded(x: Tensor) -> Tensor:
+    """The Rounding of products whose factors stay as they are."""
+    return x
+
+
 def absent(like: Tensor) -> Tensor:
     """The placeholder that an op returns for an output that is not there."""
     return like.new_empty(0)

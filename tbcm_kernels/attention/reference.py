@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tbcm_kernels._library import Rounding, wide, without_autocast
+from tbcm_kernels._library import Rounding, unrounded, wide, without_autocast
 from tbcm_kernels.rms_norm.heads import normalized
 
 FIRST_KEYS = 16
@@ -38,14 +38,13 @@ class Setting:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, setting: Setting,
-    operand: Rounding | None = None,
+    operand: Rounding = unrounded,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """O [B, H, N, Dv], L [B, H, N], Ȯ [T, B, H, N, Dv], μ [T, B, H, N]; no tangents, no Ȯ and μ.
 
     `setting.causal` is the offset c of the rule that query i sees key j where j ≤ i + c, or None.
     """
-    dtype, operand = q.dtype, operand or _exact
-    heads = q.shape[1]
+    dtype, heads = q.dtype, q.shape[1]
     q, tq = normalized(q, q_weight, tq, setting.q_eps, operand)
     k, v, tk, tv = (_shown(x, setting.key_mask) for x in (k, v, tk, tv))
     k, tk = normalized(k, k_weight, tk, setting.k_eps, operand)
@@ -70,7 +69,7 @@ def forward(
         rate = _tangent_of_logits(q, k, tq, tk, setting.scale)
         # Around its mean, a constant: autograd would subtract large numbers. Kernels that round
         # P∘Ṡ take the mean over the first keys, which they know before P.
-        if operand is _exact:
+        if operand is unrounded:
             center = ((e * rate).sum(-1, keepdim=True) * inverse).detach()
         else:
             center = _mean_of_first(rate, setting.key_mask)
@@ -89,7 +88,7 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, o: Tensor, lse: Tensor,
     to: Tensor | None, mu: Tensor | None, setting: Setting,
-    operand: Rounding | None = None,
+    operand: Rounding = unrounded,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of q, k, v, tq, tk, tv, those of q and k before their norm, also through Ȯ and μ.
 
@@ -98,9 +97,8 @@ def backward(
     dV = PᵀG + ṖᵀH;  dV̇ = PᵀH;  dQ = s(dS K + dṠ K̇);  dQ̇ = s dṠ K;
     dK = s(dSᵀQ + dṠᵀQ̇);  dK̇ = s dṠᵀQ.
     """
-    dtype, operand = q.dtype, operand or _exact
-    present = [t is not None for t in (tq, tk, tv)]
-    heads, groups, scale = q.shape[1], k.shape[1], setting.scale
+    dtype, scale = q.dtype, setting.scale
+    heads, groups = q.shape[1], k.shape[1]
     q, tq = normalized(q, q_weight, tq, setting.q_eps, operand)
     k, v, tk, tv = (_shown(x, setting.key_mask) for x in (k, v, tk, tv))
     k, tk = normalized(k, k_weight, tk, setting.k_eps, operand)
@@ -127,8 +125,8 @@ def backward(
                 gtv = operand(p).mT @ gto
         ds = ds + (dts * rate).sum(0)
         dts = operand(p * dts)
-        gtq = scale * (dts @ k) if present[0] else None
-        gtk = scale * (dts.mT @ q) if present[1] else None
+        gtq = scale * (dts @ k) if tq is not None else None
+        gtk = scale * (dts.mT @ q) if tk is not None else None
     ds = operand(p * ds)
     gq, gk = ds @ k, ds.mT @ q
     if dts is not None and tk is not None:
@@ -143,10 +141,6 @@ def backward(
         )
     found = (scale * gq, scale * gk, gv, gtq, gtk, gtv)
     return tuple(None if g is None else g.to(dtype) for g in found)
-
-
-def _exact(x: Tensor) -> Tensor:
-    return x
 
 
 def _shown(x: Tensor | None, key_mask: Tensor | None) -> Tensor | None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tbcm_kernels._library import Rounding, wide, without_autocast
+from tbcm_kernels._library import Rounding, unrounded, wide, without_autocast
 from tbcm_kernels.rms_norm.heads import normalized
 
 FEATURE_MAPS = ("relu", "elu+1", "identity")
@@ -33,16 +33,11 @@ class Setting:
     k_eps: float
 
 
-def exact(x: Tensor) -> Tensor:
-    """A factor as it is."""
-    return x
-
-
 @without_autocast
 def forward(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, setting: Setting,
-    operand: Rounding = exact,
+    operand: Rounding = unrounded,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """o [B, H, N, Dv], ȯ, which is None without tangents, and the state S."""
     q, tq = features(*normalized(q, q_weight, tq, setting.q_eps), setting.feature_map)
@@ -71,7 +66,7 @@ def forward(
 @without_autocast
 def backward(
     go: Tensor, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
-    state: Tensor, setting: Setting, operand: Rounding = exact,
+    state: Tensor, setting: Setting, operand: Rounding = unrounded,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, those of q and k before their feature map and after their norm.
 

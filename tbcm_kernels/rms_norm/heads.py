@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from tbcm_kernels._dual import any_dual, describe
-from tbcm_kernels._library import Rounding, differentiate, wide
+from tbcm_kernels._library import Rounding, differentiate, unrounded, wide
 from tbcm_kernels.rms_norm import reference
 
 Norm = tuple[Tensor, float]
@@ -15,7 +15,7 @@ Norm = tuple[Tensor, float]
 
 
 def normalized(
-    x: Tensor, weight: Tensor | None, tx: Tensor | None, eps: float, operand: Rounding | None = None
+    x: Tensor, weight: Tensor | None, tx: Tensor | None, eps: float, operand: Rounding = unrounded
 ) -> tuple[Tensor, Tensor | None]:
     """The norm and its tangent in plain PyTorch, at least fp32; x itself without a weight.
 
@@ -27,7 +27,6 @@ def normalized(
     heads = heads_of_norm(x, weight)
     rows = (None if t is None else merge(t, heads) for t in (x, tx))
     y, ty = reference.forward(next(rows), wide(weight), next(rows), None, eps)
-    operand = operand or (lambda t: t)
     return tuple(None if t is None else operand(split(t, heads)) for t in (y, ty))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import tbcm_kernels
-from tbcm_kernels._library import Rounding
+from tbcm_kernels._library import Rounding, unrounded
 from tbcm_kernels.attention import reference
 from tbcm_kernels.rms_norm.heads import norm_backward
 from tbcm_kernels.testing.cases import Case
@@ -45,7 +45,7 @@ def run(case: Case, impl: str) -> Values:
 
 
 def expected(
-    case: Case, enter: Rounding, operand: Rounding | None = None,
+    case: Case, enter: Rounding, operand: Rounding = unrounded,
     settle: Callable[[Values], tuple[Values, Values]] | None = None,
 ) -> Values:  # fmt: skip
     """The same from the reference.
@@ -81,7 +81,7 @@ def _lanes(values: Values, start: int) -> Values:
     return [x.unsqueeze(0) if x is not None and i >= start else x for i, x in enumerate(values)]
 
 
-def noise(case: Case, truth: Values, operand: Rounding | None) -> Values:
+def noise(case: Case, truth: Values, operand: Rounding) -> Values:
     """How far the truth moves, in RMS, where each tensor that a pass reads is off by a unit.
 
     The unit is that of fp32 arithmetic times 0.29 √D, for each step of a sum of D terms rounds it
@@ -112,7 +112,8 @@ def noise(case: Case, truth: Values, operand: Rounding | None) -> Values:
         factor = 1 + torch.rand((), generator=generator, dtype=x.dtype)
         return operand(x * factor) / factor
 
-    return spread(truth, lambda: expected(case, disturbed, operand and rounded, settle))
+    off = operand if operand is unrounded else rounded
+    return spread(truth, lambda: expected(case, disturbed, off, settle))
 
 
 def rank(case: Case, name: str) -> int | None:

@@ -198,33 +198,23 @@ TBCM_INLINE void backward_chunks(const Backward<T>& p, int64_t begin, int64_t en
 
 TBCM_RUN(Backward, backward_chunks)
 
-template <class T>
-void over_rows(const Forward<T>& p) {
-  parallel(p.batch * p.tokens, p.width, [&](int64_t a, int64_t z) { run(p, a, z); });
-}
-
-template <class T>
-void over_chunks(const Backward<T>& p) {
-  const int64_t chunks = (p.tokens + p.chunk - 1) / p.chunk;
-  parallel(p.batch * chunks, p.width * p.chunk, [&](int64_t a, int64_t z) { run(p, a, z); });
-}
-
 }  // namespace
 
 void forward(Tensor x, Maybe h, Maybe gate, Maybe scale, Maybe shift, Maybe tx, Maybe th, Maybe tgate, Maybe tscale,
              Maybe tshift, Maybe out, Tensor y, Maybe tout, Maybe ty, double eps) {
-  const auto call = [&]<class T>(T) {
-    over_rows(operands<T>(x, h, gate, scale, shift, tx, th, tgate, tscale, tshift, out, y, tout, ty, eps));
-  };
-  is_bf16(x) ? call(bfloat16{}) : call(float{});
+  of_type(x, [&]<class T>(T) {
+    const auto p = operands<T>(x, h, gate, scale, shift, tx, th, tgate, tscale, tshift, out, y, tout, ty, eps);
+    parallel(p.batch * p.tokens, p.width, [&](int64_t a, int64_t z) { run(p, a, z); });
+  });
 }
 
 void backward(Maybe gout, Maybe gy, Tensor x, Maybe h, Maybe gate, Maybe scale, Tensor gx, Maybe gh, Maybe ggate,
               Maybe gscale, Maybe gshift, int64_t chunk, double eps) {
-  const auto call = [&]<class T>(T) {
-    over_chunks(operands<T>(gout, gy, x, h, gate, scale, gx, gh, ggate, gscale, gshift, chunk, eps));
-  };
-  is_bf16(x) ? call(bfloat16{}) : call(float{});
+  of_type(x, [&]<class T>(T) {
+    const auto p = operands<T>(gout, gy, x, h, gate, scale, gx, gh, ggate, gscale, gshift, chunk, eps);
+    const int64_t chunks = (p.tokens + chunk - 1) / chunk;
+    parallel(p.batch * chunks, p.width * chunk, [&](int64_t a, int64_t z) { run(p, a, z); });
+  });
 }
 
 }  // namespace tbcm::adaln

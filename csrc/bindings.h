@@ -18,6 +18,12 @@ using Maybe = std::optional<Tensor>;
 
 inline bool is_bf16(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::BFloat16; }
 
+// Calls f(T{}) for x's element type on a CPU.
+template <class F>
+void of_type(const Tensor& x, const F& f) {
+  is_bf16(x) ? f(bfloat16{}) : f(float{});
+}
+
 // The first element of a contiguous tensor, or null.
 template <class T>
 T* pointer(const Tensor& x) {

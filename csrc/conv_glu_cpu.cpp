@@ -252,16 +252,12 @@ void over_tasks(const T& p) {
 }  // namespace
 
 void forward(Tensor a, Tensor weight, Maybe bias, Maybe ta, Tensor y, Maybe ty, int64_t height, int64_t width) {
-  const auto call = [&]<class T>(T) { over_tasks(operands<T>(a, weight, bias, ta, y, ty, height, width)); };
-  is_bf16(a) ? call(bfloat16{}) : call(float{});
+  of_type(a, [&]<class T>(T) { over_tasks(operands<T>(a, weight, bias, ta, y, ty, height, width)); });
 }
 
 void backward(Tensor gy, Tensor a, Tensor weight, Maybe bias, Tensor ga, Maybe gweight, Maybe gbias, int64_t height,
               int64_t width) {
-  const auto call = [&]<class T>(T) {
-    over_tasks(operands<T>(gy, a, weight, bias, ga, gweight, gbias, height, width));
-  };
-  is_bf16(a) ? call(bfloat16{}) : call(float{});
+  of_type(a, [&]<class T>(T) { over_tasks(operands<T>(gy, a, weight, bias, ga, gweight, gbias, height, width)); });
 }
 
 }  // namespace tbcm::conv_glu

@@ -1,7 +1,7 @@
 // Samples [B, D] cut into pieces of fixed length, so that work and sums do not depend on threads.
 #pragma once
 
-#include "vector.h"
+#include "bindings.h"
 
 namespace tbcm {
 
@@ -17,6 +17,12 @@ inline int64_t pieces_of(int64_t width) { return width > PIECE ? (width + PIECE 
 TBCM_INLINE Span piece(int64_t k, int64_t width) {
   const int64_t pieces = pieces_of(width), begin = k % pieces * PIECE;
   return {k / pieces, begin, width - begin < PIECE ? width - begin : PIECE};
+}
+
+// Runs the kernel of p on all pieces of so many samples.
+template <class Params>
+void over_pieces(const Params& p, int64_t batch, int64_t width) {
+  parallel(batch * pieces_of(width), width < PIECE ? width : PIECE, [&](int64_t a, int64_t z) { run(p, a, z); });
 }
 
 // What is read in place of a row that is not there.

@@ -91,30 +91,20 @@ TBCM_INLINE void backward_chunks(const Backward<T>& p, int64_t begin, int64_t en
 
 TBCM_RUN(Backward, backward_chunks)
 
-template <class T>
-void forward_as(const Tensor& x, const Maybe& weight, const Maybe& tx, const Maybe& tweight, const Tensor& y,
-                const Maybe& ty, double eps) {
-  const Forward<T> p = operands<T>(x, weight, tx, tweight, y, ty, eps);
-  parallel(p.count, p.width, [&](int64_t a, int64_t z) { run(p, a, z); });
-}
-
-template <class T>
-void backward_as(const Tensor& gy, const Tensor& x, const Maybe& weight, const Tensor& gx, const Maybe& gweight,
-                 int64_t chunk, double eps) {
-  const Backward<T> p = operands<T>(gy, x, weight, gx, gweight, chunk, eps);
-  parallel((p.count + chunk - 1) / chunk, p.width * chunk, [&](int64_t a, int64_t z) { run(p, a, z); });
-}
-
 }  // namespace
 
 void forward(Tensor x, Maybe weight, Maybe tx, Maybe tweight, Tensor y, Maybe ty, double eps) {
-  const auto call = is_bf16(x) ? forward_as<bfloat16> : forward_as<float>;
-  call(x, weight, tx, tweight, y, ty, eps);
+  of_type(x, [&]<class T>(T) {
+    const auto p = operands<T>(x, weight, tx, tweight, y, ty, eps);
+    parallel(p.count, p.width, [&](int64_t a, int64_t z) { run(p, a, z); });
+  });
 }
 
 void backward(Tensor gy, Tensor x, Maybe weight, Tensor gx, Maybe gweight, int64_t chunk, double eps) {
-  const auto call = is_bf16(x) ? backward_as<bfloat16> : backward_as<float>;
-  call(gy, x, weight, gx, gweight, chunk, eps);
+  of_type(x, [&]<class T>(T) {
+    const auto p = operands<T>(gy, x, weight, gx, gweight, chunk, eps);
+    parallel((p.count + chunk - 1) / chunk, p.width * chunk, [&](int64_t a, int64_t z) { run(p, a, z); });
+  });
 }
 
 }  // namespace tbcm::rms_norm

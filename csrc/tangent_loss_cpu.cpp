@@ -2,7 +2,6 @@
 #include <cmath>
 #include <vector>
 
-#include "bindings.h"
 #include "lanes.h"
 #include "pieces.h"
 #include "tangent_loss.h"
@@ -87,34 +86,15 @@ Inputs<T> inputs(const Tensor& out, const Tensor& jvp, const Tensor& velocity, c
           pointer<const float>(t), x.size(1), float(r), float(sigma)};
 }
 
-template <class Params>
-void over_pieces(const Params& p, int64_t batch) {
-  const int64_t width = p.in.width;
-  parallel(batch * pieces_of(width), width < PIECE ? width : PIECE, [&](int64_t a, int64_t z) { run(p, a, z); });
-}
-
-template <class T>
-void squares_as(const Tensor& out, const Tensor& jvp, const Tensor& velocity, const Tensor& x, const Tensor& t,
-                double* sums, double r, double sigma) {
-  over_pieces(Squares<T>{inputs<T>(out, jvp, velocity, x, t, r, sigma), sums}, x.size(0));
-}
-
-template <class T>
-void backward_as(const Tensor& gloss, const Tensor& slope, const Tensor& out, const Tensor& jvp,
-                 const Tensor& velocity, const Tensor& x, const Tensor& t, const Tensor& gout, double r, double sigma) {
-  over_pieces(Gradient<T>{inputs<T>(out, jvp, velocity, x, t, r, sigma), pointer<const float>(gloss),
-                          pointer<const float>(slope), rows<T>(gout)},
-              x.size(0));
-}
-
 }  // namespace
 
 void forward(Tensor out, Tensor jvp, Tensor velocity, Tensor x, Tensor t, Maybe keep, Maybe weight, Maybe log_variance,
              Tensor loss, Tensor norm, Tensor slope, Tensor glv, double r, double c, double sigma) {
   const int64_t batch = x.size(0), width = x.size(1), pieces = pieces_of(width);
   std::vector<double> sums(batch * pieces);
-  const auto call = is_bf16(x) ? squares_as<bfloat16> : squares_as<float>;
-  call(out, jvp, velocity, x, t, sums.data(), r, sigma);
+  of_type(x, [&]<class T>(T) {
+    over_pieces(Squares<T>{inputs<T>(out, jvp, velocity, x, t, r, sigma), sums.data()}, batch, width);
+  });
   const float *keeps = pointer<const float>(keep), *weights = pointer<const float>(weight);
   const float* lvs = pointer<const float>(log_variance);
   float *norms = pointer<float>(norm), *slopes = pointer<float>(slope), *glvs = pointer<float>(glv);
@@ -138,8 +118,11 @@ void forward(Tensor out, Tensor jvp, Tensor velocity, Tensor x, Tensor t, Maybe 
 
 void backward(Tensor gloss, Tensor slope, Tensor out, Tensor jvp, Tensor velocity, Tensor x, Tensor t, Tensor gout,
               double r, double sigma) {
-  const auto call = is_bf16(x) ? backward_as<bfloat16> : backward_as<float>;
-  call(gloss, slope, out, jvp, velocity, x, t, gout, r, sigma);
+  of_type(x, [&]<class T>(T) {
+    const Gradient<T> p{inputs<T>(out, jvp, velocity, x, t, r, sigma), pointer<const float>(gloss),
+                        pointer<const float>(slope), rows<T>(gout)};
+    over_pieces(p, x.size(0), x.size(1));
+  });
 }
 
 }  // namespace tbcm::tangent_loss

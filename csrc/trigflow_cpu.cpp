@@ -1,5 +1,4 @@
 // CPU kernels of trigflow. Tensors arrive as [B, D], numbers of the samples as fp32 [B].
-#include "bindings.h"
 #include "pieces.h"
 #include "trigflow.h"
 
@@ -100,51 +99,31 @@ TBCM_INLINE void step_pieces(const Step<T>& p, int64_t begin, int64_t end) {
 
 TBCM_RUN(Step, step_pieces)
 
-template <class Params>
-void over_pieces(const Params& p, int64_t batch) {
-  parallel(batch * pieces_of(p.width), p.width < PIECE ? p.width : PIECE, [&](int64_t a, int64_t z) { run(p, a, z); });
-}
-
-template <class T>
-void input_as(const Tensor& x, const Tensor& t, const Maybe& tx, const Maybe& tt, const Tensor& x_fm,
-              const Tensor& t_fm, const Maybe& tx_fm, const Maybe& tt_fm) {
-  over_pieces(Input<T>{rows<const T>(x), rows<const T>(tx), pointer<const float>(t), pointer<const float>(tt),
-                       rows<T>(x_fm), rows<T>(tx_fm), pointer<float>(t_fm), pointer<float>(tt_fm), x.size(1)},
-              x.size(0));
-}
-
-template <class T>
-void output_as(const Tensor& v, const Tensor& x, const Tensor& t, const Maybe& tv, const Maybe& tx, const Maybe& tt,
-               const Tensor& out, const Maybe& tout) {
-  over_pieces(Output<T>{rows<const T>(v), rows<const T>(x), rows<const T>(tv), rows<const T>(tx),
-                        pointer<const float>(t), pointer<const float>(tt), rows<T>(out), rows<T>(tout), x.size(1)},
-              x.size(0));
-}
-
-template <class T>
-void step_as(const Tensor& x, const Tensor& out, const Tensor& t, const Tensor& s, const Tensor& guidance,
-             const Tensor& velocity, const Tensor& moved, double sigma) {
-  over_pieces(Step<T>{rows<const T>(x), rows<const T>(out), pointer<const float>(t), pointer<const float>(s),
-                      pointer<const float>(guidance), rows<T>(velocity), rows<T>(moved), x.size(0), x.size(1),
-                      float(sigma)},
-              x.size(0));
-}
-
 }  // namespace
 
 void input(Tensor x, Tensor t, Maybe tx, Maybe tt, Tensor x_fm, Tensor t_fm, Maybe tx_fm, Maybe tt_fm) {
-  const auto call = is_bf16(x) ? input_as<bfloat16> : input_as<float>;
-  call(x, t, tx, tt, x_fm, t_fm, tx_fm, tt_fm);
+  of_type(x, [&]<class T>(T) {
+    const Input<T> p{rows<const T>(x), rows<const T>(tx), pointer<const float>(t), pointer<const float>(tt),
+                     rows<T>(x_fm), rows<T>(tx_fm), pointer<float>(t_fm), pointer<float>(tt_fm), x.size(1)};
+    over_pieces(p, x.size(0), p.width);
+  });
 }
 
 void output(Tensor v, Tensor x, Tensor t, Maybe tv, Maybe tx, Maybe tt, Tensor out, Maybe tout) {
-  const auto call = is_bf16(x) ? output_as<bfloat16> : output_as<float>;
-  call(v, x, t, tv, tx, tt, out, tout);
+  of_type(x, [&]<class T>(T) {
+    const Output<T> p{rows<const T>(v), rows<const T>(x), rows<const T>(tv), rows<const T>(tx),
+                      pointer<const float>(t), pointer<const float>(tt), rows<T>(out), rows<T>(tout), x.size(1)};
+    over_pieces(p, x.size(0), p.width);
+  });
 }
 
 void step(Tensor x, Tensor out, Tensor t, Tensor s, Tensor guidance, Tensor velocity, Tensor moved, double sigma) {
-  const auto call = is_bf16(x) ? step_as<bfloat16> : step_as<float>;
-  call(x, out, t, s, guidance, velocity, moved, sigma);
+  of_type(x, [&]<class T>(T) {
+    const Step<T> p{rows<const T>(x), rows<const T>(out), pointer<const float>(t), pointer<const float>(s),
+                    pointer<const float>(guidance), rows<T>(velocity), rows<T>(moved), x.size(0), x.size(1),
+                    float(sigma)};
+    over_pieces(p, p.batch, p.width);
+  });
 }
 
 }  // namespace tbcm::trigflow

@@ -13,7 +13,7 @@ from tbcm import scores
 from tbcm.errors import UserError
 from tbcm.files import content, write_whole
 from tbcm.progress import tracked
-from tbcm.sampling import draw_images, load_drawing_run, save_image, student_folder
+from tbcm.sampling import draw_missing, load_drawing_run, student_folder
 
 
 def read_metadata(path: str | Path) -> list[tuple[str, str]]:
@@ -62,9 +62,5 @@ def sample_geneval(
         folder = out / f"{i:05d}"
         write_whole(folder / "metadata.jsonl", f"{line}\n".encode())
         paths = [folder / "samples" / f"{j:04d}.png" for j in range(images)]
-        todo = [j for j, path in enumerate(paths) if not path.exists()]
-        if todo:
-            seeds = [seed + i * images + j for j in todo]
-            found = draw_images(run, [prompt] * len(todo), seeds, steps)
-            for j, image in zip(todo, found, strict=True):
-                save_image(image, paths[j])
+        seeds = [seed + i * images + j for j in range(images)]
+        draw_missing(run, [prompt] * images, seeds, steps, paths)

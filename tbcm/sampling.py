@@ -170,6 +170,17 @@ def draw_images(run: Run, prompts: list[str], seeds: list[int], steps: int) -> T
     return torch.cat(images)
 
 
+def draw_missing(
+    run: Run, prompts: list[str], seeds: list[int], steps: int, paths: list[Path]
+) -> None:
+    """The images whose PNGs are not there yet, each of its own prompt and seed."""
+    todo = [i for i, path in enumerate(paths) if not path.exists()]
+    if todo:
+        found = draw_images(run, [prompts[i] for i in todo], [seeds[i] for i in todo], steps)
+        for i, image in zip(todo, found, strict=True):
+            save_image(image, paths[i])
+
+
 def sample_run(
     run_dir: str | Path, steps: int, out: str | Path, prompts_file: str | Path | None, seed: int
 ) -> None:

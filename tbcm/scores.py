@@ -24,13 +24,7 @@ from tbcm.errors import UserError
 from tbcm.files import check_writable, content, write_whole
 from tbcm.images import opened
 from tbcm.progress import tracked
-from tbcm.sampling import (
-    Run,
-    draw_images,
-    load_drawing_run,
-    save_image,
-    student_folder,
-)
+from tbcm.sampling import Run, draw_missing, load_drawing_run, student_folder
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPProcessor
@@ -238,11 +232,7 @@ def drawn(
 ) -> list[Image.Image]:
     """The images of a batch, as their PNGs under `out` have them; missing ones are drawn."""
     paths = [out / "images" / f"{item.name}.png" for item in batch]
-    todo = [i for i, path in enumerate(paths) if not path.exists()]
-    if todo:
-        found = draw_images(run, [batch[i].prompt for i in todo], [seeds[i] for i in todo], steps)
-        for i, image in zip(todo, found, strict=True):
-            save_image(image, paths[i])
+    draw_missing(run, [item.prompt for item in batch], seeds, steps, paths)
     return [opened(path) for path in paths]
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from tbcm import cli, scores
+from tbcm import cli, sampling, scores
 from tbcm.evaluate import frechet
 from tbcm.scores import score_run
 
@@ -151,8 +151,8 @@ def test_a_killed_evaluation_continues_and_gives_the_same_figures(
             raise KeyboardInterrupt
         see(self, *batch)
 
-    draw = scores.draw_images
-    monkeypatch.setattr(scores, "draw_images", lambda *a: drawn.append(a[1]) or draw(*a))
+    draw = sampling.draw_images
+    monkeypatch.setattr(sampling, "draw_images", lambda *a: drawn.append(a[1]) or draw(*a))
     monkeypatch.setattr(scores.Judges, "see", dying)
     line = ["eval", str(tiny_run), *arguments(judges, real, tmp_path / "out")]
     assert cli.main(line) == 130

@@ -12,7 +12,6 @@ the roofline, are measured in the same run.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ import torch
 import torch._functorch.config
 
 from bench import audit, guard, ops, peers, timing
-from bench.environment import ROOT, Row, check, environment, machine
+from bench.environment import ROOT, Row, append, check, environment, machine
 
 BASELINES = ("eager", "two-pass", "compile", "sdpa")
 
@@ -183,7 +182,7 @@ def run(argv: list[str]) -> int:
         torch._functorch.config.donated_buffer = False
     failed, made = False, []
     stream = torch.cuda.stream(torch.cuda.Stream()) if args.device == "cuda" else nullcontext()
-    with stream, args.json.open("a") if args.json else nullcontext() as file:
+    with stream:
         about = environment(args.device, getattr(torch, args.dtype))
         for op, name, shape in work:
             for row in rows(op, name, shape, args):
@@ -192,8 +191,7 @@ def run(argv: list[str]) -> int:
                 failed |= "faults" in row
                 made.append(row)
                 print(line(row), flush=True)
-                if file:
-                    print(json.dumps(row), file=file, flush=True)
+                append(row, args.json)
     if args.against:
         failed |= guard.report(made, earlier, args.margin)
     return int(failed)

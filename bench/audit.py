@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
 
+from bench.environment import append
 from tbcm_kernels.testing import audit
 
 HEAD = (
@@ -29,9 +29,7 @@ def main(argv: list[str]) -> int:
         failed |= failure is not None
         count += 1
         print(line(report) + (f"  {failure.upper()}" if failure else ""), flush=True)
-        if args.json:
-            with args.json.open("a") as file:
-                print(json.dumps(asdict(report) | {"failure": failure}), file=file)
+        append(asdict(report) | {"failure": failure}, args.json)
     found = "some fail" if failed else "none fails" if count else "no name matches"
     print(f"{count} kernels compiled, {found}")
     return int(failed or not count)

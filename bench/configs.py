@@ -9,7 +9,6 @@ gives another result than the first is wrong and is not timed.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from bench import ops, timing
-from bench.environment import check, environment
+from bench.environment import append, check, environment
 from tbcm_kernels.attention import triton as kernels
 from tbcm_kernels.attention.triton import Config
 
@@ -162,9 +161,7 @@ def main(argv: list[str] | None = None) -> None:
         about, rows = environment("cuda", DTYPE), []
         for what, launch, config in work(shapes, "cuda"):
             rows.append({**what, **timed(launch, config, "cuda"), **about})
-            if args.json:
-                with args.json.open("a") as file:
-                    print(json.dumps(rows[-1]), file=file)
+            append(rows[-1], args.json)
     for row in sorted(rows, key=lambda r: (r["shape"], r["kind"], r["makes"], r.get("us", 1e9))):
         time = f"{row['us']:.1f} us" if "us" in row else row["refused"]
         print(f"{row['shape']} {row['kind']} {row['makes']} {tuple(row['config'])} {time}")

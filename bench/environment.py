@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,13 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, *sizes: str
             parser.error(f"--{name} must be at least 1")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
+
+
+def append(row: Row, path: Path | None) -> None:
+    """A JSON line more in the file of --json, if one was named."""
+    if path:
+        with path.open("a") as file:
+            print(json.dumps(row), file=file)
 
 
 def cpu() -> str | None:

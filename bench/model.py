@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import tbcm_kernels
 from bench import timing
 from bench.cost import of_row
-from bench.environment import Row, check, environment
+from bench.environment import Row, append, check, environment
 from tbcm import cost, objective
 from tbcm.step_bench import SANA, sana, saved_bytes
 
@@ -48,8 +47,7 @@ class Student:
 
     def net(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor, guidance: Tensor) -> Tensor:
         """The model as `tbcm.objective` calls it."""
-        narrow = self.dtype == torch.bfloat16
-        with torch.autocast(x.device.type, self.dtype) if narrow else nullcontext():
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
             named = {"guidance": guidance, "encoder_attention_mask": mask, "return_dict": False}
             return self.model_forward(x, text, t, **named)[0]
 
@@ -258,9 +256,7 @@ def main(argv: list[str] | None = None) -> int:
         row |= {**figures, **ratios(figures)}
         roofline(row)
         print(report(row))
-    if args.json:
-        with args.json.open("a") as file:
-            print(json.dumps(row), file=file)
+    append(row, args.json)
     return int(bool(found))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import tbcm_kernels
-from bench.environment import environment
+from bench.environment import append, environment
 from bench.model import PASSES, Student, disagreement, measure, parse_common, ratios
 from tbcm import objective
 
@@ -144,9 +143,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{figures['fused'][what]['us'] / 1e3:.0f} ms" for what in PASSES
             )  # fmt: skip
             print(f"{name}, {args.layers} layers: {times}, step x{row['step_speedup']:.2f}")
-        if args.json:
-            with args.json.open("a") as file:
-                print(json.dumps(row), file=file)
+        append(row, args.json)
     return wrong
 
 

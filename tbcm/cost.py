@@ -195,19 +195,14 @@ def training_work(
     )
 
 
-def training_step(
-    m: Sana, mode: str, machine: Machine, method: str = "tbcm", gpus: int = 1,
-    route_steps: int = 16, vae_flops: float = 5.2e12,
-) -> float:  # fmt: skip
-    """Seconds of a whole step of `m.batch` student samples on each of so many GPUs.
+def training_step(m: Sana, mode: str, machine: Machine, gpus: int = 1) -> float:
+    """Seconds of a whole step of TBCM, `m.batch` student samples on each of so many GPUs.
 
-    A VAE encodes the image of each sample, but for TBCM. The all-reduce of gradients hides behind
-    backward as far as it can.
+    A route has 16 steps. The all-reduce of gradients hides behind backward as far as it can.
     """
-    passes = training_passes(m, mode, method, route_steps)
-    encode = 0.0 if method == "tbcm" else m.batch * vae_flops / machine.matmul
+    passes = training_passes(m, mode, "tbcm", route_steps=16)
     reduce = 2 * (gpus - 1) / gpus * 4 * m.parameters / machine.link
     exposed = max(0.0, reduce - seconds(m, mode, "backward", machine))
     update = UPDATE * m.parameters / machine.copy
     work = sum(times * seconds(part, mode, what, machine) for times, part, what in passes)
-    return work + encode + update + exposed
+    return work + update + exposed

@@ -127,4 +127,3 @@ def test_growth() -> None:
     assert cost.training_step(base, "fused", MACHINE, gpus=8) == step
     slow = dataclasses.replace(MACHINE, link=1e9)
     assert cost.training_step(base, "fused", slow, gpus=8) > step + 1
-    assert cost.training_step(base, "fused", MACHINE, "scm") > step

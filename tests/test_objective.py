@@ -12,7 +12,7 @@ from tbcm import objective
 from tbcm.models import load_teacher
 from tbcm.student import build_student
 from tbcm.trigflow import SIGMA_DATA, TrigFlow, like, to_time
-from tbcm_kernels import _dual
+from tbcm_kernels import _dual, fuse
 
 
 def network(x: Tensor, t: Tensor) -> Tensor:
@@ -134,14 +134,13 @@ def test_jvp_of_sana_is_its_derivative(sana):
 
 
 def test_fused_pass_gives_the_same_value_tangent_and_gradient(sana):
-    tbcm_kernels = pytest.importorskip("tbcm_kernels")
     transformer, x, t, velocity, text = sana
     student = build_student(transformer).requires_grad_(True)
     call = (x, t, velocity, *text, torch.full((3,), 0.15))
     results = []
     for passes in (objective.two_passes, objective.one_pass):
         fused = passes is objective.one_pass
-        handle = tbcm_kernels.fuse(student) if fused else None
+        handle = fuse(student) if fused else None
         out, jvp = passes(TrigFlow(student, fused), *call)
         student.zero_grad()
         out.square().mean().backward()

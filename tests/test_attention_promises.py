@@ -12,6 +12,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from attention_inputs import draw, heads
+from saved import saved
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -298,32 +299,20 @@ def test_outputs_lie_in_memory_as_the_queries_do() -> None:
     assert all(g.transpose(1, 2).is_contiguous() for g in grads)
 
 
-def _saved(run: Callable[[], Any]) -> dict[int, Tensor]:
-    """What a call keeps for backward, by storage."""
-    kept: dict[int, Tensor] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = run()
-    del out
-    return kept
-
-
 def test_what_is_saved_for_backward() -> None:
     """Inputs, o and lse; with the gradient of the tangent the tangents, to and tlse as well."""
     inputs = [x.requires_grad_() for x in heads((2, 4, 5, 8), (2, 4, 6, 8), (2, 4, 6, 16))]
     tangents = [torch.randn_like(x) for x in inputs]
-    plain = _saved(lambda: tk.attention(*inputs))
+    with saved() as plain:
+        tk.attention(*inputs)
     shapes = sorted(tuple(x.shape) for x in plain.values())
     value = [*(tuple(x.shape) for x in inputs), (2, 4, 5, 16), (2, 4, 5)]
     assert shapes == sorted(value)
-    with tk.stop_tangent_gradient():
-        semi = _saved(lambda: tk.attention_jvp(*inputs, *tangents))
+    with tk.stop_tangent_gradient(), saved() as semi:
+        tk.attention_jvp(*inputs, *tangents)
     assert sorted(tuple(x.shape) for x in semi.values()) == shapes
-    full = _saved(lambda: tk.attention_jvp(*inputs, *tangents))
+    with saved() as full:
+        tk.attention_jvp(*inputs, *tangents)
     lanes = [*(tuple(x.shape) for x in tangents), (2, 4, 5, 16), (2, 4, 5)]
     assert sorted(x.numel() for x in full.values()) == sorted(
         torch.Size(s).numel() for s in value + lanes
@@ -332,8 +321,9 @@ def test_what_is_saved_for_backward() -> None:
 
 def test_no_grad_saves_nothing_and_absent_tangents_are_none() -> None:
     q, k, v = (x.requires_grad_() for x in heads((1, 2, 5, 8), (1, 2, 6, 8), (1, 2, 6, 8)))
-    with torch.no_grad():
-        assert _saved(lambda: tk.attention_jvp(q, k, v, q)) == {}
+    with torch.no_grad(), saved() as kept:
+        tk.attention_jvp(q, k, v, q)
+    assert kept == {}
     o, to = tk.attention_jvp(q, k, v)
     assert to is None and o.requires_grad
     assert tk.attention_jvp(q, k, v, return_lse=True)[2:] == (None, None)

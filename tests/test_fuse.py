@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import pickle
 import types
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 from diffusers import SanaTransformer2DModel
+from saved import saved, size
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
@@ -546,31 +546,11 @@ def test_semi_gradient_saves_less_than_stock() -> None:
     model = _model(TINY)
     inputs = _inputs(model)
 
-    def saved(dual: bool) -> int:
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        sizes: dict[int, int] = {}
-        alive = []
-
-        def pack(x: Tensor) -> Tensor:
-            alive.append(x)
-            key = x.untyped_storage().data_ptr()
-            if key not in own:
-                sizes[key] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            if dual:
-                x = inputs["hidden_states"]
-                torch.func.jvp(
-                    lambda x: model(**(inputs | {"hidden_states": x}), return_dict=False)[0],
-                    (x,),
-                    (torch.ones_like(x),),
-                )
-            else:
-                model(**inputs)
-        gc.collect()
-        return sum(sizes.values())
-
-    stock = saved(dual=False)
-    with tk.fuse(model), tk.stop_tangent_gradient():
-        assert saved(dual=True) <= stock
+    x = inputs.pop("hidden_states")
+    with saved() as stock:
+        model(x, **inputs)
+    with tk.fuse(model), tk.stop_tangent_gradient(), saved() as fused:
+        torch.func.jvp(
+            lambda x: model(x, **inputs, return_dict=False)[0], (x,), (torch.ones_like(x),)
+        )
+    assert size(fused, model.parameters()) <= size(stock, model.parameters())

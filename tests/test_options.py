@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from saved import saved, size
 from torch import Tensor
 
 from tbcm.config import TrainConfig
@@ -44,17 +45,9 @@ def saved_bytes(parts: Distiller) -> tuple[int, list[Tensor]]:
     forward = parts.forward
 
     def watched(*args: object) -> object:
-        found: dict[int, torch.UntypedStorage] = {}
-
-        def pack(x: Tensor) -> Tensor:
-            if not x._is_zerotensor():
-                storage = x.untyped_storage()
-                found[storage.data_ptr()] = storage  # held, so that no address returns
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with saved() as kept:
             result = forward(*args)
-        sizes.append(sum(storage.nbytes() for storage in found.values()))
+        sizes.append(size(kept))
         return result
 
     parts.forward = watched

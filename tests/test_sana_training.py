@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 from diffusers import SanaTransformer2DModel
+from saved import saved, size
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -145,26 +146,13 @@ def test_a_block_saves_sixteen_residual_streams(autocast: bool, most: float) -> 
 
 def _saved_bytes(model: torch.nn.Module, inputs: tuple[Tensor, ...]) -> int:
     """Of the storages that autograd holds, parameters not counted."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        if not x._is_zerotensor():
-            storage = x.untyped_storage()
-            storages.setdefault(storage.data_ptr(), storage)  # held, so that no address returns
-        return x
-
     x, t, text, mask, guidance, tx, tt, _ = inputs
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
-        tk.stop_tangent_gradient(),
-        fwAD.dual_level(),
-    ):
+    with saved() as kept, tk.stop_tangent_gradient(), fwAD.dual_level():
         model(
             fwAD.make_dual(x, tx), encoder_hidden_states=text, timestep=fwAD.make_dual(t, tt),
             encoder_attention_mask=mask, guidance=guidance,
         )  # fmt: skip
-    return sum(s.nbytes() for address, s in storages.items() if address not in own)
+    return size(kept, model.parameters())
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
+from saved import saved, size
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -233,25 +234,16 @@ def test_stop_tangent_gradient_gives_the_gradient_of_the_value_alone() -> None:
 def test_stop_tangent_gradient_saves_nothing_for_the_tangent() -> None:
     primals, tangents = _inputs()
 
-    def saved(run: object) -> int:
-        sizes: dict[int, int] = {}
+    def dual() -> int:
+        with saved() as kept:
+            torch.func.jvp(stack, tuple(primals), tuple(tangents))
+        return size(kept)
 
-        def pack(x: Tensor) -> Tensor:
-            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            out = run()
-        del out
-        return sum(sizes.values())
-
-    def dual() -> object:
-        return torch.func.jvp(stack, tuple(primals), tuple(tangents))
-
-    plain = saved(lambda: stack(*primals))
+    with saved() as plain:
+        stack(*primals)
     with tk.stop_tangent_gradient():
-        assert saved(dual) == plain
-    assert saved(dual) > plain
+        assert dual() == size(plain)
+    assert dual() > size(plain)
 
 
 @pytest.mark.parametrize("through", [torch.bfloat16, torch.float64])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from attention_inputs import draw
+from implementations import DEVICE, GPU, TRITON_DTYPES, id_of
 from torch import Tensor
 
 import tbcm_kernels as tk
@@ -21,10 +22,7 @@ from tbcm_kernels.testing.cases import Case, attention_case, cases
 from tbcm_kernels.testing.check import check, run
 
 pytestmark = pytest.mark.kernels
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
-TRITON_DTYPES = NARROW if GPU else [torch.float32, torch.bfloat16]
 COMBINATIONS = [
     *(("reference", "cpu", d) for d in NARROW),
     *(("cpu", "cpu", d) for d in NARROW),
@@ -33,14 +31,10 @@ COMBINATIONS = [
 FUZZ, SEED = (int(os.environ.get(n, d)) for n, d in (("TBCM_FUZZ", "40"), ("TBCM_FUZZ_SEED", "0")))
 
 
-def _id(value: object) -> str:
-    return getattr(value, "__name__", str(value)).removeprefix("torch.")
-
-
 # The policy, over implementations, and what must fail it.
 
 
-@pytest.mark.parametrize(("impl", "device", "dtype"), COMBINATIONS, ids=_id)
+@pytest.mark.parametrize(("impl", "device", "dtype"), COMBINATIONS, ids=id_of)
 def test_policy(
     impl: str, device: str, dtype: torch.dtype, need: Callable[[str], None],
     ran: dict[str, set[str]],
@@ -182,8 +176,8 @@ BACKWARD_FAULTS: dict[str, Forward] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
-@pytest.mark.parametrize("fault", [None, *FORWARD_FAULTS, *BACKWARD_FAULTS], ids=_id)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=id_of)
+@pytest.mark.parametrize("fault", [None, *FORWARD_FAULTS, *BACKWARD_FAULTS], ids=id_of)
 def test_planted_faults_fail(
     fault: str | Forward | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,7 +195,7 @@ def test_planted_faults_fail(
 
 
 @pytest.mark.parametrize("sizes", [(2, 4, 2, 70, 130, 32, 32), (1, 4, 1, 70, 130, 32, 32)], ids=str)
-@pytest.mark.parametrize("dtype", NARROW, ids=_id)
+@pytest.mark.parametrize("dtype", NARROW, ids=id_of)
 def test_the_same_bits_whatever_the_threads(
     dtype: torch.dtype, sizes: tuple[int, ...], on_threads: Callable
 ) -> None:
@@ -212,7 +206,7 @@ def test_the_same_bits_whatever_the_threads(
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=id_of)
 def test_the_tangent_is_linear(impl: str, dtype: torch.dtype) -> None:
     """Powers of two scale the tangent to the bit, and a zero tangent gives exactly zero."""
     case = draw("linear", dtype, mask="holes BHNS", causal="lower_right", q_norm="each")
@@ -281,7 +275,7 @@ def test_inputs_are_never_written() -> None:
         torch.testing.assert_close(b, x, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=_id)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=id_of)
 def test_every_16_bit_number_goes_through_the_cpu_kernel(
     dtype: torch.dtype, need: Callable[[str], None]
 ) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from implementations import COMBINATIONS, DEVICE, GPU, TRITON_DTYPES, id_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tbcm_kernels as tk
@@ -27,27 +28,11 @@ SMALL = {
     "adaln": "shape (2, 3, 4)", "conv_glu": "shape (1, 1, 1, 4)",
     "linear_attention": "shape (2, 2, 5, 7, 4, 12)", "rms_norm": "shape (2, 3, 4)",
 }  # fmt: skip
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-# Without a GPU, Triton's interpreter, which conftest.py makes round to bf16; fp16 needs a GPU.
-TRITON_DTYPES = [torch.float32, torch.bfloat16, *([torch.float16] if GPU else [])]
-COMBINATIONS = [
-    *(
-        ("reference", "cpu", d)
-        for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    ),
-    *(("cpu", "cpu", d) for d in (torch.float32, torch.bfloat16)),
-    *(("triton", DEVICE, d) for d in TRITON_DTYPES),
-    *(("cuda", DEVICE, d) for d in TRITON_DTYPES if GPU),
-]
-
-
-def _id(value: object) -> str:
-    return str(value).removeprefix("torch.")
+ALL = [*COMBINATIONS, *(("cuda", DEVICE, d) for d in TRITON_DTYPES if GPU)]
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize(("impl", "device", "dtype"), COMBINATIONS, ids=_id)
+@pytest.mark.parametrize(("impl", "device", "dtype"), ALL, ids=id_of)
 def test_policy(
     op: str, impl: str, device: str, dtype: torch.dtype, need: Callable[[str], None],
     ran: dict[str, set[str]],
@@ -87,7 +72,7 @@ def test_tangent_is_linear(op: str, impl: str) -> None:
         assert not zero.any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=_id)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=id_of)
 @pytest.mark.parametrize("op", OPS)
 def test_inner_products_agree(op: str, dtype: torch.dtype) -> None:
     """uᵀ(J t) = (Jᵀu)·t ties the tangent to the gradient, both from the kernels."""
@@ -328,7 +313,7 @@ def test_linear_attention_spreads_what_is_not_finite(bad: float, feature_map: st
             assert torch.equal(got.isfinite(), want.isfinite()), which
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=id_of)
 @pytest.mark.parametrize("mutant", _mutants())
 def test_planted_faults_fail(
     mutant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

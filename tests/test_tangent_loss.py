@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from implementations import COMBINATIONS, DEVICE, GPU, id_of
 from torch import Tensor
 
 import tbcm_kernels as tk
@@ -19,22 +20,8 @@ from tbcm_kernels.testing.check import check, run
 from tbcm_kernels.testing.prove import prove
 
 pytestmark = pytest.mark.kernels
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-COMBINATIONS = [
-    *(
-        ("reference", "cpu", d)
-        for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    ),
-    *(("cpu", "cpu", d) for d in (torch.float32, torch.bfloat16)),
-    *(("triton", DEVICE, d) for d in (torch.float32, torch.bfloat16)),
-]
 IMPLEMENTATIONS = [("cpu", "cpu"), ("triton", DEVICE), ("reference", "cpu")]
 R, C = 0.7, 0.1
-
-
-def _id(value: object) -> str:
-    return str(value).removeprefix("torch.")
 
 
 def case(name: str = "shape (2, 4, 32, 32)") -> Case:
@@ -63,7 +50,7 @@ def fused(impl: str = "auto") -> Callable:
     return lambda *values: tk.tangent_loss(*values, impl=impl)
 
 
-@pytest.mark.parametrize(("impl", "device", "dtype"), COMBINATIONS, ids=_id)
+@pytest.mark.parametrize(("impl", "device", "dtype"), COMBINATIONS, ids=id_of)
 def test_policy(impl: str, device: str, dtype: torch.dtype, need: Callable[[str], None]) -> None:
     need(impl)
     tried = list(cases("tangent_loss", dtype, device, impl == "triton" and not GPU))

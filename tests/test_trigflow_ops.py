@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
+from implementations import COMBINATIONS, DEVICE, GPU, id_of
 from torch import Tensor
 
 import tbcm_kernels as tk
@@ -20,21 +21,7 @@ from tbcm_kernels.testing.prove import prove
 from tbcm_kernels.trigflow import autograd, reference
 
 pytestmark = pytest.mark.kernels
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-COMBINATIONS = [
-    *(
-        ("reference", "cpu", d)
-        for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    ),
-    *(("cpu", "cpu", d) for d in (torch.float32, torch.bfloat16)),
-    *(("triton", DEVICE, d) for d in (torch.float32, torch.bfloat16)),
-]
 LARGE = "shape (2, 4, 32, 32)"
-
-
-def _id(value: object) -> str:
-    return str(value).removeprefix("torch.")
 
 
 def case(function: str, name: str = LARGE, dtype: torch.dtype = torch.float32) -> Case:
@@ -74,7 +61,7 @@ def agrees(pair: tuple[Tensor, Tensor]) -> None:
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("impl", "device", "dtype"), COMBINATIONS, ids=_id)
+@pytest.mark.parametrize(("impl", "device", "dtype"), COMBINATIONS, ids=id_of)
 def test_policy(impl: str, device: str, dtype: torch.dtype, need: Callable[[str], None]) -> None:
     need(impl)
     tried = list(cases("trigflow", dtype, device, impl == "triton" and not GPU))

@@ -22,6 +22,8 @@ PATHS = (
     "pretrained_model_name_or_path", "prompts", "validation_prompts", "images", "filter_latent",
 )  # fmt: skip
 """What may name files or folders of the user's."""
+Range = tuple[str, Callable[[Any], bool], str]
+"""What a value must be (in words and as a test) and the fields it binds."""
 
 
 @dataclass
@@ -182,10 +184,7 @@ class TrainConfig:
             path = getattr(self, name)
             if path and Path(path).exists():  # so that a run is the same from any folder
                 setattr(self, name, str(Path(path).absolute()))
-        for says, holds, names in RANGES:
-            for name in names.split():
-                if not _within(getattr(self, name), holds):
-                    raise UserError(f"{name} must be {says}, not {getattr(self, name)}.")
+        check_ranges(self, RANGES)
         if self.teacher and self.pretrained_model_name_or_path:
             raise UserError(
                 "Give --teacher or --pretrained_model_name_or_path, not both; a preset other than "
@@ -245,13 +244,21 @@ def check_seed(seed: int) -> None:
         raise UserError(f"seed must be between 0 and 2**63 − 1, not {seed}.")
 
 
+def check_ranges(config: Any, ranges: list[Range]) -> None:
+    """Raises UserError, naming the field and its range, for the first value out of range."""
+    for says, holds, names in ranges:
+        for name in names.split():
+            if not _within(getattr(config, name), holds):
+                raise UserError(f"{name} must be {says}, not {getattr(config, name)}.")
+
+
 def _within(value: Any, holds: Callable[[Any], bool]) -> bool:
     """True if the value, or every item of a non-empty list, is finite and holds; None is unset."""
     items = value if isinstance(value, list) else [value]
     return bool(items) and all(v is None or (math.isfinite(v) and holds(v)) for v in items)
 
 
-RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
+RANGES: list[Range] = [
     ("at least 2", lambda v: v >= 2, "route_steps"),
     ("at least 1", lambda v: v >= 1, "train_batch_size gradient_accumulation_steps "
      "points_per_pass lora_rank max_train_steps checkpointing_steps "
@@ -265,8 +272,6 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("between 0 and 1", lambda v: 0 <= v <= 1, "tangent_calm_value largest_timestep_prob"),
     ("a list of at least one number, each 0 or more", lambda v: v >= 0, "scm_cfg_scale"),
 ]  # fmt: skip
-"""What a value must be (in words and as a test) and the fields it binds."""
-
 LOOKED_AT: list[tuple[str, tuple[str, ...], str]] = [
     ("method", ("tbcm",), "route_steps flow_shift jitter jitter_each_prompt"),
     ("method", ("scm", "sana_sprint"), "latents_cache logit_mean logit_std"),

@@ -7,7 +7,6 @@ given s itself as its timestep. x0 is the image in [−1, 1], which is x0/σ_d i
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -25,7 +24,7 @@ from rich.progress import (
 from torch import Tensor
 
 from tbcm import digits
-from tbcm.config import check_seed, check_set
+from tbcm.config import Range, check_ranges, check_seed, check_set
 from tbcm.errors import UserError
 from tbcm.files import check_new, check_writable, whole_folder
 from tbcm.text import TextEncoder
@@ -37,11 +36,14 @@ if TYPE_CHECKING:
 TEXT_WIDTH = 64
 MAX_LENGTH = 12
 FLOW_SHIFT = 2.5
-POSITIVE = (
-    "max_train_steps", "train_batch_size", "learning_rate", "max_grad_norm", "logit_std",
-    "num_layers", "num_attention_heads", "attention_head_dim",
-)  # fmt: skip
-SHARES = ("proportion_empty_prompts", "ema_decay", "proportion_uniform")
+RANGES: list[Range] = [
+    ("above 0", lambda v: v > 0, "max_train_steps train_batch_size learning_rate max_grad_norm "
+     "logit_std num_layers num_attention_heads attention_head_dim"),
+    ("at least 0", lambda v: v >= 0, "lr_warmup_steps"),
+    ("finite", lambda v: True, "logit_mean"),
+    ("between 0 and 1", lambda v: 0 <= v <= 1, "proportion_empty_prompts ema_decay "
+     "proportion_uniform"),
+]  # fmt: skip
 
 
 @dataclass
@@ -82,17 +84,8 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         """Raises UserError for a value out of range."""
         check_set(self)
-        for name in POSITIVE:
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0 and finite.")
-        if self.lr_warmup_steps < 0:
-            raise UserError(f"lr_warmup_steps is {self.lr_warmup_steps}; it must be at least 0.")
-        if not math.isfinite(self.logit_mean):
-            raise UserError(f"logit_mean is {self.logit_mean}; it must be finite.")
         check_seed(self.seed)
-        for name in SHARES:
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be between 0 and 1.")
+        check_ranges(self, RANGES)
 
 
 def build_tokenizer(prompts: list[str]) -> PreTrainedTokenizerBase:

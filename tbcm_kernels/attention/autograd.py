@@ -71,10 +71,8 @@ def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]
     inputs, masks, outputs = saved[:8], saved[8:10], saved[10:]
     outputs = outputs if ctx.through else (*outputs, None, None)
     found = attention_backward(*cotangents, *inputs, *outputs, *masks, *ctx.rest, ctx.impl)
-    reached = cotangents[2] is not None
-    moved = reached or cotangents[3] is not None
-    there = (t is not None and r for t, r in zip(inputs[5:], (moved, moved, reached), strict=True))
-    gq, gk, gv, gtq, gtk, gtv = map(or_none, found, (True, True, True, *there))
+    there = (True, True, True, *buffers.reached(inputs[5:], *cotangents[2:]))
+    gq, gk, gv, gtq, gtk, gtv = map(or_none, found, there)
     q, k, _, q_weight, k_weight, tq, tk, _ = inputs
     *_, q_eps, k_eps = ctx.rest
     gq, gqw, gtq = through_norm(gq, gtq, q, q_weight, tq, q_eps, ctx.impl)

@@ -27,9 +27,17 @@ def gradients(
     primals: Sequence[Tensor], tangents: Sequence[Tensor | None], gto: Tensor | None,
     gmu: Tensor | None,
 ) -> list[Tensor | None]:  # fmt: skip
-    """gq, gk, gv, gtq, gtk and gtv; a tangent has a gradient where a cotangent reaches it."""
-    through = gto is not None or gmu is not None
+    """gq, gk, gv, gtq, gtk and gtv."""
     found: list[Tensor | None] = [fresh_heads(x, x.shape) for x in primals]
-    for x, tx, reached in zip(primals, tangents, (through, through, gto is not None), strict=True):
-        found.append(fresh_heads(x, tx.shape) if tx is not None and reached else None)
+    for x, tx, there in zip(primals, tangents, reached(tangents, gto, gmu), strict=True):
+        found.append(fresh_heads(x, tx.shape) if there else None)
     return found
+
+
+def reached(
+    tangents: Sequence[Tensor | None], gto: Tensor | None, gmu: Tensor | None
+) -> list[bool]:
+    """Which of tq, tk and tv have a gradient: those that are there and a cotangent reaches."""
+    rates = gto is not None or gmu is not None
+    by_cotangents = (rates, rates, gto is not None)
+    return [t is not None and r for t, r in zip(tangents, by_cotangents, strict=True)]

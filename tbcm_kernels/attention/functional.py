@@ -214,14 +214,13 @@ def _pair(
     impl: str,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     tangents = _dual.held(*tangents)
+    lanes = [None if t is None else t.unsqueeze(0) for t in tangents]
     if impl == "reference":
-        lanes = [None if t is None else t.unsqueeze(0) for t in tangents]
         o, lse, *moved = reference.forward(*inputs, *lanes, Setting(*setting))
         moved = [None if x is None else x.squeeze(0) for x in moved]
         return o, lse, *_dual.held(*moved)
     through = not _dual.tangent_gradient_stopped()
     chosen = _choose(impl, inputs, tangents, through)
-    lanes = [None if t is None else t.unsqueeze(0) for t in tangents]
     o, lse, to, mu = attention_op(*inputs, *lanes, *setting, through, chosen)
     if not _dual.present(tangents):
         return o, lse, None, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,17 +41,13 @@ def off(function: Callable) -> Callable:
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     """Sizes for a test: few input sets and rounds, no large copy, one thread."""
     monkeypatch.setattr(timing, "beyond_cache", lambda device: 1)
     monkeypatch.setattr(timing, "MIN_ROUNDS", 2)
     monkeypatch.setattr(timing, "WARM_UP", 1)
     monkeypatch.setattr(peaks, "copy_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(peaks, "matmul_peak", lambda device, dtype: 1e12)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("op", ops.OPS)

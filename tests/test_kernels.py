@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -330,6 +331,15 @@ def test_planted_faults_fail(
 
     monkeypatch.setattr(harness, "run", broken)
     assert check(case, "auto") != []
+
+
+def test_two_runs_that_differ_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("tbcm_kernels.testing.prove")
+    runs = itertools.cycle([[torch.zeros(2)], [torch.ones(2)]])
+    monkeypatch.setattr(module, "run", lambda *_: next(runs))
+    proof = module.prove("rms_norm", "reference", "cpu", torch.float32, few=True)
+    assert len(proof.faults) == proof.cases > 8
+    assert all(fault.endswith("two runs differ") for fault in proof.faults)
 
 
 @pytest.mark.parametrize("op", OPS)

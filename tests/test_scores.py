@@ -261,6 +261,11 @@ def test_geneval_gets_the_layout_its_scorer_reads(
     assert (out / "00001/metadata.jsonl").read_text() == lines[1] + "\n"
     images = {p: p.read_bytes() for p in out.rglob("*.png")}
     assert len(set(images.values())) == 6
+    run = sampling.load_drawing_run(tiny_run, 1)
+    drawn = sampling.draw_images(run, [tiny_pipeline.PROMPTS[1]] * 3, [3, 4, 5], 1)
+    for image, path in zip(drawn, sorted((out / "00001/samples").iterdir()), strict=True):
+        sampling.save_image(image, tmp_path / "same.png")
+        assert (tmp_path / "same.png").read_bytes() == images[path]
     (out / "00001/samples/0001.png").unlink()
     assert cli.main(line.split()) == 0
     assert {p: p.read_bytes() for p in out.rglob("*.png")} == images

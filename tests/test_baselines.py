@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from tbcm import digits, images
 from tbcm.config import PRESETS, TrainConfig
 from tbcm.distiller import Distiller
 from tbcm.errors import UserError
-from tbcm.models import ASSETS, load_teacher
+from tbcm.models import ASSETS, load_teacher, teacher_of
 from tbcm.rollout import rollout
 from tbcm.sampling import consistency_sample
 from tbcm.sprint import HEAD_BLOCKS, Head, Heads, kept_outputs
@@ -291,10 +292,10 @@ def folder(tmp_path: Path) -> Path:
     return found
 
 
-def opened(config: TrainConfig, teacher: Path) -> images.Latents:
+def opened(config: TrainConfig) -> images.Latents:
     """The latents of a run in this process."""
-    loaded = load_teacher(str(teacher))
-    return images.open_latents(config, loaded, load_prompts(config), Accelerator(cpu=True))
+    prompts, accelerator = load_prompts(config), Accelerator(cpu=True)
+    return images.open_latents(config, teacher_of(config), prompts, accelerator)
 
 
 def of_folder(out: Path, teacher: Path, folder: Path, **changes: object) -> TrainConfig:
@@ -313,7 +314,7 @@ def test_latents_are_encoded_once_and_after_a_change_alone(
     teacher: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = of_folder(tmp_path / "run", teacher, folder)
-    found = opened(config, teacher)
+    found = opened(config)
     latents = found.load(torch.tensor([3, 0]))
     vae = AutoencoderDC.from_pretrained(teacher / "vae")
     pixels = np.asarray(Image.open(folder / "3.png").resize((20, 16), Image.LANCZOS))
@@ -332,10 +333,17 @@ def test_latents_are_encoded_once_and_after_a_change_alone(
         encode(pairs, *rest)
 
     monkeypatch.setattr(images, "encode", watched)
-    assert torch.equal(opened(config, teacher).load(torch.tensor([3, 0])), latents)
+    assert torch.equal(opened(config).load(torch.tensor([3, 0])), latents)
     assert asked == []
     Image.new("RGB", (16, 16)).save(folder / "3.png")
-    assert opened(config, teacher).digest != found.digest and asked == ["3.png"]
+    digests = {found.digest, opened(config).digest}
+    assert asked == ["3.png"]
+    larger = replace(config, resolution=32)
+    assert opened(larger).load(torch.tensor([0])).shape == (1, 1, 16, 16)
+    other = Path(shutil.copytree(teacher, tmp_path / "other"))
+    (other / "vae" / "config.json").write_text((other / "vae" / "config.json").read_text() + " ")
+    digests |= {opened(larger).digest, opened(of_folder(tmp_path, other, folder)).digest}
+    assert len(digests) == 4 and len(asked) == 1 + 5 + 5
 
 
 def test_a_run_does_not_go_on_with_other_images(teacher: Path, folder: Path, tmp_path: Path):
@@ -365,11 +373,11 @@ def test_a_folder_of_images_trains(teacher: Path, folder: Path, tmp_path: Path):
 
 def test_an_emptied_latent_is_named(teacher: Path, folder: Path, tmp_path: Path):
     config = of_folder(tmp_path / "run", teacher, folder)
-    opened(config, teacher)
+    opened(config)
     for file in (folder / "tbcm_latents").iterdir():
         file.write_bytes(b"")
     with pytest.raises(UserError, match=r"Cannot read .*safetensors; delete it"):
-        opened(config, teacher).load(torch.tensor([0]))
+        opened(config).load(torch.tensor([0]))
 
 
 def test_images_are_read_upright_on_white_and_in_eight_bits(tmp_path: Path):

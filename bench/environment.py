@@ -34,7 +34,7 @@ def environment(device: str, dtype: torch.dtype) -> Row:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, *sizes: str) -> None:
-    """Fill in the device, and make the folder of --json before anything is measured.
+    """Fill in the device, and make the file of --json before anything is measured.
 
     Ends with a sentence where there is no such device, or one of the sizes is none.
     """
@@ -46,6 +46,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, *sizes: str
             parser.error(f"--{name} must be at least 1")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.open("a").close()
 
 
 def append(row: Row, path: Path | None) -> None:

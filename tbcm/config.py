@@ -301,13 +301,13 @@ def passed_by(config: dict[str, Any]) -> dict[str, str]:
     }
 
 
-PATHS = (
+PLACES = (
     "output_dir", "pretrained_model_name_or_path", "revision", "prompts", "images", "latents_cache",
     "filter_latent",
 )  # fmt: skip
-"""Settings that name what the run is made from, of which it keeps fingerprints."""
+"""Settings that say where a run is and what it is made from, which has fingerprints."""
 MAY_CHANGE = (
-    *PATHS, "fused", "cuda_graphs", "device", "gradient_accumulation_steps",
+    *PLACES, "fused", "cuda_graphs", "device", "gradient_accumulation_steps",
     "points_per_pass", "gradient_checkpointing", "fsdp", "resume_from_checkpoint",
     "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
     "validation_samples", "validation_prompts", "sample_steps", "logging_steps", "report_to",

@@ -71,6 +71,7 @@ def write_whole(path: str | Path, data: bytes) -> None:
             path.write_bytes(data)
         else:
             part.write_bytes(data)
+            flush(part)
             os.replace(part, path.resolve())
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from tbcm.config import BUILT_IN
 from tbcm.errors import UserError, reason
 from tbcm.text import TextEncoder
 
@@ -125,8 +126,7 @@ def load_teacher(
         UserError: no such name, folder or Hub id; a part is missing or unreadable; the teacher does
             not fit the method (see `check_teacher`) or the resolution.
     """
-    shipped = ASSETS / name_or_path
-    folder = shipped if shipped.is_dir() else Path(name_or_path)
+    folder = Path(ASSETS / name_or_path if name_or_path in BUILT_IN else name_or_path)
     if not folder.is_dir():
         folder = fetch(name_or_path, variant, revision)
     elif revision:

@@ -22,7 +22,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from tbcm.errors import UserError
 from tbcm.files import check_writable, content, write_whole
-from tbcm.images import opened
+from tbcm.images import SUFFIXES, opened
 from tbcm.progress import tracked
 from tbcm.sampling import Run, draw_missing, load_drawing_run, student_folder
 
@@ -122,7 +122,7 @@ def read_items(folder: str | Path) -> list[Item]:
             raise UserError(f"The prompt of {name} in {file} is {prompt!r}; make it a string.")
     images: dict[str, Path] = {}
     for path in Path(folder).rglob("*"):
-        if path.suffix not in (".jpg", ".jpeg", ".png") or path.stem not in prompts:
+        if path.suffix.lower() not in SUFFIXES or path.stem not in prompts:
             continue
         if path.stem in images:
             raise UserError(

@@ -199,8 +199,9 @@ def _choice(
     """The chosen implementation, or None and why; `tell` warns the user of a fallback."""
     if impl == "reference":
         return impl, "asked for"
-    if impl not in (known := ("auto", *OPS[op], "reference")):
-        return None, f"impl must be one of {', '.join(known)}, got {impl!r}"
+    if impl not in ("auto", *_DEVICES):
+        known = ", ".join(("auto", *OPS[op], "reference"))
+        return None, f"impl must be one of {known}, got {impl!r}"
     cannot, avoided = dict(unfit), dict(avoid)
     if impl != "auto":
         reason = refusal(op, impl, device, dtype) or cannot.get(impl)

@@ -193,7 +193,7 @@ def forward(
 
 
 def _check_prompts(prompts: int, images: Tensor, mask: Tensor | None) -> None:
-    if len(images) % prompts:
+    if not prompts or len(images) % prompts:
         raise ValueError(f"fuse: {len(images)} images are no multiple of {prompts} prompts.")
     if mask is not None and len(mask) != prompts:
         raise ValueError(

@@ -31,11 +31,12 @@ def _gradients(loss: Tensor, net: nn.Module) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, used)]
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_losses_and_gradients(recipes: dict[str, Any], times: int) -> None:
-    """sCM's with one time, MeanFlow's with two."""
+@pytest.mark.parametrize(("times", "flow"), [(1, False), (1, True), (2, False)])
+def test_losses_and_gradients(recipes: dict[str, Any], times: int, flow: bool) -> None:
+    """sCM's with one time, also of a flow's velocity, MeanFlow's with two."""
     torch.manual_seed(1)
     net = recipes["DiT"](times=times)
+    net = recipes["TrigFlow"](net) if flow else net
     stock = copy.deepcopy(net)
     loss = recipes["meanflow_loss" if times == 2 else "scm_loss"]
     t = torch.tensor([0.4, 0.7, 1.1])

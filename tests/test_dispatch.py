@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -194,3 +196,20 @@ def test_attention_leaves_out_what_spills_in_triton(gpu_on_meta: dict[str, str |
     assert chosen(136, False) == chosen(136, True, False) == chosen(128, True) == "triton"
     assert chosen(136, True, impl="triton") == "triton"
     assert chosen(64, True, impl="triton", dtype=torch.float32) == "triton"
+
+
+def test_the_hash_of_triton_kernels_changes_with_all_that_they_are_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    package, source = tmp_path / "tbcm_kernels", _dispatch.source.__wrapped__
+    shutil.copytree(Path(_dispatch.__file__).parent, package, ignore=shutil.ignore_patterns("*.so"))
+    want = source("adaln", "triton")
+    monkeypatch.setattr(_dispatch, "files", lambda name: tmp_path / name)
+    assert source("adaln", "triton") == want
+    for name in ("adaln/triton.py", "_triton.py", "attention/triton_tiles.py"):
+        (package / name).write_text("# another\n")
+        assert source("adaln", "triton") != want
+        want = source("adaln", "triton")
+    for name in ("adaln/cpu.py", "rms_norm/triton.py"):
+        (package / name).write_text("# another\n")
+        assert source("adaln", "triton") == want

@@ -99,12 +99,12 @@ def test_flops_of_the_value(counts: list) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_flops_of_a_training_step(method: str) -> None:
     """Of the fused step, whose text is encoded once for all points of a prompt."""
-    plan = Plan("sana-0.6b", layers=1, resolution=64, route_steps=3, gpu=False)
+    plan = Plan("sana-0.6b", layers=1, resolution=128, route_steps=3, gpu=False)
     distiller = make_distiller(method, "fused", plan)
     with Counting() as counter:
         distiller.train_step()
     flops, size = work_of(distiller, samples=2)
-    assert flops == pytest.approx(counter.flops, rel=0.02)
+    assert flops == pytest.approx(counter.flops, rel=0.01)  # a call of the teacher is 4%
     assert size > cost.UPDATE * distiller.student.num_parameters()
 
 

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = sorted(str(p) for p in Path("csrc").glob("*.cpp") if p.stem != "cuda_registration")
@@ -108,6 +109,14 @@ class OptionalBuild(build_ext):
             extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
 
 
+class HonestWheel(bdist_wheel):
+    """A wheel for any machine where it was built without the extension."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        built = self.get_finalized_command("build_ext").extensions
+        return super().get_tag() if built else ("py3", "none", "any")
+
+
 def at_once(compile_in_turn: Callable[..., list[str]]) -> Callable[..., list[str]]:
     """A compiler's `compile` that gives each source a process of its own, all at the same time."""
 
@@ -188,6 +197,6 @@ setup(
             py_limited_api=True, language="c++",
         )
     ],
-    cmdclass={"build_ext": OptionalBuild},
+    cmdclass={"build_ext": OptionalBuild, "bdist_wheel": HonestWheel},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )  # fmt: skip

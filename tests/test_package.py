@@ -210,6 +210,9 @@ def test_a_failed_build_leaves_no_older_extension(
     command.build_extensions()
     assert "without the compiled extension: the compiler failed" in capfd.readouterr().err
     assert not any(file.exists() for file in older)
+    command.distribution.command_obj["build_ext"] = command
+    wheel = module["HonestWheel"](command.distribution)
+    assert wheel.get_tag() == ("py3", "none", "any")
 
 
 @pytest.mark.parametrize("name", ["TBCM_BUILD_CPU", "TBCM_BUILD_CUDA"])

@@ -20,10 +20,9 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-SOURCES = sorted(str(p) for p in Path("csrc").glob("*.cpp") if p.stem != "cuda_registration")
+SOURCES = sorted(str(p) for p in Path("csrc").glob("[a-z]*.cpp") if p.stem != "cuda_registration")
 CUDA_SOURCES = sorted(Path("csrc").glob("*.cu"))
-HEADERS = sorted(str(p) for p in Path("csrc").glob("*.h"))
-LIBRARY = "tbcm_kernels/_C.abi3.so"
+HEADERS = sorted(str(p) for p in Path("csrc").glob("[a-z]*.h"))
 STABLE_ABI = 0x020A000000000000  # PyTorch 2.10, the oldest supported
 CHOICE = os.environ.get("TBCM_BUILD_CPU", "auto")
 CUDA_CHOICE = os.environ.get("TBCM_BUILD_CUDA", "auto")
@@ -38,6 +37,7 @@ class OptionalBuild(build_ext):
     """Compile against PyTorch's stable ABI, or go on without where that is not possible."""
 
     def build_extensions(self) -> None:
+        self.force = True  # a header that is gone, or an older one, is a change too
         try:
             self._configure()
             if CUDA_CHOICE == "0" or not self._build_with_cuda():
@@ -47,8 +47,7 @@ class OptionalBuild(build_ext):
                 raise
             say(f"installing without the compiled extension: {reason}")
             for extension in self.extensions:  # nor with one of an earlier build
-                for file in (self.get_ext_fullpath(extension.name), LIBRARY):
-                    Path(file).unlink(missing_ok=True)
+                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
             self.extensions = []
 
     def build_extension(self, extension: Extension) -> None:
@@ -121,7 +120,7 @@ def at_once(compile_in_turn: Callable[..., list[str]]) -> Callable[..., list[str
     """A compiler's `compile` that gives each source a process of its own, all at the same time."""
 
     def compile_at_once(sources: list[str], **options: object) -> list[str]:
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as threads:
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
             made = threads.map(lambda source: compile_in_turn([source], **options), sources)
             return [name for names in made for name in names]
 

@@ -23,7 +23,7 @@ import torch
 import torch._functorch.config
 
 from bench import audit, guard, ops, peers, timing
-from bench.environment import ROOT, Row, append, check, environment, machine
+from bench.environment import ROOT, Row, append, check, check_rows, environment, machine
 
 BASELINES = ("eager", "two-pass", "compile", "sdpa")
 
@@ -56,13 +56,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--margin", type=float, default=0.2, help="by how much a speed-up may fall (0.2, a fifth)"
     )
     args = parser.parse_args(argv)
-    check(parser, args, "batch", "tokens", "sets")
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     if args.save and args.json:
         parser.error("give --json FILE or --save, not both")
+    check(parser, args, "batch", "tokens", "sets")
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     if args.save:
         args.json = ROOT / "bench" / "results" / machine(args.device) / "ops.jsonl"
-        args.json.parent.mkdir(parents=True, exist_ok=True)
     return args
 
 
@@ -178,6 +177,7 @@ def run(argv: list[str]) -> int:
     args = parse(argv)
     earlier = guard.read(args.against, args.device, args.dtype) if args.against else []
     work = plan(args, earlier)
+    check_rows(args.json)
     if args.compile:  # its backward would otherwise free the graph that is timed again and again
         torch._functorch.config.donated_buffer = False
     failed, made = False, []

@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from bench.environment import append
+from bench.environment import append, check_rows
 from tbcm_kernels.testing import audit
 
 HEAD = (
@@ -22,6 +22,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("pattern", nargs="?", default="", help="names to match, all by default")
     parser.add_argument("--json", type=Path, help="file to append JSON lines to")
     args = parser.parse_args(argv)
+    check_rows(args.json)
     os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # what a cache gives took no time
     print(HEAD)
     failed, count = False, 0

@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from bench import ops, timing
-from bench.environment import append, check, environment
+from bench.environment import append, check, check_rows, environment
 from tbcm_kernels.attention import triton as kernels
 from tbcm_kernels.attention.triton import Config
 
@@ -147,6 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--jobs must be at least 1")
     args.device = "cuda"
     check(parser, args)
+    check_rows(args.json)
     shapes = args.shape or list(SHAPES)
     context = multiprocessing.get_context("spawn")
     processes = [

@@ -34,7 +34,7 @@ def environment(device: str, dtype: torch.dtype) -> Row:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, *sizes: str) -> None:
-    """Fill in the device, and make the file of --json before anything is measured.
+    """Fill in the device, before anything is measured.
 
     Ends with a sentence where there is no such device, or one of the sizes is none.
     """
@@ -44,9 +44,16 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, *sizes: str
     for name in sizes:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.open("a").close()
+
+
+def check_rows(path: Path | None) -> None:
+    """Make the file of --json, if one was named; ends with a sentence where that cannot be."""
+    if path:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("a").close()
+        except OSError as error:
+            raise SystemExit(f"--json {path}: {error.strerror}; name another file") from error
 
 
 def append(row: Row, path: Path | None) -> None:

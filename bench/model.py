@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import tbcm_kernels
 from bench import timing
 from bench.cost import of_row
-from bench.environment import Row, append, check, environment
+from bench.environment import Row, append, check, check_rows, environment
 from tbcm import cost, objective
 from tbcm.step_bench import SANA, sana, saved_bytes
 
@@ -104,6 +104,7 @@ def parse_common(
     parser.add_argument("--json", type=Path, help="file to append JSON lines to")
     args = parser.parse_args(argv)
     check(parser, args, "batch", *sizes)
+    check_rows(args.json)
     return args
 
 

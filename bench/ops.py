@@ -23,7 +23,7 @@ from tbcm_kernels.testing.compare import faults
 __all__ = ["OPS", "SHAPES", "Shape", "Variant", "call", "draw", "eager", "ours"]
 
 Function = Callable[..., Any]
-IMPLEMENTATIONS = ("triton", "cuda", "cpu", "reference")
+IMPLEMENTATIONS = (*_dispatch._DEVICES, "reference")
 PASSES = {
     "forward": "value",
     "jvp": "value and tangent",

@@ -122,7 +122,7 @@ void step(Tensor x, Tensor out, Tensor t, Tensor s, Tensor guidance, Tensor velo
     const Step<T> p{rows<const T>(x), rows<const T>(out), pointer<const float>(t), pointer<const float>(s),
                     pointer<const float>(guidance), rows<T>(velocity), rows<T>(moved), x.size(0), x.size(1),
                     float(sigma)};
-    over_pieces(p, p.batch, p.width);
+    over_pieces(p, x.size(0), p.width);
   });
 }
 

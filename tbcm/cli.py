@@ -223,9 +223,10 @@ def parse(argv: list[str]) -> Namespace:
         # Before the rest of the line, which overrides it.
         over = ["--config", str(preset)] if preset else []
         return parser.parse_args(["train", *over, *argv[1:]])
-    except (ArgumentError, UnicodeDecodeError) as error:
+    except (ArgumentError, ValueError) as error:
         says = as_typed(command, str(error))
-        files = " ".join(word for word in argv if word.endswith((".yaml", ".yml")))
+        words = (word.removeprefix("--config=") for word in argv)
+        files = " ".join(word for word in words if word.endswith((".yaml", ".yml")))
         raise UserError(f"{says} (reading {files})" if files else says) from error
 
 
@@ -246,24 +247,23 @@ def as_typed(command: str, says: str) -> str:
     return known + found + ", ".join(f"--{n}" if f"--{n} " in usage else n for n in names)
 
 
-def of_config(argv: list[str], i: int) -> bool:
-    """Whether a word of the line is --config, or names its file."""
-    return "--config" in argv[max(i - 1, 0) : i + 1] or argv[i].startswith("--config=")
-
-
 def config_first(argv: list[str]) -> list[str]:
-    """The command line with its --config in front: flags override it wherever they stand."""
-    moved = [read_pipe(word) for i, word in enumerate(argv) if of_config(argv, i)]
-    rest = [word for i, word in enumerate(argv) if not of_config(argv, i)]
+    """The line with each --config=FILE in front: flags override it wherever they stand."""
+    moved, rest, words = [], [], iter(argv)
+    for word in words:
+        name, given, value = word.partition("=")
+        if name == "--config" and (given or (value := next(words, None)) is not None):
+            moved.append(f"--config={read_pipe(value)}")
+        else:
+            rest.append(word)
     return rest[:1] + moved + rest[1:]
 
 
-def read_pipe(word: str) -> str:
+def read_pipe(name: str) -> str:
     """A pipe's contents in place of its name: the line is parsed twice, a pipe read once."""
-    path = word.removeprefix("--config=")
-    if not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path):
-        return word
-    return word.replace(path, Path(path).read_text("utf-8"))
+    if not os.path.exists(name) or os.path.isfile(name) or os.path.isdir(name):
+        return name
+    return Path(name).read_text("utf-8")
 
 
 def refuse_repeated_keys(argv: list[str]) -> None:
@@ -271,8 +271,7 @@ def refuse_repeated_keys(argv: list[str]) -> None:
 
     A word may also be YAML itself, of any length.
     """
-    words = [w.removeprefix("--config=") for i, w in enumerate(argv) if of_config(argv, i)]
-    for word in words:
+    for word in (w.removeprefix("--config=") for w in argv if w.startswith("--config=")):
         named = os.path.isfile(word)
         with suppress(yaml.YAMLError, UnicodeDecodeError):  # which the parser names
             top = yaml.compose(Path(word).read_text("utf-8") if named else word)

@@ -255,7 +255,7 @@ def check_ranges(config: Any, ranges: list[Range]) -> None:
 def _within(value: Any, holds: Callable[[Any], bool]) -> bool:
     """True if the value, or every item of a non-empty list, is finite and holds; None is unset."""
     items = value if isinstance(value, list) else [value]
-    return bool(items) and all(v is None or (math.isfinite(v) and holds(v)) for v in items)
+    return bool(items) and all(v is None or (abs(v) < math.inf and holds(v)) for v in items)
 
 
 RANGES: list[Range] = [
@@ -303,14 +303,14 @@ def passed_by(config: dict[str, Any]) -> dict[str, str]:
 
 PLACES = (
     "output_dir", "pretrained_model_name_or_path", "revision", "prompts", "images", "latents_cache",
-    "filter_latent",
+    "filter_latent", "validation_prompts",
 )  # fmt: skip
 """Settings that say where a run is and what it is made from, which has fingerprints."""
 MAY_CHANGE = (
     *PLACES, "fused", "cuda_graphs", "device", "gradient_accumulation_steps",
     "points_per_pass", "gradient_checkpointing", "fsdp", "resume_from_checkpoint",
     "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
-    "validation_samples", "validation_prompts", "sample_steps", "logging_steps", "report_to",
+    "validation_samples", "sample_steps", "logging_steps", "report_to",
     "max_skipped_steps",
 )  # fmt: skip
 """Settings that a resumed run may change; any other would make it a different run."""

@@ -87,6 +87,7 @@ class Distiller:
         self.step = self.skipped = self.skipped_in_row = 0
         self.transformer = transformer = teacher.transformer.to(self.device)
         self.teacher_digest = digest(transformer.parameters())
+        distributed.check_alike({"teacher's weights": self.teacher_digest})  # before they are used
         self.student = make_student(transformer, config).train()
         self.log_variance = objective.LogVariance().to(self.device) if config.log_variance else None
         if config.gradient_checkpointing:
@@ -372,7 +373,9 @@ class Distiller:
         try:
             distributed.load_whole(self.student, state["student"])
         except RuntimeError as error:
-            raise UserError("The checkpoint's student does not fit this teacher.") from error
+            raise UserError(
+                "The checkpoint's student does not fit this teacher, or is of another version."
+            ) from error
         distributed.load_optimizer(self.optimizer, self.parameters, state["optimizer"])
         if self.log_variance:
             distributed.load_whole(self.log_variance, state["log_variance"])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tbcm.config import TrainConfig
+from tbcm.config import PLACES, TrainConfig
 from tbcm.errors import UserError, package
 
 Result = TypeVar("Result")
@@ -39,8 +39,8 @@ def check_device(config: TrainConfig) -> torch.device:
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """This process among the others, and the trackers.
 
-    Raises UserError where the settings need a package that is not installed, or do not go together
-    with the number of processes.
+    Raises UserError where the settings need a package that is not installed, are not those of the
+    other processes, or do not go together with their number.
     """
     cpu = check_device(config).type == "cpu"
     for option, names in PACKAGES.items():
@@ -53,6 +53,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     accelerator = Accelerator(
         cpu=cpu, mixed_precision="no", log_with=config.report_to, project_dir=config.output_dir
     )
+    check_alike({name: value for name, value in vars(config).items() if name not in PLACES})
     check_shares(config, accelerator.num_processes)
     return accelerator
 

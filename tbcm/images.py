@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tbcm import digits
 from tbcm.config import TrainConfig
+from tbcm.distributed import check_alike
 from tbcm.errors import UserError
 from tbcm.files import content, write_whole
 from tbcm.models import Teacher
@@ -127,6 +128,7 @@ def encoded(
     folder = Path(config.latents_cache or Path(config.images) / "tbcm_latents")
     salt = content(vae) + repr(teacher.latent_shape)
     names = [content(image, salt=salt) for image in images]
+    check_alike({"images": content(salt="".join(names))})
     files = [folder / f"{name}.safetensors" for name in names]
     unique = dict(zip(files, images, strict=True))
     missing = [(image, file) for file, image in unique.items() if not file.exists()]
@@ -139,7 +141,7 @@ def encoded(
     if mine:
         encode(mine, teacher, accelerator.device)
     accelerator.wait_for_everyone()
-    if not all(file.exists() for file in unique):
+    if not unique.keys() <= set(folder.glob("*.safetensors")):
         raise UserError(
             f"{folder} lacks latents that another process made; give as latents_cache a folder "
             "that all nodes see."

@@ -2,7 +2,8 @@
 
 The weights are in memory once: the student's frozen parameters are the teacher's. Only adapters of
 the attention layers and the guidance embedder learn. An adapter is a parametrization of a layer's
-weight, which the stock and the fused forward read alike; each pass makes W + BA anew.
+weight, which the stock and the fused forward read alike; each pass makes W + BA anew, and keeps it
+for backward.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def pixels(images: list[Image.Image]) -> Tensor:
 
 
 def read_items(folder: str | Path) -> list[Item]:
-    """The prompts of `meta_data.json` ({id: {"prompt": ...}}) and the images <id>.jpg or .png.
+    """The prompts of `meta_data.json` ({id: {"prompt": ...}}) and the images <id>.jpg, .png etc.
 
     Images may lie in subfolders, as MJHQ-30K's lie in one for each category.
 

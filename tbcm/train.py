@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from tbcm import checkpoint, plots
-from tbcm.config import PLACES, TrainConfig, unused
+from tbcm.config import TrainConfig, unused
 from tbcm.distiller import Distiller
 from tbcm.distributed import check_alike, check_device, make_accelerator, on_main
 from tbcm.files import GO_ON, remove_parts, whole_folder, write_whole
@@ -27,13 +27,12 @@ def train(config: TrainConfig) -> None:
     check_device(config)
     teacher = teacher_of(config)
     accelerator = make_accelerator(config)
-    check_alike({name: v for name, v in vars(config).items() if name not in PLACES})
     with ExitStack() as held:
         start = find_start(config, accelerator, held)
         prompts = load_prompts(config)
         check_vae(teacher, accelerator)
         distiller = METHODS[config.method](config, teacher, prompts)
-        check_alike({**distiller.made_from(), f"folder {start}": not start or start.exists()})
+        check_alike({**distiller.made_from(), f"view of {start}": not start or start.exists()})
         open_run(distiller, start, held)
         if distiller.main:
             announce(distiller)

@@ -70,9 +70,10 @@ def missing(impl: str) -> str | None:
                 f"checkout run `pip install --no-build-isolation .`"
             )
         if (own := _sources()) and getattr(extension, "sources", None) != own:
+            cuda = "TBCM_BUILD_CUDA=1 " if hasattr(extension, "cuda") else ""
             return (
                 f"{extension.__file__} was not built from this checkout's csrc; in the checkout "
-                f"run `pip install --no-build-isolation .`"
+                f"run `{cuda}pip install --no-build-isolation -e .`"
             )
         if impl == "cuda" and not hasattr(extension, "cuda"):
             return (
@@ -89,11 +90,11 @@ def missing(impl: str) -> str | None:
 
 def _sources() -> str | None:
     """The hash of the C++ sources beside the package, as setup.py's; None where there are none."""
-    csrc = Path(__file__).parents[1] / "csrc"
-    if not (csrc / "registration.cpp").exists():
+    root = Path(__file__).parents[1]
+    if not (root / "setup.py").exists():
         return None
-    sources = sorted(p for p in csrc.glob("*.cpp") if p.stem != "cuda_registration")
-    content = b"".join(p.read_bytes() for p in (*sources, *sorted(csrc.glob("*.h"))))
+    sources = sorted(p for p in root.glob("csrc/[a-z]*.cpp") if p.stem != "cuda_registration")
+    content = b"".join(p.read_bytes() for p in (*sources, *sorted(root.glob("csrc/[a-z]*.h"))))
     return hashlib.sha256(content).hexdigest()[:12]
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
+from torch.nn import Parameter
 
 T = TypeVar("T")
 _stopped = False
@@ -174,10 +175,12 @@ def _refuse_lanes(tensors: Sequence[Tensor | None]) -> None:
     if torch.compiler.is_compiling():
         return
     lanes = any(x is not None and is_batchedtensor(x) for x in tensors)
-    if lanes and not _functorch_levels()[0]:
+    forward, _, batched = _functorch_levels() if lanes else (1, 0, False)
+    if batched or not forward:
         raise RuntimeError(
-            "tbcm_kernels: torch.func.vmap does not run inside dual_level(): put torch.func.jvp "
-            "inside vmap, or use jacfwd."
+            "tbcm_kernels: torch.func.vmap does not run inside dual_level(), nor inside "
+            "torch.func.jvp where tangents are constants: put torch.func.jvp inside vmap, or use "
+            "jacfwd."
         )
 
 
@@ -311,17 +314,17 @@ def check_tensors(
 
 
 def takes_stock(x: Tensor) -> bool:
-    """Whether a layer leaves x to PyTorch: a nested tensor, or one that processes share."""
-    return x.is_nested or is_shared(x)
+    """Whether a layer leaves x to PyTorch: a nested tensor or a DTensor."""
+    return x.is_nested or is_dtensor(x)
 
 
-def is_shared(x: Tensor) -> bool:
-    """Whether x is a DTensor."""
-    return hasattr(x, "device_mesh")
+def is_dtensor(x: Tensor) -> bool:
+    """Whether processes share x; asked so, its module need not be loaded."""
+    return type(x) not in (Tensor, Parameter) and hasattr(x, "device_mesh")
 
 
 def _check_dense(op: str, name: str, x: Any) -> None:
-    if is_shared(x):
+    if is_dtensor(x):
         raise ValueError(
             f"{op}: {name} is a DTensor; give its own part, {name}.to_local(), or the whole, "
             f"{name}.full_tensor()."

@@ -69,7 +69,8 @@ class Fused:
 
         Raises:
             TypeError: the model keeps its own forward, which reads text as it comes.
-            RuntimeError: the model is sharded by FSDP2 and was not made whole by unshard().
+            RuntimeError: the model is sharded by FSDP2 and was not made whole by unshard(), under
+                torch.no_grad().
         """
         encode = getattr(self.module, "encode_text", None)
         if encode is None:

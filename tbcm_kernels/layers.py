@@ -136,7 +136,8 @@ def _is_bare(norm: nn.Module) -> bool:
 def _modulated(norm: nn.Module, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x [B, N, C] after a LayerNorm and the modulations [B, C]."""
     scale, shift = scale[:, None], shift[:, None]
-    if x.ndim != 3 or x.shape[0] != scale.shape[0] or does_more(norm) or not _is_bare(norm):
+    other = takes_stock(x) or x.ndim != 3 or x.shape[0] != scale.shape[0]
+    if other or does_more(norm) or not _is_bare(norm):
         return norm(x) * (1 + scale) + shift
     x = x.to(torch.promote_types(x.dtype, scale.dtype))
     return adaln(x, scale=scale, shift=shift, eps=norm.eps)[1]

@@ -46,10 +46,11 @@ class FusedText:
 
 def encode_text(model: nn.Module, encoder_hidden_states: Tensor) -> FusedText:
     """Keys and values of the text [P, S, D] for every block, to be reused by many forwards."""
-    if _dual.is_shared(model.scale_shift_table):
+    if _dual.is_dtensor(model.scale_shift_table):
         raise RuntimeError(
             "encode_text: this model is sharded, and its weights are whole within its forward "
-            "alone; call unshard() before, and reshard() after."
+            "alone; under torch.no_grad() call unshard() before and reshard() after, and for a "
+            "pass with gradients give the model the text itself."
         )
     projected = model.caption_projection(encoder_hidden_states)
     tokens = encoder_hidden_states.shape[1]

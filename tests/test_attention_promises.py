@@ -204,6 +204,10 @@ def test_merge_attention_is_attention_over_all_keys() -> None:
     with tk.stop_tangent_gradient():
         _, merged_tangents = torch.func.jvp(merged, tuple(inputs), tuple(tangents))
     assert not any(x.requires_grad for x in merged_tangents)
+    lanes = torch.vmap(lambda x: tk.merge_attention([(x, x[..., 0])] * 2)[0])
+    refused = pytest.raises(RuntimeError, match=r"put torch\.func\.jvp inside vmap")
+    with tk.stop_tangent_gradient(), refused:
+        torch.func.jvp(lanes, (drawn[0],), (drawn[0],))
 
 
 @pytest.mark.parametrize("moving", ["q", "q k v"])

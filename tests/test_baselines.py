@@ -356,6 +356,18 @@ def test_a_run_does_not_go_on_with_other_images(teacher: Path, folder: Path, tmp
         train(of_folder(tmp_path / "run", teacher, folder, **again))
 
 
+def test_a_cache_that_is_not_written_or_not_shared_is_named(
+    teacher: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = of_folder(tmp_path / "run", teacher, folder)
+    monkeypatch.setattr(images, "encode", lambda *_: None)  # another node's
+    with pytest.raises(UserError, match="lacks latents that another process made; give as latents"):
+        opened(config)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(UserError, match=r"Cannot write latents to .* by latents_cache"):
+        opened(config)
+
+
 def test_a_run_goes_on_with_other_settings_that_it_does_not_look_at(tmp_path: Path):
     run, again = tmp_path / "run", {"resume_from_checkpoint": "latest", "max_train_steps": 3}
     train(settings(run, route_steps=3))

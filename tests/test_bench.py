@@ -94,7 +94,8 @@ def test_a_pass_of_ours_gives_what_pytorch_gives(
         ("--tokens 250 --op conv_glu", "square of tokens, not 250"),
         ("--batch 0", "--batch must be at least 1"),
         ("--save --json rows.jsonl", "not both"),
-        ("--against nowhere", "there is no nowhere"),
+        ("--json bench", "--json bench: Is a directory; name another file"),
+        ("--json rows.jsonl --against nowhere", "there is no nowhere"),
         ("--against README.md", "does not hold JSON lines"),
     ],
 )
@@ -105,6 +106,7 @@ def test_bad_input_ends_in_a_sentence(
     with pytest.raises(SystemExit) as stopped:
         bench.main(["--device", "cpu", *argv.split()])
     assert says in f"{stopped.value} {capsys.readouterr().err}"
+    assert not Path("rows.jsonl").exists()
 
 
 @pytest.mark.parametrize("command", [model.main, others.main])

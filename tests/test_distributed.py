@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.normalization import RMSNorm
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -133,6 +134,18 @@ def test_processes_that_were_given_other_things_are_refused(monkeypatch: pytest.
     check_alike(there[0])
 
 
+def test_settings_and_teacher_are_compared_before_a_run_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    compared = []
+    monkeypatch.setattr(distributed, "check_alike", lambda found: compared.append(set(found)))
+    monkeypatch.setattr("tbcm.train.check_alike", distributed.check_alike)
+    train(settings(tmp_path / "run", max_train_steps=1))
+    every = set().union(*compared)
+    assert {"seed", "teacher's weights", "prompts or the text encoder", "view of None"} <= every
+    assert not {"prompts", "output_dir", "validation_prompts"} & every
+
+
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
     """A mesh of this process alone."""
@@ -145,7 +158,8 @@ def mesh() -> Iterator[DeviceMesh]:
 def test_layers_leave_a_dtensor_to_pytorch_and_ops_refuse_it(mesh: DeviceMesh):
     x = torch.randn(2, 4, 16)
     shared = distribute_tensor(x, mesh, [Shard(1)])
-    for stock in (nn.RMSNorm(16), nn.LayerNorm(16, elementwise_affine=False), nn.LayerNorm(16)):
+    norms = nn.RMSNorm(16), nn.LayerNorm(16, elementwise_affine=False), nn.LayerNorm(16)
+    for stock in (*norms, RMSNorm(16, 1e-6)):
         net = nn.Sequential(parallelize_module(stock, mesh, SequenceParallel()))
         want = stock(shared).full_tensor()
         with tk.fuse(net):

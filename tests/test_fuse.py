@@ -223,6 +223,8 @@ def test_prompts_shared_by_several_images() -> None:
         model(**{n: v[:5] for n, v in many.items()}, **text)
     with pytest.raises(ValueError, match="1 rows for 2 prompts"):
         model(**many, **(text | {"encoder_attention_mask": torch.ones(1, 7)}))
+    with pytest.raises(ValueError, match="no multiple of 0 prompts"):
+        model(**many, **{n: v[:0] for n, v in text.items()})
 
 
 MASKS = {

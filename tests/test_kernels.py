@@ -17,7 +17,7 @@ import tbcm_kernels as tk
 from tbcm_kernels import _dispatch
 from tbcm_kernels.testing.cases import Case, cases
 from tbcm_kernels.testing.check import call, check, run
-from tbcm_kernels.testing.prove import mixed_faults
+from tbcm_kernels.testing.prove import mixed_faults, prove
 
 pytestmark = pytest.mark.kernels
 OPS = ["adaln", "conv_glu", "linear_attention", "rms_norm"]
@@ -331,6 +331,23 @@ def test_planted_faults_fail(
 
     monkeypatch.setattr(harness, "run", broken)
     assert check(case, "auto") != []
+
+
+def test_a_proof_finds_what_the_policy_does(
+    need: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need("cpu")
+    kernels = importlib.import_module("tbcm_kernels.tangent_loss.cpu")
+    forward = kernels.forward
+
+    def off(*arguments: object) -> tuple:
+        loss, *rest = forward(*arguments)
+        return loss * 1.01, *rest
+
+    proved = functools.partial(prove, "tangent_loss", "cpu", "cpu", torch.float32, few=True)
+    assert proved().faults == []
+    monkeypatch.setattr(kernels, "forward", off)
+    assert proved().faults
 
 
 def test_two_runs_that_differ_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from saved import saved, size
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from tbcm.config import TrainConfig
 from tbcm.distiller import Distiller
@@ -197,6 +199,15 @@ def test_a_lora_student_learns_continues_and_is_saved_merged(tmp_path: Path):
         teachers = straight.teacher_net(x, t, *text)
         torch.testing.assert_close(saved(x, t, *text, torch.ones(2)), want, rtol=1e-4, atol=1e-5)
     assert (want - teachers).abs().max() > 1e-3
+    layers = dict(straight.student.named_modules())
+    adapted = {name for name, layer in layers.items() if parametrize.is_parametrized(layer)}
+    assert adapted == {name for name in layers if re.search(r"attn\d\.to_([qkv]|out\.0)$", name)}
+    for name in adapted:
+        (low_rank,) = layers[name].parametrizations.weight
+        change = low_rank.up @ low_rank.down
+        assert change.abs().max() > 0, name
+        base = layers[name].parametrizations.weight.original
+        torch.testing.assert_close(layers[name].weight, base + change)
 
 
 def test_long_validation_prompts_are_refused_before_the_prompts_are_encoded(tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -402,7 +403,8 @@ def test_failed_save_leaves_the_older_ones_and_names_the_file(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="step-000002: No space left on device"):
+    says = "step-000002: No space left on device; mend that and continue with --resume_"
+    with pytest.raises(UserError, match=says):
         checkpoint.save(tmp_path, 2, {"step": 2}, limit=1)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
 
@@ -418,6 +420,7 @@ def test_a_checkpoint_and_what_it_counts_on_are_flushed_before_it_has_its_name(
 
     monkeypatch.setattr(os, "fsync", watched)
     train(settings(tmp_path / "run", steps=1))
+    assert any(re.fullmatch(r"\.config\.yaml\.\d+\.part", name) for name in flushed)
     kept = [name for name in flushed if not name.endswith(".part")]  # of files written whole
     assert kept[:4] == ["metrics.jsonl", "state.pt", "step-000001.tmp", "checkpoints"]
 

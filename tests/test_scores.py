@@ -238,9 +238,10 @@ def test_a_prompt_that_is_no_string_is_named(tmp_path: Path):
 def test_a_second_image_of_a_prompt_is_named(real: Path, tmp_path: Path):
     """Such as one that was drawn into the folder of the real ones."""
     folder = Path(shutil.copytree(real, tmp_path / "real"))
+    (folder / "food" / "01.png").rename(folder / "food" / "01.PNG")
     assert len(scores.read_items(folder)) == N
     (folder / "ours").mkdir()
-    shutil.copy(folder / "food" / "01.png", folder / "ours" / "01.png")
+    shutil.copy(folder / "food" / "01.PNG", folder / "ours" / "01.png")
     with pytest.raises(scores.UserError, match="holds two images of 01"):
         scores.read_items(folder)
 

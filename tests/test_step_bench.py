@@ -80,12 +80,14 @@ def test_report_has_medians_and_their_ratios():
     assert encoding["fused"] == pytest.approx({"memory": -0.75, "time": -0.75})
     # 6 ms of products and 5 ms of copies
     assert result["eager"]["roofline"] == pytest.approx(0.2) and result["copy_gb_s"] == 200
-    said = "\n".join(lines({**result, "model": "digits"}))
+    compiled = {**result["eager"], "ms": 20.0}
+    said = "\n".join(lines({**result, "model": "digits", "compile": compiled}))
     for part in (
         "before, fused: memory -50.0%, time -50.0%",
         "step, fused: memory -75.0%",
         "20% of",
         "fused is 3.00 times as fast as eager",
+        "fused is 2.00 times as fast as compile",
     ):
         assert part in said
 

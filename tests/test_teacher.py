@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,18 @@ def test_a_hub_teacher_is_refused_before_its_weights_come(
     monkeypatch.setattr(SanaPipeline, "download", lambda *_, **__: pytest.fail("weights came"))
     with pytest.raises(UserError, match=r"takes times in \[0, 1000\]"):
         load_teacher("some/one")
+
+
+@pytest.mark.parametrize("name", [".", "../presets"])
+def test_a_folder_is_looked_for_where_the_user_is(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Not among the built-in teachers."""
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match=rf"The teacher folder {re.escape(name)} lacks"):
+        load_teacher(name)
 
 
 def test_without_the_hub_a_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch):

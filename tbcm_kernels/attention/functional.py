@@ -163,7 +163,7 @@ def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
     parts = list(parts)
     if not parts or any(o.shape[:-1] != lse.shape for o, lse in parts):
         raise ValueError("merge_attention: parts must be pairs of o [..., N, D] and lse [..., N].")
-    if len({o.shape for o, _ in parts}) > 1:
+    if any(o.shape != parts[0][0].shape for o, _ in parts):
         raise ValueError("merge_attention: all parts must have one shape.")
     # A part without keys has lse = −∞, whose tangent and gradient must stay out: exp(−∞) = 0, but
     # 0 · NaN is not.

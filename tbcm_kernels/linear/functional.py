@@ -78,7 +78,8 @@ def _pair(
         if tweight is not None:
             terms.append(_rows(x, tweight))
         if tbias is not None:
-            terms.append(tbias.to(y.dtype).repeat(len(y), 1))
+            tb = tbias.to(y.dtype)
+            terms.append(tb.expand_as(y) if terms else tb.repeat(y.shape[0], 1))
         ty = sum(terms[1:], terms[0]) if terms else None
     # A view that is made under no_grad would refuse to be changed in place later.
     return y.view(shape), None if ty is None else ty.view(shape)

@@ -15,11 +15,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.normalization import RMSNorm
+from diffusers.models.normalization import AdaLayerNormContinuous, RMSNorm
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 from torch.torch_version import TorchVersion
 
@@ -164,6 +164,11 @@ def test_layers_leave_a_dtensor_to_pytorch_and_ops_refuse_it(mesh: DeviceMesh):
         want = stock(shared).full_tensor()
         with tk.fuse(net):
             torch.testing.assert_close(net(shared).full_tensor(), want)
+    net = distribute_module(AdaLayerNormContinuous(16, 16, elementwise_affine=False), mesh)
+    samples = [distribute_tensor(v, mesh, [Shard(0)]) for v in (x, x[:, 0])]
+    want = net(*samples).full_tensor()
+    with tk.fuse(net):
+        torch.testing.assert_close(net(*samples).full_tensor(), want)
     for op in (tk.rms_norm, tk.adaln, lambda x: tk.attention(x[None], x[None], x[None])):
         with pytest.raises(
             ValueError, match=r"[xq] is a DTensor; give its own part, [xq].to_local"

@@ -20,9 +20,9 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-SOURCES = sorted(str(p) for p in Path("csrc").glob("[a-z]*.cpp") if p.stem != "cuda_registration")
+SOURCES = sorted(str(p) for p in Path("csrc").glob("*.cpp") if p.stem != "cuda_registration")
 CUDA_SOURCES = sorted(Path("csrc").glob("*.cu"))
-HEADERS = sorted(str(p) for p in Path("csrc").glob("[a-z]*.h"))
+HEADERS = sorted(str(p) for p in Path("csrc").glob("*.h"))
 STABLE_ABI = 0x020A000000000000  # PyTorch 2.10, the oldest supported
 CHOICE = os.environ.get("TBCM_BUILD_CPU", "auto")
 CUDA_CHOICE = os.environ.get("TBCM_BUILD_CUDA", "auto")
@@ -76,7 +76,7 @@ class OptionalBuild(build_ext):
             extension.define_macros += [
                 ("TORCH_TARGET_VERSION", f"{STABLE_ABI:#x}ULL"),
                 ("Py_LIMITED_API", "0x030a0000"),
-                ("TBCM_SOURCES", f'"{digest(map(Path, (*SOURCES, *HEADERS)))}"'),
+                ("TBCM_SOURCES", f'"{digest(sorted(Path("csrc").glob("[a-z]*")))}"'),
             ]
             extension.extra_compile_args += [
                 *FLAGS, "-fopenmp-simd", "-Wno-unknown-pragmas", "-Wno-psabi",
@@ -164,7 +164,7 @@ def source_hash(source: Path) -> str:
 
 
 def digest(files: Iterable[Path]) -> str:
-    """Twelve digits that change with the files; _dispatch.py looks for those of the C++ sources."""
+    """Twelve digits that change with the files; _dispatch.py looks for those of all in csrc."""
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 

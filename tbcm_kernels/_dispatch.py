@@ -89,12 +89,11 @@ def missing(impl: str) -> str | None:
 
 
 def _sources() -> str | None:
-    """The hash of the C++ sources beside the package, as setup.py's; None where there are none."""
+    """The hash of the csrc beside the package, as setup.py's; None where there is none."""
     root = Path(__file__).parents[1]
-    if not (root / "setup.py").exists():
+    if not ((root / "setup.py").exists() and (root / "csrc" / "registration.cpp").exists()):
         return None
-    sources = sorted(p for p in root.glob("csrc/[a-z]*.cpp") if p.stem != "cuda_registration")
-    content = b"".join(p.read_bytes() for p in (*sources, *sorted(root.glob("csrc/[a-z]*.h"))))
+    content = b"".join(p.read_bytes() for p in sorted(root.glob("csrc/[a-z]*")))
     return hashlib.sha256(content).hexdigest()[:12]
 
 

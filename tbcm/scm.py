@@ -1,6 +1,8 @@
 """sCM, the baseline that learns from images: noise is added to them, nothing is rolled out.
 
-Source: sCM (arXiv 2410.11081), with the settings of SANA-Sprint (2503.09641).
+Source: sCM (arXiv 2410.11081), with the times of SANA-Sprint (2503.09641). The weight of the
+tangent is TBCM's: in SANA-Sprint's code it stays at 1 after its warm-up, as with
+tangent_calm_value: 1.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 The discriminator is small heads on features of the frozen teacher (LADD, arXiv 2403.12015), trained
 by the hinge loss. Source: SANA-Sprint (arXiv 2503.09641) §3.3.
+Differs from its released code: images beside another's prompt are no fakes here
+(`misaligned_pairs_D` there), student and discriminator both move in every step, with the same
+guidance scales, and the heads' learning rate warms up with the student's.
 """
 
 from __future__ import annotations

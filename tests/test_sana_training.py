@@ -32,7 +32,7 @@ Result = tuple[Tensor, Tensor, dict[str, Tensor]]
 def _model(heads: int, cross: int, cross_width: int, layers: int = 2) -> SanaTransformer2DModel:
     torch.manual_seed(0)
     return SanaTransformer2DModel(
-        in_channels=4, out_channels=4, num_attention_heads=heads, attention_head_dim=32,
+        in_channels=32, out_channels=32, num_attention_heads=heads, attention_head_dim=32,
         num_layers=layers, num_cross_attention_heads=cross, cross_attention_head_dim=cross_width,
         cross_attention_dim=heads * 32, caption_channels=24, mlp_ratio=2.5, sample_size=16,
         patch_size=1, qk_norm="rms_norm_across_heads", guidance_embeds=True,
@@ -42,7 +42,7 @@ def _model(heads: int, cross: int, cross_width: int, layers: int = 2) -> SanaTra
 def _inputs(side: int = 16, text: int = 20, batch: int = 1) -> tuple[Tensor, ...]:
     """x, t, text, mask, guidance; then tangents of x and t, and a cotangent."""
     torch.manual_seed(1)
-    x, tx, cotangent = torch.randn(3, batch, 4, side, side + 2)
+    x, tx, cotangent = torch.randn(3, batch, 32, side, side + 2)
     t, tt = torch.linspace(0.3, 0.9, batch), torch.full((batch,), 0.7)
     mask = (torch.arange(text) < text - 3).float().expand(batch, text).clone()
     guidance = torch.full((batch,), 0.45)

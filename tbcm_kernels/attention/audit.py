@@ -44,7 +44,7 @@ def audit_cases() -> Iterator[AuditCase]:
                 if "masked" in part and width in (72, 112):  # 64 and 128 have as large tiles
                     continue
                 for gpu in kernels._PINNED:
-                    yield from _audits(kind, part, torch.bfloat16, width, gpu)
+                    yield from _audits(kind, part, width, gpu)
 
 
 def _other_audits() -> Iterator[AuditCase]:
@@ -63,21 +63,18 @@ def _other_audits() -> Iterator[AuditCase]:
         yield AuditCase(f"attention bf16 {name}", kernel, arguments, constants, warps)
 
 
-def _audits(
-    kind: str, part: str, dtype: torch.dtype, width: int, capability: tuple[int, int]
-) -> Iterator[AuditCase]:  # fmt: skip
-    """One config in each of its launches, with the tangents "none", "q" or "all".
+def _audits(kind: str, part: str, width: int, capability: tuple[int, int]) -> Iterator[AuditCase]:
+    """One config of bf16 in each of its launches, with the tangents "none", "q" or "all".
 
     It may be causal, or masked in fp32, whose tiles are the largest.
     """
-    kernel = _AUDITED[kind][0]
+    kernel, dtype = _AUDITED[kind][0], torch.bfloat16
     absent = {"key_mask"}
     absent |= {n for n, word in (("causal", "causal"), ("mask", "masked")) if word not in part}
     if "none" in part:
         absent |= {"tq", "tk", "tv", "to", "gto", "gtq", "gtk", "gtv", "mu", "a"}
     elif "q" in part:
         absent |= {"tk", "tv", "gtk", "gtv"}
-    short = "bf16" if dtype == torch.bfloat16 else "fp32"
     arguments: dict[str, Any] = {}
     for name in kernel.arg_names:
         if name in absent:
@@ -91,7 +88,7 @@ def _audits(
         elif name == "scale":
             arguments[name] = "fp32"
         elif not name.isupper():
-            arguments[name] = Operand(f"*{short}", "i32", "i32", "i32", "i32")
+            arguments[name] = Operand("*bf16", "i32", "i32", "i32", "i32")
     config = kernels._pinned(capability, kind, "causal" in part, width, dtype, "masked" in part)
     blocks = dict(zip(("BM", "BN"), config, strict=False))
     constants = kernels._widths(width, width) | {"UNIT": 8, "PRECISION": "ieee"}
@@ -108,8 +105,7 @@ def _audits(
         may_spill = _MASKED_MAY_SPILL if "masked" in part else _MAY_SPILL.get((capability, kind), 0)
         if names or not outputs:
             yield AuditCase(
-                f"attention {short} D={width} {kind} {part} {names}".rstrip(), kernel,
+                f"attention bf16 D={width} {kind} {part} {names}".rstrip(), kernel,
                 arguments | others, constants, *config[2:], (10 * capability[0] + capability[1],),
-                hgmma=dtype == torch.bfloat16 and rows >= 64,
-                may_spill=may_spill,
+                hgmma=rows >= 64, may_spill=may_spill,
             )  # fmt: skip

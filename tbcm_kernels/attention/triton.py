@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tbcm_kernels._dispatch import may_use_tf32
-from tbcm_kernels._library import fresh_heads
+from tbcm_kernels._library import fresh_heads, unit_stride
 from tbcm_kernels._triton import device_of, row_config
 from tbcm_kernels.attention import buffers
 from tbcm_kernels.attention.reference import FIRST_KEYS, Setting
@@ -411,7 +411,7 @@ def _normalized(
     across = weight.shape[0] != width
     y = fresh_heads(x, x.shape)
     ty = None if tx is None else fresh_heads(x, tx.shape)
-    x, tx = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (x, tx))
+    x, tx = map(unit_stride, (x, tx))
     block = triton.next_power_of_2(width)
     together = triton.next_power_of_2(heads)
     if across:

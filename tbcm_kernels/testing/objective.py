@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import tbcm_kernels
+from tbcm_kernels._library import Rounding
 from tbcm_kernels.testing.cases import Case
 from tbcm_kernels.testing.compare import signs, spread
 
@@ -52,11 +53,7 @@ def names(case: Case) -> list[str]:
 
 def truth(case: Case) -> Values:
     """The reference in fp64."""
-    primals, tangents = (
-        [None if x is None else x.to("cpu", torch.float64) for x in values]
-        for values in (case.primals, case.tangents)
-    )
-    return run(dataclasses.replace(case, primals=primals, tangents=tangents), "reference")
+    return _reference(case, lambda x: x.to("cpu", torch.float64))
 
 
 def noise(case: Case, exact: Values) -> Values:
@@ -68,23 +65,24 @@ def noise(case: Case, exact: Values) -> Values:
     generator = torch.Generator().manual_seed(7)
     unit = torch.finfo(torch.promote_types(case.primals[0].dtype, torch.float32)).eps
 
-    def disturbed(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.cpu().double() * (1 + unit * signs(x, generator))
+    def disturbed(x: Tensor) -> Tensor:
+        return x.cpu().double() * (1 + unit * signs(x, generator))
 
-    def moved() -> Values:
-        primals, tangents = ([disturbed(x) for x in xs] for xs in (case.primals, case.tangents))
-        return run(dataclasses.replace(case, primals=primals, tangents=tangents), "reference")
-
-    return spread(exact, moved)
+    return spread(exact, lambda: _reference(case, disturbed))
 
 
 def baseline(case: Case) -> Values:
     """The reference on the inputs as they are: fp32 arithmetic, one rounding at the end."""
+    return [None if x is None else x.double() for x in _reference(case, Tensor.cpu)]
+
+
+def _reference(case: Case, enter: Rounding) -> Values:
+    """`run` of the reference; `enter` is what a tensor becomes as it is read."""
     primals, tangents = (
-        [None if x is None else x.cpu() for x in values] for values in (case.primals, case.tangents)
+        [None if x is None else enter(x) for x in values]
+        for values in (case.primals, case.tangents)
     )
-    values = run(dataclasses.replace(case, primals=primals, tangents=tangents), "reference")
-    return [None if x is None else x.double() for x in values]
+    return run(dataclasses.replace(case, primals=primals, tangents=tangents), "reference")
 
 
 def _call(case: Case, primals: Values, impl: str, *, moving: bool) -> tuple[Tensor | None, ...]:

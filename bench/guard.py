@@ -27,11 +27,10 @@ def read(path: Path, device: str, dtype: str) -> list[Row]:
         rows = [json.loads(line) for line in lines]
     except ValueError as error:
         raise SystemExit(f"--against: {path} does not hold JSON lines ({error})") from error
-    found = [row for row in rows if "op" in row and "us" in row]
-    on_cpu = device == "cpu"
     found = [
-        row for row in found
-        if row["device"].startswith("cpu") == on_cpu and row["dtype"] == dtype
+        row for row in rows
+        if "op" in row and "us" in row and row["dtype"] == dtype
+        and row["device"].startswith("cpu") == (device == "cpu")
     ]  # fmt: skip
     if not found:
         raise SystemExit(f"--against: {path} holds no rows of ops in {dtype} on {device}")

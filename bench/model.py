@@ -245,8 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print the figures and append them to a file; 1 where the models disagree."""
     args = parse(argv)
     models = students(args)
-    about = {k: v for k, v in vars(args).items() if k not in ("json", "seconds", "device")}
-    row = dict(about)
+    row = {k: v for k, v in vars(args).items() if k not in ("json", "seconds", "device")}
     if found := disagreement(**models):
         row["faults"] = found
         print("The fused model is wrong here and is not timed.", *found, sep="\n")

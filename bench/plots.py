@@ -87,7 +87,7 @@ def speedups(rows: list[Row], name: str) -> str:
 
 def roofline(rows: list[Row], name: str) -> str:
     """How much of its time each case would need at the measured peaks: ours and PyTorch's best."""
-    table = last(r for r in rows if "roofline" in r)
+    table = last(rows)
     ours = [r for r in table.values() if r["variant"] in OURS]
     ours.sort(key=lambda r: (r["op"], r["shape"], list(PASSES).index(r["pass"])), reverse=True)
     figure, axes = blank(8, 0.8 + 0.17 * len(ours))

@@ -11,13 +11,12 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+from bench.environment import ROOT
 from tbcm_kernels import _dispatch
 from tbcm_kernels.testing.prove import GPU_KERNELS
 
-ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "tbcm_kernels" / "proofs.json"
 
 

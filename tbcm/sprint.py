@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -70,25 +71,14 @@ class Features:
 
     def __init__(self, transformer: nn.Module, blocks: Sequence[int]):
         self.blocks = [transformer.transformer_blocks[i] for i in blocks]
-        self.net = TrigFlow(Stock(transformer))
+        # Whether `tbcm_kernels.fuse` has replaced it or not; its blocks run their hooks.
+        self.net = TrigFlow(partial(type(transformer).forward, transformer))
 
     def __call__(self, x: Tensor, t: Tensor, text: Text) -> list[Tensor]:
         """Of x_t [B, C, H, W] at t [B], with gradients with respect to x."""
         with kept_outputs(self.blocks) as found:
             self.net(x / SIGMA_DATA, t, *text)
         return found
-
-
-class Stock(nn.Module):
-    """A transformer's own forward, whether `tbcm_kernels.fuse` has replaced it or not."""
-
-    def __init__(self, transformer: nn.Module):
-        super().__init__()
-        self.transformer = transformer
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The class's, whose blocks run their hooks."""
-        return type(self.transformer).forward(self.transformer, *args, **kwargs)
 
 
 @contextmanager

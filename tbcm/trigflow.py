@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class TrigFlow(nn.Module):
     SANA-Sprint's does.
     """
 
-    def __init__(self, transformer: nn.Module, fused: bool = False):
+    def __init__(self, transformer: Callable[..., Any], fused: bool = False):
         super().__init__()
         self.transformer = transformer
         self.wrap = fused_wrapped if fused else wrapped

@@ -250,7 +250,6 @@ class Distiller:
                 stack.enter_context(self.accelerator.no_sync(net))
             yield
 
-    @torch.no_grad()
     def follow(
         self, noise: Tensor, times: Tensor, guidance: Tensor, embeds: Tensor, mask: Tensor
     ) -> Trajectory:

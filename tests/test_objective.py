@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from test_tangent_loss import network
 from torch import Tensor
 
 from tbcm import objective
@@ -13,12 +14,6 @@ from tbcm.models import load_teacher
 from tbcm.student import build_student
 from tbcm.trigflow import SIGMA_DATA, TrigFlow, like, to_time
 from tbcm_kernels import _dual, fuse
-
-
-def network(x: Tensor, t: Tensor) -> Tensor:
-    """A smooth F(x/σ_d, t) that mixes all pixels."""
-    mixed = torch.tanh(x.flatten(1).cumsum(1).reshape(x.shape) * like(torch.sin(2 * t), x))
-    return mixed + like(torch.cos(3 * t), x) * x**2
 
 
 def consistency(x: Tensor, t: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from diffusers.models.attention_processor import (
     JointAttnProcessor2_0,
 )
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
+from test_fuse import _layer_norm, _worst
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -100,10 +101,6 @@ def _dual_pass(
     return value.detach(), tangent.detach(), dict(zip(parameters, grads, strict=True))
 
 
-def _worst(got: Tensor, want: Tensor) -> float:
-    return ((got - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
-
-
 def _compare_gradients(got: dict, want: dict, close: float) -> None:
     assert {n for n, g in got.items() if g is None} == {n for n, g in want.items() if g is None}
     # Keys' biases cancel in softmax without key norms: both sides hold rounding.
@@ -132,16 +129,11 @@ def test_gradient_through_the_tangent(name: str) -> None:
     model, inputs = _model(name, torch.float64), _inputs(name, torch.float64)
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
-            module.forward = functools.partial(_layer_norm, module.eps)
+            module.forward = functools.partial(_layer_norm, eps=module.eps)
     _, _, want = _dual_pass(model, inputs, through=True)
     with tk.fuse(model):
         _, _, got = _dual_pass(model, inputs, through=True)
     _compare_gradients(got, want, 1e-4 if name == "SD3.5" else 1e-10)
-
-
-def _layer_norm(eps: float, x: Tensor) -> Tensor:
-    center = x - x.mean(-1, keepdim=True)
-    return center * torch.rsqrt(center.square().mean(-1, keepdim=True) + eps)
 
 
 @pytest.mark.parametrize("name", MODELS)

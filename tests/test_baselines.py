@@ -16,18 +16,16 @@ import yaml
 from accelerate import Accelerator
 from diffusers import AutoencoderDC
 from PIL import Image
+from test_train import distiller, one_step_rmse
 
 from tbcm import digits, images
 from tbcm.config import PRESETS, TrainConfig
-from tbcm.distiller import Distiller
 from tbcm.errors import UserError
 from tbcm.models import ASSETS, load_teacher, teacher_of
-from tbcm.rollout import rollout
-from tbcm.sampling import consistency_sample
 from tbcm.sprint import HEAD_BLOCKS, Head, Heads, kept_outputs
 from tbcm.text import load_prompts
-from tbcm.train import METHODS, train
-from tbcm.trigflow import SIGMA_DATA, TrigFlow, like, route
+from tbcm.train import train
+from tbcm.trigflow import SIGMA_DATA, TrigFlow, like
 
 
 def settings(out: Path, **changes: object) -> TrainConfig:
@@ -35,11 +33,6 @@ def settings(out: Path, **changes: object) -> TrainConfig:
     preset = yaml.safe_load((PRESETS / "digits_baselines.yaml").read_text())
     quick = {"train_batch_size": 4, "max_train_steps": 2, "method": "scm", "output_dir": str(out)}
     return TrainConfig(**{**preset, **quick, "tangent_warmup_steps": 0, **changes})
-
-
-def distiller(config: TrainConfig) -> Distiller:
-    """The parts of a run without its folder."""
-    return METHODS[config.method](config, load_teacher("digits"), load_prompts(config))
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -76,15 +69,7 @@ def test_a_baseline_brings_the_one_step_image_to_the_end_of_the_teachers_path(
 ):
     parts = distiller(settings(tmp_path, method=method, fused=True, train_batch_size=24,
                                ema_decay=0.0, max_train_steps=450))  # fmt: skip
-    noise = SIGMA_DATA * torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(3))
-    text, scale = parts.text(list(range(32))), torch.full((32,), 1.5)
-    path = rollout(parts.teacher_net, noise, route(30, 2.5).float(), parts.guided(text), scale)
-
-    def pair_rmse() -> float:
-        with torch.no_grad():
-            image = consistency_sample(parts.student_net, noise, *text, 0.1 * scale, steps=1)
-        return (image - path.x0 / SIGMA_DATA).square().mean().sqrt().item()
-
+    pair_rmse = one_step_rmse(parts)
     before = pair_rmse()
     for _ in range(30):
         parts.train_step()

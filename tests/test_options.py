@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from saved import saved, size
+from test_train import distiller
 from torch import Tensor
 from torch.nn.utils import parametrize
 
@@ -34,11 +35,6 @@ def settings(out: Path, **changes: object) -> TrainConfig:
         "validation_samples": 4, "validation_steps": 0,
     }  # fmt: skip
     return TrainConfig(**{"output_dir": str(out), **quick, **changes})
-
-
-def distiller(config: TrainConfig) -> Distiller:
-    """The parts of a run without its folder."""
-    return Distiller(config, load_teacher("digits"), load_prompts(config))
 
 
 def saved_bytes(parts: Distiller) -> tuple[int, list[Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +37,20 @@ def distiller(config: TrainConfig) -> trainer.Distiller:
     """The parts of a run without its folder."""
     make = trainer.METHODS[config.method]
     return make(config, load_teacher("digits"), load_prompts(config))
+
+
+def one_step_rmse(parts: trainer.Distiller) -> Callable[[], float]:
+    """How far the student's images are from the ends of the teacher's path, whenever asked."""
+    noise = SIGMA_DATA * torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    text, scale = parts.text(list(range(32))), torch.full((32,), 1.5)
+    path = rollout(parts.teacher_net, noise, route(30, 2.5).float(), parts.guided(text), scale)
+
+    def pair_rmse() -> float:
+        with torch.no_grad():
+            image = consistency_sample(parts.student_net, noise, *text, 0.1 * scale, steps=1)
+        return (image - path.x0 / SIGMA_DATA).square().mean().sqrt().item()
+
+    return pair_rmse
 
 
 def metrics(run: Path) -> list[dict]:
@@ -274,16 +289,7 @@ def test_distilling_brings_the_one_step_image_to_the_end_of_the_teachers_path(
     preset = yaml.safe_load((PRESETS / "digits.yaml").read_text())
     quick = {"train_batch_size": 4, "route_steps": 6, "ema_decay": 0.0, "output_dir": str(tmp_path)}
     parts = distiller(TrainConfig(**{**preset, **quick, "fused": fused}))
-    noise = SIGMA_DATA * torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(3))
-    text, scale = parts.text(list(range(32))), torch.full((32,), 1.5)
-    both = parts.guided(text)
-    path = rollout(parts.teacher_net, noise, route(30, 2.5).float(), both, scale)
-
-    def pair_rmse() -> float:
-        with torch.no_grad():
-            image = consistency_sample(parts.student_net, noise, *text, 0.1 * scale, steps=1)
-        return (image - path.x0 / SIGMA_DATA).square().mean().sqrt().item()
-
+    pair_rmse = one_step_rmse(parts)
     before = pair_rmse()
     for _ in range(30):
         parts.train_step()

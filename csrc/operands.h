@@ -129,16 +129,15 @@ TBCM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 // Sums of products in fp64: D = G.O is subtracted from GV', which is nearly the same where few keys are seen.
 typedef double Doubles __attribute__((vector_size(LANES * sizeof(double))));
 
-// a.b by lanes.
-TBCM_INLINE Doubles products(const float* a, const float* b, int64_t n) {
+TBCM_INLINE double exact_dot(const float* a, const float* b, int64_t n) {
   Doubles sum = {};
   for_lanes(0, n, [&](int64_t d, auto there) __attribute__((always_inline)) {
     sum += __builtin_convertvector(get(a + d, there), Doubles) * __builtin_convertvector(get(b + d, there), Doubles);
   });
-  return sum;
+  return total(sum);
 }
 
-TBCM_INLINE float dot(const float* a, const float* b, int64_t n) { return float(total(products(a, b, n))); }
+TBCM_INLINE float dot(const float* a, const float* b, int64_t n) { return float(exact_dot(a, b, n)); }
 
 TBCM_INLINE void zero(float* x, int64_t n) { std::memset(x, 0, n * sizeof(float)); }
 
@@ -173,14 +172,14 @@ TBCM_CLONES static void measure_rows(Input& in, int64_t lanes, float eps, int64_
   for (int64_t row = begin; row < end; ++row) {
     const int64_t n = row % in.tokens, h = row / in.tokens % heads, b = row / in.tokens / heads;
     for (int64_t l = -1; l < (in.tx ? lanes : 0); ++l) {
-      Doubles sum = {};
+      double sum = 0;
       for (int64_t s = 0; s < summed; s += step) {
         const int64_t m = smaller(step, summed - s);
         read_heads(x, in.x, m, in.x.offset(0, b, h + s, n));
         if (l >= 0) read_heads(tx, in.tx, m, in.tx.offset(l, b, h + s, n));
-        sum += products(x, l >= 0 ? tx : x, m * in.x.width);
+        sum += exact_dot(x, l >= 0 ? tx : x, m * in.x.width);
       }
-      const float mean = float(total(sum) / double(width));
+      const float mean = float(sum / double(width));
       if (l < 0) in.norm.r[row] = 1 / __builtin_sqrtf(mean + eps);
       else in.norm.m[l * rows + row] = mean;
     }

@@ -66,8 +66,8 @@ def missing(impl: str) -> str | None:
             extension = importlib.import_module("tbcm_kernels._C")
         except ImportError as error:
             return (
-                f"the compiled extension is not there ({error}); install a C++ compiler and in the "
-                f"checkout run `pip install --no-build-isolation .`"
+                f"the compiled extension is not there ({error}); in the checkout run "
+                f"`TBCM_BUILD_CPU=1 pip install --no-build-isolation .`, which tells what it lacks"
             )
         if (own := _sources()) and getattr(extension, "sources", None) != own:
             cuda = "TBCM_BUILD_CUDA=1 " if hasattr(extension, "cuda") else ""

@@ -165,6 +165,9 @@ class TrainConfig:
     """sana_sprint: weight of the adversarial loss."""
     largest_timestep_prob: float = 0.5
     """sana_sprint: share of the images that the GAN sees made from pure noise, t = π/2."""
+    misaligned_pairs_D: bool = True
+    """sana_sprint: the heads learn that images beside each other's captions are wrong too, in steps
+    of two or more."""
     head_block_ids: list[int] | None = None
     """sana_sprint: teacher blocks whose features the discriminator reads, from 0 (none: 2, 8, 14
     and 19, as far as the teacher has them)."""
@@ -275,8 +278,8 @@ RANGES: list[Range] = [
 LOOKED_AT: list[tuple[str, tuple[str, ...], str]] = [
     ("method", ("tbcm",), "route_steps flow_shift jitter jitter_each_prompt"),
     ("method", ("scm", "sana_sprint"), "latents_cache logit_mean logit_std"),
-    ("method", ("sana_sprint",), "adv_lambda largest_timestep_prob head_block_ids "
-     "logit_mean_discriminator logit_std_discriminator"),
+    ("method", ("sana_sprint",), "adv_lambda largest_timestep_prob misaligned_pairs_D "
+     "head_block_ids logit_mean_discriminator logit_std_discriminator"),
     ("optimizer", ("adamw", "adamw_8bit"), "adam_epsilon"),
 ]  # fmt: skip
 """A choice, its values, and the settings that have an effect only with one of these values."""

@@ -1,8 +1,7 @@
 """sCM, the baseline that learns from images: noise is added to them, nothing is rolled out.
 
-Source: sCM (arXiv 2410.11081), with the times of SANA-Sprint (2503.09641). The weight of the
-tangent is TBCM's: in SANA-Sprint's code it stays at 1 after its warm-up, as with
-tangent_calm_value: 1.
+Source: sCM (arXiv 2410.11081), with the times of SANA-Sprint (2503.09641), whose code has no
+calm-down of the tangent's weight: tangent_calm_value: 1.
 """
 
 from __future__ import annotations
@@ -53,13 +52,13 @@ class ScmDistiller(Distiller):
         c = self.config
         return normal_times(n, c.logit_mean, c.logit_std, self.generator)[:, None]
 
-    def images(self, draw: Draw) -> Tensor:
-        """x0 [P, C, H, W] of the images drawn."""
-        return SIGMA_DATA * self.latents.load(draw.rows).to(self.device)
+    def images(self, rows: Tensor) -> Tensor:
+        """x0 [P, C, H, W] of the images of these rows."""
+        return SIGMA_DATA * self.latents.load(rows).to(self.device)
 
     def harvest(self, draw: Draw) -> Samples:
         """Noise on the images, and the guided teacher's velocity there."""
-        return self.samples(draw, self.images(draw))
+        return self.samples(draw, self.images(draw.rows))
 
     def samples(self, draw: Draw, x0: Tensor) -> Samples:
         """The same of images x0 [P, C, H, W]."""

@@ -2,9 +2,9 @@
 
 The discriminator is small heads on features of the frozen teacher (LADD, arXiv 2403.12015), trained
 by the hinge loss. Source: SANA-Sprint (arXiv 2503.09641) §3.3.
-Differs from its released code: images beside another's prompt are no fakes here
-(`misaligned_pairs_D` there), student and discriminator both move in every step, with the same
-guidance scales, and the heads' learning rate warms up with the student's.
+Differs from its released code: student and discriminator both move in every step, with the same
+guidance scales, and the heads' norms are of each image, where it has eight in common, so that a
+step is the same on any number of processes.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ HEAD_BLOCKS = (2, 8, 14, 19)
 
 
 class Head(nn.Module):
-    """Logits [B, N] of a block's tokens [B, N, C]; they see 9 neighbours in a row."""
+    """Logits [B, N] of a block's tokens [B, N, C]; they see 9 neighbours in a row, a ring."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.mix = spectral_norm(nn.Conv1d(channels, channels, 1))
-        self.near = spectral_norm(nn.Conv1d(channels, channels, 9, padding=4))
+        self.near = spectral_norm(
+            nn.Conv1d(channels, channels, 9, padding=4, padding_mode="circular")
+        )
         self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(32, channels), channels) for _ in range(2))
         self.logit = spectral_norm(nn.Conv1d(channels, 1, 1))
 
@@ -96,7 +98,8 @@ def kept_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 class SprintDraw(NamedTuple):
     """sCM's draw, and the GAN's for P images: times [P] and noises [P, C, H, W] of std σ_d.
 
-    `gan_*` make what the student denoises; `fake_*` and `real_*` are added for the heads to see.
+    `gan_*` make what the student denoises; the others are added for the heads to see. `other_rows`
+    [P] are of the image before each, which goes with its caption in a misaligned pair.
     """
 
     rows: Tensor
@@ -110,10 +113,13 @@ class SprintDraw(NamedTuple):
     fake_noise: Tensor
     real_t: Tensor
     real_noise: Tensor
+    other_rows: Tensor
+    other_t: Tensor
+    other_noise: Tensor
 
 
 class SprintSamples(NamedTuple):
-    """sCM's samples, the images x0 [P, C, H, W] that they were made of, and the draw."""
+    """sCM's samples, the images x0 [P, C, H, W] that they were made of, others, and the draw."""
 
     x: Tensor
     t: Tensor
@@ -122,6 +128,7 @@ class SprintSamples(NamedTuple):
     guidance: Tensor
     keep: Tensor
     x0: Tensor
+    other: Tensor | None
     draw: SprintDraw
 
 
@@ -141,13 +148,6 @@ class SprintDistiller(ScmDistiller):
         self.heads_optimizer = make_optimizer(list(self.heads.parameters()), config)
         self.judged: list[Tensor] = []
 
-    def schedule(self) -> tuple[float, float]:
-        """The heads learn at the student's rate."""
-        r, lr = super().schedule()
-        for group in self.heads_optimizer.param_groups:
-            group["lr"] = lr
-        return r, lr
-
     def draw(self) -> SprintDraw:
         """sCM's draw, then the GAN's."""
         first, gen, c = super().draw(), self.generator, self.config
@@ -156,26 +156,35 @@ class SprintDistiller(ScmDistiller):
         largest = torch.rand(n, generator=gen) < c.largest_timestep_prob
         seen = [
             normal_times(n, c.logit_mean_discriminator, c.logit_std_discriminator, gen)
-            for _ in range(2)
+            for _ in range(3)
         ]
-        noises = SIGMA_DATA * torch.randn(3, *first.noise.shape, generator=gen)
-        t = torch.where(largest, HALF_PI, t)
-        return SprintDraw(*first, t, noises[0], seen[0], noises[1], seen[1], noises[2])
+        noises = SIGMA_DATA * torch.randn(4, *first.noise.shape, generator=gen)
+        t, other_rows = torch.where(largest, HALF_PI, t), first.rows.roll(1)
+        return SprintDraw(
+            *first, t, noises[0], seen[0], noises[1], seen[1], noises[2],
+            other_rows, seen[2], noises[3],
+        )  # fmt: skip
 
     def harvest(self, draw: SprintDraw) -> SprintSamples:
         """sCM's samples, with what the GAN needs beside them."""
-        on_device, x0 = SprintDraw(*(a.to(self.device) for a in draw)), self.images(draw)
-        return SprintSamples(*self.samples(draw, x0), x0, on_device)
+        c, x0, other = self.config, self.images(draw.rows), None
+        if c.misaligned_pairs_D and c.train_batch_size > 1:
+            first = draw.other_rows[:1]  # of another share, where the batch is split
+            first = x0[-1:] if first == draw.rows[-1] else self.images(first)
+            other = torch.cat([first, x0[:-1]])
+        on_device = SprintDraw(*(a.to(self.device) for a in draw))
+        return SprintSamples(*self.samples(draw, x0), x0, other, on_device)
 
     def forward(self, samples: SprintSamples, r: float) -> tuple[Tensor, Tensor]:
         """The student's loss and ‖g‖; its gradient holds the heads' too."""
         loss, norms = super().forward(Samples(*samples[:6]), r)
         with self.autocast():
-            fake, real = self.fake_features(samples), self.real_features(samples)
+            fake, real = self.fake_features(samples), self.image_features(samples)
         constant = {name: p.detach() for name, p in self.heads.named_parameters()}
         adversarial = -functional_call(self.heads, constant, (fake,)).mean()
-        told = self.heads([f.detach() for f in fake])
-        hinge = 0.5 * (relu(1 + told).mean() + relu(1 - self.heads(real)).mean())
+        right, *misaligned = self.heads(real).split(len(samples.x0))
+        wrong = torch.cat([self.heads([f.detach() for f in fake]), *misaligned])
+        hinge = 0.5 * (relu(1 + wrong).mean() + relu(1 - right).mean())
         self.judged.append(torch.stack([adversarial, hinge]).detach())
         # One backward serves both: the heads' loss adds its gradient, which ends at the heads, but
         # not its value.
@@ -190,11 +199,14 @@ class SprintDistiller(ScmDistiller):
         return self.features(noised(made, draw.fake_noise, draw.fake_t), draw.fake_t, samples.text)
 
     @torch.no_grad()
-    def real_features(self, samples: SprintSamples) -> list[Tensor]:
-        """Of the images themselves."""
-        draw = samples.draw
-        x = noised(samples.x0, draw.real_noise, draw.real_t)
-        return self.features(x, draw.real_t, samples.text)
+    def image_features(self, samples: SprintSamples) -> list[Tensor]:
+        """Of the images themselves, then of the others beside their captions, if there are any."""
+        draw, other, text = samples.draw, samples.other, samples.text
+        x, t = noised(samples.x0, draw.real_noise, draw.real_t), draw.real_t
+        if other is not None:
+            x = torch.cat([x, noised(other, draw.other_noise, draw.other_t)])
+            t, text = torch.cat([t, draw.other_t]), Text(*(torch.cat([a, a]) for a in text))
+        return self.features(x, t, text)
 
     def update(self, loss: Tensor) -> tuple[float, bool]:
         """Apply the gradients of the student, then the heads'."""

@@ -335,7 +335,7 @@ def encoded_latents(distiller: Distiller, plan: Plan) -> Latents:
 
     @torch.no_grad()
     def load(picks: Tensor) -> Tensor:
-        return vae.encode(images).latent.float() * vae.config.scaling_factor
+        return vae.encode(images[: len(picks)]).latent.float() * vae.config.scaling_factor
 
     return distiller.latents._replace(load=load)
 

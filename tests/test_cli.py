@@ -235,6 +235,17 @@ def test_ctrl_c_tells_how_to_go_on(
     assert re.search(says, capsys.readouterr().err)
 
 
+def test_a_reader_that_goes_away_is_named(tmp_path: Path):
+    line = [sys.executable, "-m", "tbcm", "train", "--output_dir", "run", "--logging_steps", "1"]
+    with subprocess.Popen(
+        line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        run.stdout.close()
+        said = run.stderr.read()
+    assert run.returncode == 2 and "Traceback" not in said
+    assert "nothing reads its output" in said and said.rstrip().endswith("continues.")
+
+
 def test_a_terminal_that_knows_few_letters_stops_no_run(tmp_path: Path):
     quick = "--max_train_steps 1 --train_batch_size 1 --route_steps 2 --validation_samples 1"
     line = [sys.executable, "-m", "tbcm", "train", *quick.split(), "--output_dir", "run"]
@@ -265,11 +276,12 @@ def test_preset_is_valid():
         TrainConfig("o", **yaml.safe_load(path.read_text()))
 
 
+@pytest.mark.parametrize("preset", ["digits_baselines", "sana_sprint_0.6b_1024_baselines"])
 @pytest.mark.parametrize("method", ["scm", "sana_sprint"])
-def test_the_preset_of_the_baselines_trains_one(method: str):
-    line = ["train", "--preset", "digits_baselines", "--output_dir", "o"]
-    asked = [] if method == "scm" else ["--method", method]
-    assert cli.parse([*line, *asked]).train.method == method
+def test_the_presets_of_the_baselines_train_both(method: str, preset: str, capsys):
+    line = ["train", "--preset", preset, "--output_dir", "o", "--method", method]
+    config = TrainConfig(**cli.settings(cli.parse(line).train, TrainConfig))
+    assert config.method == method and config.train_batch_size > 1
 
 
 def test_info_lists_versions_and_ops(capsys: pytest.CaptureFixture[str]):

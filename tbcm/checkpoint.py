@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from tbcm.config import MAY_CHANGE, TrainConfig, changed_fields, read_config
 from tbcm.errors import UserError
-from tbcm.files import GO_ON, TMP, is_part, remove, whole_folder, writing
+from tbcm.files import GO_ON, TMP, is_part, remove, whole_folder, write_whole, writing
 
 KEYS = {
     "step", "skipped", "skipped_in_row", "config", "made_from", "student", "log_variance",
@@ -32,6 +32,11 @@ LOCK = ".lock"
 
 class Unopened(UserError):
     """A checkpoint that may be whole and cannot be opened now."""
+
+
+def exists(run: Path) -> bool:
+    """Whether a folder holds a run, or what is left of one."""
+    return any((run / name).exists() for name in ("config.yaml", "checkpoints"))
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -102,6 +107,11 @@ def latest(run: Path) -> dict[str, Any] | None:
             raise
         except UserError:
             print(f"Skipping {path}: it is half-written or damaged.")
+    if not exists(run):
+        raise UserError(
+            f"There is no run in output_dir {run} yet; leave out --resume_from_checkpoint to start "
+            "one, or give the folder of another."
+        )
     if _stopped_early(run):
         print(f"{run} was stopped before its first checkpoint: starting again from step 0.")
         return None
@@ -228,10 +238,16 @@ def _check_same_run(old: dict[str, Any], config: TrainConfig) -> None:
 
 
 def set_aside_newer(run: Path, step: int) -> None:
-    """After going back to an older checkpoint, `latest` must not find the abandoned future."""
-    for path in checkpoints(run):
-        if step_of(path) > step:
-            set_aside(path, f"newer than step {step}")
+    """After going back to an older checkpoint, `latest` must not find the abandoned future.
+
+    Moved back, with the metrics kept beside it, it could go on.
+    """
+    newer = [path for path in checkpoints(run) if step_of(path) > step]
+    if newer:
+        metrics = run / "metrics.jsonl"
+        write_whole(run / "metrics.jsonl.replaced", metrics.read_bytes())
+    for path in newer:
+        set_aside(path, f"newer than step {step}")
 
 
 def set_aside(folder: Path, why: str) -> None:

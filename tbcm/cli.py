@@ -312,6 +312,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"tbcm: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        print(f"tbcm: stopped, as nothing reads its output{going_on(args)}.", file=sys.stderr)
+        return 2
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
         print(f"tbcm: error: {name}{error.strerror or error}", file=sys.stderr)

@@ -73,6 +73,7 @@ def write_whole(path: str | Path, data: bytes) -> None:
             part.write_bytes(data)
             flush(part)
             os.replace(part, path.resolve())
+            flush(part.parent)
 
 
 def check_writable(path: str | Path) -> None:
@@ -138,6 +139,7 @@ def whole_folder(path: Path, then: str = AGAIN) -> Iterator[Path]:
         try:
             yield tmp
             for file in (*tmp.rglob("*"), tmp):
+                file.chmod(file.stat().st_mode | tmp.stat().st_mode & 0o666)  # safetensors: 0600
                 flush(file)
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)

@@ -328,4 +328,5 @@ def _readable(load: Callable[[Path], Loaded], folder: Path) -> Loaded:
     try:
         return load(folder)
     except Exception as e:
-        raise UserError(f"Cannot load {folder} ({reason(e)}); {MEND}.") from e
+        mend = "install that" if isinstance(e, ImportError) else MEND
+        raise UserError(f"Cannot load {folder} ({reason(e)}); {mend}.") from e

@@ -7,7 +7,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +30,7 @@ from rich.progress import (
 
 from tbcm.checkpoint import kept_metrics
 from tbcm.config import TrainConfig
+from tbcm.errors import UserError, reason
 from tbcm.files import GO_ON, flush, write_whole, writing
 
 
@@ -117,10 +119,12 @@ class Log:
     def __init__(self, config: TrainConfig, accelerator: Accelerator, step: int):
         """Continue after a step."""
         self.accelerator, self.main = accelerator, accelerator.is_main_process
-        if config.report_to:
+        self.tracker = config.report_to
+        if self.tracker:
             scalars = {k: v if isinstance(v, SCALARS) else str(v) for k, v in vars(config).items()}
             again = {"tensorboard": {"purge_step": step + 1}}  # steps that come anew
-            accelerator.init_trackers("tbcm", scalars, again)
+            with self.tracking():
+                accelerator.init_trackers("tbcm", scalars, again)
         if self.main:
             self.metrics = Metrics(Path(config.output_dir) / "metrics.jsonl", step)
             self.display = Display(step, config)
@@ -139,7 +143,8 @@ class Log:
         if self.main:
             self.metrics.write(record)
             self.display.show(record)
-            self.accelerator.log(record, record["step"])
+            with self.tracking():
+                self.accelerator.log(record, record["step"])
 
     def flush(self) -> None:
         """On disc before the checkpoint that counts on it."""
@@ -151,4 +156,16 @@ class Log:
         pixels = np.asarray(Image.open(path).convert("RGB"))[None]
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": pixels}, step, **layout)
+            with self.tracking():
+                tracker.log_images({"samples": pixels}, step, **layout)
+
+    @contextmanager
+    def tracking(self) -> Iterator[None]:
+        """Turns whatever a tracker's package raises into a UserError."""
+        try:
+            yield
+        except Exception as error:
+            raise UserError(
+                f"report_to {self.tracker} failed ({reason(error)}); mend that, or leave it out, "
+                f"and {GO_ON}."
+            ) from error

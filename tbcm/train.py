@@ -75,8 +75,7 @@ def find_start(config: TrainConfig, accelerator: Accelerator, held: ExitStack) -
 
     def find() -> Path | None:
         run = Path(config.output_dir)
-        there = any((run / name).exists() for name in ("config.yaml", "checkpoints"))
-        if config.resume_from_checkpoint and there:
+        if config.resume_from_checkpoint and checkpoint.exists(run):
             held.enter_context(checkpoint.alone(run))
         return checkpoint.find_start(config)
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from saved import saved, size
 from test_train import distiller
 from torch import Tensor
@@ -225,6 +226,20 @@ def test_grids_show_the_validation_prompts(tmp_path: Path):
         assert torch.equal(a, b)
     assert len(shown.shown) == 1 and own.shown == own.embeddings == shown.embeddings
     assert not torch.equal(shown.sample(2, 1), own.sample(2, 1))
+
+
+@pytest.mark.parametrize("name", ["init_trackers", "log"])
+def test_a_tracker_that_fails_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("tensorboard")
+
+    def full(*_: object, **__: object) -> None:
+        raise ValueError("no key")
+
+    monkeypatch.setattr(Accelerator, name, full)
+    with pytest.raises(UserError, match=r"report_to tensorboard failed \(no key\); .*latest"):
+        train(settings(tmp_path / "run", report_to="tensorboard"))
+    monkeypatch.undo()
+    train(settings(tmp_path / "run", resume_from_checkpoint="latest"))
 
 
 def test_tensorboard_has_the_losses_and_the_grids(tmp_path: Path):

@@ -142,7 +142,15 @@ def test_a_checkpoint_that_cannot_be_opened_is_not_passed_over(
 def test_going_back_sets_the_newer_checkpoints_aside(whole: Path, copy: Path):
     train(settings(copy, resume=str(copy / "checkpoints" / "step-000003")))
     assert losses(copy) == losses(whole)
-    assert (copy / "checkpoints" / "step-000006.replaced" / "state.pt").exists()
+    aside = copy / "checkpoints" / "step-000006.replaced"
+    # Moved back, with its metrics, the abandoned future goes on.
+    kept = copy / "metrics.jsonl.replaced"
+    assert kept.read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    shutil.rmtree(copy / "checkpoints" / "step-000006")
+    aside.rename(aside.with_suffix(""))
+    kept.rename(copy / "metrics.jsonl")
+    train(settings(copy, resume="step-000006"))
+    assert losses(copy) == losses(whole)
 
 
 def test_run_stopped_before_its_first_checkpoint_starts_again(
@@ -302,7 +310,7 @@ def test_a_wrong_start_is_refused_before_long_work(
     monkeypatch.setattr(trainer, "load_prompts", lambda config: pytest.fail("too late"))
     (copy / "metrics.jsonl").unlink()
     for out, changes, says in (
-        (tmp_path / "none", {}, "There is no checkpoint"),
+        (tmp_path / "none", {}, "There is no run in .*none yet; leave out"),
         (copy, {"learning_rate": 2e-3}, "not 0.002"),
         (copy, {}, "does not hold every step"),
     ):
@@ -374,7 +382,7 @@ def test_what_else_a_run_is_made_from_must_be_the_same(
 
 
 def test_latest_without_a_run_is_refused(tmp_path: Path):
-    with pytest.raises(UserError, match=r"There is no checkpoint in .*none"):
+    with pytest.raises(UserError, match=r"There is no run in .*none yet; leave out"):
         train(settings(tmp_path / "none", resume="latest"))
 
 
@@ -420,9 +428,15 @@ def test_a_checkpoint_and_what_it_counts_on_are_flushed_before_it_has_its_name(
 
     monkeypatch.setattr(os, "fsync", watched)
     train(settings(tmp_path / "run", steps=1))
-    assert any(re.fullmatch(r"\.config\.yaml\.\d+\.part", name) for name in flushed)
-    kept = [name for name in flushed if not name.endswith(".part")]  # of files written whole
+    assert re.fullmatch(r"\.config\.yaml\.\d+\.part", flushed[0]) and flushed[1] == "run"
+    kept = flushed[flushed.index("metrics.jsonl") :]
     assert kept[:4] == ["metrics.jsonl", "state.pt", "step-000001.tmp", "checkpoints"]
+
+
+def test_the_students_files_can_be_read_as_the_others_can(whole: Path):
+    """safetensors makes its own for their owner alone."""
+    modes = {path.stat().st_mode for path in (whole / "student").iterdir()}
+    assert modes == {(whole / "metrics.jsonl").stat().st_mode}
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -19,11 +19,12 @@ constexpr int64_t TOTALS = 10;  // of a half: the gradients of nine taps and of 
 // A thread's scratch: lines of width + 2 vectors, whose ends stay zero, and the totals of backward.
 template <class V>
 struct Lines {
-  static constexpr int64_t STEP = lanes<V>, BLOCKS = GROUP / STEP;
-  int64_t width, values;
+  static constexpr int64_t STEP = lanes<V>;
+  int64_t width, values, blocks;
   float* data;
-  Lines(int64_t width, int64_t values) : width(width), values(values) {
-    const int64_t floats = (SUMS + BLOCKS * values * 3) * stride() + BLOCKS * 2 * TOTALS * STEP;
+  Lines(const Shape& p, int64_t values) : width(p.width), values(values) {
+    blocks = ((p.channels < GROUP ? p.channels : GROUP) + STEP - 1) / STEP;
+    const int64_t floats = (SUMS + blocks * values * 3) * stride() + blocks * 2 * TOTALS * STEP;
     data = aligned_scratch(floats);
     std::memset(data, 0, floats * sizeof(float));
   }
@@ -33,7 +34,7 @@ struct Lines {
     return data + (SUMS + (block * values + value) * 3 + (y + 3) % 3) * stride();
   }
   TBCM_INLINE float* totals(int64_t block, int64_t half) const {
-    return row(BLOCKS, 0, 0) + (block * 2 + half) * TOTALS * STEP;
+    return row(blocks, 0, 0) + (block * 2 + half) * TOTALS * STEP;
   }
 };
 
@@ -149,7 +150,7 @@ TBCM_INLINE void gate(const Forward<T>& p, const Lines<V>& l, const Block<N>& k,
 template <class Isa, class T>
 TBCM_INLINE void forward_tasks(const Forward<T>& p, int64_t begin, int64_t end) {
   using V = typename Isa::Vector;
-  const Lines<V> l(p.width, FORWARD_VALUES);
+  const Lines<V> l(p, FORWARD_VALUES);
   for (int64_t task = begin; task < end; ++task)
     for (int64_t y = -1; y <= p.height; ++y)
       for_blocks<V>(p, task, [&](const auto& k) __attribute__((always_inline)) {
@@ -227,7 +228,7 @@ TBCM_INLINE void finish(const Backward<T>& p, const Lines<V>& l, const Block<N>&
 template <class Isa, class T>
 TBCM_INLINE void backward_tasks(const Backward<T>& p, int64_t begin, int64_t end) {
   using V = typename Isa::Vector;
-  const Lines<V> l(p.width, BACKWARD_VALUES);
+  const Lines<V> l(p, BACKWARD_VALUES);
   for (int64_t task = begin; task < end; ++task)
     for (int64_t y = -1; y <= p.height + 1; ++y)  // row y of u, y - 1 of gc, y - 2 of ga
       for_blocks<V>(p, task, [&](const auto& k) __attribute__((always_inline)) {

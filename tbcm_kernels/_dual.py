@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_legacy_batchedtensor
 from torch.nn import Parameter
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ def stop_tangent_gradient() -> Iterator[None]:
     layers know nothing of it: what they do to a tangent after the last op has a graph again, so
     detach the tangent that `torch.func.jvp` returns. It applies to the whole process. A
     checkpointed function runs again in backward, when the scope has been left: enter it inside that
-    function.
+    function. Selective checkpoints are refused.
 
     Raises:
         RuntimeError: another thread is inside already.
@@ -106,13 +106,19 @@ def guard_levels(op: str, mend: str = "") -> None:
 
     Raises:
         RuntimeError: under nested forward mode, under `torch.func.grad` and its relatives, under
-            vmap inside jvp, or in a compiled function that is called inside `dual_level()`.
+            vmap inside jvp, in a compiled function that is called inside `dual_level()`, or in a
+            selective checkpoint where tangents are constants.
     """
     forward, reverse, batched = _functorch_levels()
     if forward == 0 and fwAD._current_level >= 0 and _under_dynamo():
         raise RuntimeError(
-            f"tbcm_kernels.{op}: a compiled function loses its tangents inside dual_level(); "
-            f"compile a function that calls torch.func.jvp instead."
+            f"tbcm_kernels.{op}: a compiled function loses its tangents inside dual_level(), be it "
+            f"another thread's; compile a function that calls torch.func.jvp instead."
+        )
+    if _stopped and in_dual_level() and _selective():
+        raise RuntimeError(
+            f"tbcm_kernels.{op}: a selective checkpoint keeps products of tangents, and backward, "
+            f"which computes values alone again, would take them for those: leave out context_fn."
         )
     if forward <= 1 and not reverse and not batched:
         return
@@ -140,6 +146,17 @@ def _under_dynamo() -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
+
+
+def _selective() -> bool:
+    """Whether a selective checkpoint keeps what is computed here."""
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return False
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+    from torch.utils.checkpoint import _CachingTorchDispatchMode
+
+    modes = _get_current_dispatch_mode_stack()
+    return any(isinstance(mode, _CachingTorchDispatchMode) for mode in modes)
 
 
 def in_dual_level() -> bool:
@@ -170,18 +187,47 @@ def _refuse_outer_levels() -> None:
         )
 
 
-def _refuse_lanes(tensors: Sequence[Tensor | None]) -> None:
-    """Raise under vmap inside `dual_level()`: PyTorch has no batching rule for unpack_dual."""
+def _refuse_hidden(tensors: Sequence[Tensor | None]) -> bool:
+    """Raise where PyTorch hides a tangent inside forward mode: in lanes of vmap, for which
+    unpack_dual has no batching rule, and in what functionalize has wrapped.
+
+    True if lanes are there that were looked into and hold none.
+    """
     if torch.compiler.is_compiling():
-        return
-    lanes = any(x is not None and is_batchedtensor(x) for x in tensors)
-    forward, _, batched = _functorch_levels() if lanes else (1, 0, False)
-    if batched or not forward:
+        return False
+    given = [x for x in tensors if x is not None]
+    if any(map(torch._is_functional_tensor, given)) and _functionalized():
+        raise RuntimeError(
+            "tbcm_kernels: torch.func.functionalize hides tangents inside torch.func.jvp and "
+            "dual_level(): put torch.func.jvp inside functionalize."
+        )
+    if any(map(is_legacy_batchedtensor, given)):
+        raise RuntimeError(
+            "tbcm_kernels: autograd's is_grads_batched and vectorize do not run inside "
+            "dual_level(), be it another thread's: use torch.func.vmap or torch.func.jacfwd."
+        )
+    lanes = [x for x in given if is_batchedtensor(x)]
+    forward, _, batched = _functorch_levels() if lanes else (0, 0, False)
+    if batched or (not forward and any(map(_holds_dual, lanes))):
         raise RuntimeError(
             "tbcm_kernels: torch.func.vmap does not run inside dual_level(), nor inside "
             "torch.func.jvp where tangents are constants: put torch.func.jvp inside vmap, or use "
             "jacfwd."
         )
+    return bool(lanes) and not forward
+
+
+def _functionalized() -> bool:
+    """Whether functionalize stands inside the forward mode that is around this call."""
+    keys = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    kinds = torch._C._functorch.TransformType
+    return kinds.Functionalize in keys[keys.index(kinds.Jvp) if kinds.Jvp in keys else 0 :]
+
+
+def _holds_dual(lanes: Tensor) -> bool:
+    while is_batchedtensor(lanes):
+        lanes = get_unwrapped(lanes)
+    return fwAD.unpack_dual(lanes).tangent is not None
 
 
 def any_dual(*tensors: Tensor | None) -> bool:
@@ -189,8 +235,13 @@ def any_dual(*tensors: Tensor | None) -> bool:
     if not in_dual_level():
         return False
     _refuse_outer_levels()
-    _refuse_lanes(tensors)
-    return any(x is not None and fwAD.unpack_dual(x).tangent is not None for x in tensors)
+    pass_lanes = _refuse_hidden(tensors)
+    return any(
+        x is not None
+        and not (pass_lanes and is_batchedtensor(x))
+        and fwAD.unpack_dual(x).tangent is not None
+        for x in tensors
+    )
 
 
 def refuse_duals(op: str, *tensors: Tensor | None) -> None:
@@ -227,13 +278,15 @@ def unpack(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | 
     PyTorch makes duals of two dtypes, as `F.layer_norm` of bf16 with weights in fp32 does. Kernels
     read a tangent as they read its primal, so here it takes that dtype.
     """
+    pass_lanes = False
     if in_dual_level():
         _refuse_outer_levels()
-        _refuse_lanes(tensors)
+        pass_lanes = _refuse_hidden(tensors)
     primals: list[Tensor | None] = []
     tangents: list[Tensor | None] = []
     for x in tensors:
-        primal, tangent = (None, None) if x is None else fwAD.unpack_dual(x)
+        bare = x is None or (pass_lanes and is_batchedtensor(x))
+        primal, tangent = (x, None) if bare else fwAD.unpack_dual(x)
         primals.append(primal)
         tangents.append(None if tangent is None else tangent.to(primal.dtype))
     return primals, tangents

@@ -37,8 +37,9 @@ def short_way(
     plain = set()  # types of arguments that need no conversion
 
     def dispatched(*args: Any) -> Any:
-        before, calls.own = calls.own, True
+        before = calls.own
         try:
+            calls.own = True
             return op(*args)
         finally:
             calls.own = before

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import importlib
-import types
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +33,7 @@ class Fused:
     """
 
     model: nn.Module
-    module: types.ModuleType
+    module: str
     swaps: list[tuple[Any, str, Any, Any]]
     undone: bool = False
 
@@ -46,9 +45,11 @@ class Fused:
         """
         if self.undone:
             return
-        for owner, name, new, _ in self.swaps:
-            # Whoever has called set_attention_backend() since keeps what that has set.
-            if owner.__dict__.get(name) != new and name != "_attention_backend":
+        for owner, name, new, old in self.swaps:
+            now = owner.__dict__.get(name)
+            # An undo() that was interrupted goes on. Whoever has called set_attention_backend()
+            # since keeps what that has set.
+            if now != new and now is not old and name != "_attention_backend":
                 raise ValueError(
                     f"undo: the {name} of {type(owner).__name__} was replaced after fuse(); "
                     f"restore that first."
@@ -72,7 +73,7 @@ class Fused:
             RuntimeError: the model is sharded by FSDP2 and was not made whole by unshard(), under
                 torch.no_grad().
         """
-        encode = getattr(self.module, "encode_text", None)
+        encode = getattr(importlib.import_module(self.module), "encode_text", None)
         if encode is None:
             raise TypeError(
                 f"encode_text: {type(self.model).__name__} keeps its own forward, which reads "
@@ -144,8 +145,8 @@ def fuse(model: nn.Module) -> Fused:
         if inner is not None:
             kind = type(model).__name__
             raise TypeError(f"fuse: {kind} holds a model with a fused forward; fuse its {inner}.")
-    module = importlib.import_module(target or "tbcm_kernels.layers")
-    swaps = [(*swap, _own(*swap)) for swap in module.swaps(model)]
+    module = target or "tbcm_kernels.layers"
+    swaps = [(*swap, _own(*swap)) for swap in importlib.import_module(module).swaps(model)]
     if not swaps:
         raise TypeError(
             f"fuse: {type(model).__name__} has nothing to fuse: no call of "
@@ -161,10 +162,10 @@ def fuse(model: nn.Module) -> Fused:
     try:
         for swap in swaps:
             owner, name, new, _ = swap
+            handle.swaps.append(swap)
             setattr(owner, name, new)
             _live.add(owner)
-            handle.swaps.append(swap)
-    except Exception:
+    except BaseException:
         handle.undo()
         raise
     _live.add(model)

@@ -101,6 +101,11 @@ def _refusals() -> Iterator[tuple[str, str, Callable[[Tensor, Tensor], Any]]]:
         "q_norm must be .* of 16 elements .* or 64",
         call(q_norm=(torch.ones(32), 1e-6)),
     )
+    yield (
+        "norm of no heads",
+        r"q_norm must be .* got \[0\]",
+        lambda q, k: tk.attention(q[:, :0], k[:, :0], k[:, :0], q_norm=(torch.ones(0), 1e-6)),
+    )
     yield "norm dtype", "k_norm must be", call(k_norm=(torch.ones(16).long(), 1e-6))
     yield (
         "alignment",

@@ -281,6 +281,43 @@ def test_names_instance_and_undo() -> None:
     assert model.forward.__func__ is type(model).forward
 
 
+def test_an_undo_that_was_interrupted_goes_on() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+    handle = tk.fuse(model)
+    for layer in list(model)[:2]:
+        del layer.forward
+    handle.undo()
+    assert handle.undone and not any("forward" in layer.__dict__ for layer in model)
+
+
+def test_a_fuse_that_is_interrupted_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    own = type(model[1]).__setattr__
+
+    def interrupted(layer: nn.Module, name: str, value: object) -> None:
+        if layer is model[1] and name == "forward":
+            raise KeyboardInterrupt
+        own(layer, name, value)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(nn.Linear, "__setattr__", interrupted)
+        tk.fuse(model)
+    assert not any("forward" in layer.__dict__ for layer in model)
+    tk.fuse(model).undo()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_handle_is_copied_with_its_model(copied: Callable) -> None:
+    """As whatever holds it is, for a moving average or a file."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    x, handle = torch.randn(2, 8), tk.fuse(model)
+    other = copied(handle)
+    assert torch.equal(other.model(x), model(x)) and repr(other) == repr(handle)
+    other.undo()
+    assert not any("forward" in layer.__dict__ for layer in other.model)
+    assert all("forward" in layer.__dict__ for layer in model)
+
+
 def test_undo_leaves_a_later_wrapper_alone() -> None:
     model = _model(TINY)
     handle = tk.fuse(model)

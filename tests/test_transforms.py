@@ -10,6 +10,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import tbcm_kernels as tk
 
@@ -67,6 +68,53 @@ def test_vmap_inside_a_dual_level_raises_with_the_mend(name: str) -> None:
     x, tx = torch.randn(2, 3, 1, 4, 8)
     with fwAD.dual_level(), pytest.raises(RuntimeError, match=r"put torch\.func\.jvp inside vmap"):
         torch.func.vmap(OPS[name])(fwAD.make_dual(x, tx))
+
+
+@pytest.mark.parametrize("name", [*OPS, "a fused layer"])
+def test_functionalize_inside_forward_mode_raises_with_the_mend(name: str) -> None:
+    """Its wrappers have no tangent. The mend is the other order; a value has nothing to lose."""
+    function = OPS[name] if name in OPS else tk.fuse(nn.Linear(8, 8)).model
+    hidden, (x, tx) = torch.func.functionalize(function), torch.randn(2, 1, 4, 8)
+    with pytest.raises(RuntimeError, match=r"put torch\.func\.jvp inside functionalize"):
+        torch.func.jvp(hidden, (x,), (tx,))
+    with fwAD.dual_level(), pytest.raises(RuntimeError, match="inside functionalize"):
+        hidden(fwAD.make_dual(x, tx))
+    want = torch.func.jvp(function, (x,), (tx,))
+    got = torch.func.functionalize(lambda x, tx: torch.func.jvp(function, (x,), (tx,)))(x, tx)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(hidden(x), want[0])
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_lanes_without_tangents_run_inside_a_dual_level(name: str) -> None:
+    """One level counts for all threads: it may be another's."""
+    x = torch.randn(3, 1, 4, 8)
+    want = torch.func.vmap(OPS[name])(x)
+    with fwAD.dual_level():
+        torch.testing.assert_close(torch.func.vmap(OPS[name])(x), want)
+        leaf = x[0].clone().requires_grad_()
+        y = OPS[name](leaf)
+        several = torch.stack([torch.ones_like(y), y.detach()])
+        if name == "linear":  # PyTorch's own backward
+            torch.autograd.grad(y, leaf, several, is_grads_batched=True)
+        else:
+            with pytest.raises(RuntimeError, match=r"use torch\.func\.vmap"):
+                torch.autograd.grad(y, leaf, several, is_grads_batched=True)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_selective_checkpoint_of_constant_tangents_raises(name: str) -> None:
+    """Backward, which computes values alone again, would take a kept tangent for one of them."""
+    contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+
+    def run(x: Tensor) -> Tensor:
+        return checkpoint(OPS[name], x, use_reentrant=False, context_fn=contexts)
+
+    x, tx = torch.randn(2, 1, 4, 8)
+    with tk.stop_tangent_gradient():
+        run(x.clone().requires_grad_()).sum().backward()
+        with pytest.raises(RuntimeError, match="leave out context_fn"):
+            torch.func.jvp(run, (x,), (tx,))
 
 
 @pytest.mark.parametrize("name", OPS)

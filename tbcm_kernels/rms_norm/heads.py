@@ -71,8 +71,8 @@ def norm_argument(op: str, name: str, x: Tensor, norm: Norm | None) -> tuple[Ten
         raise ValueError(f"{op}: {name} must be a pair (weight tensor, eps), got {norm!r:.80}.")
     weight, eps = norm
     widths = (x.shape[3], x.shape[1] * x.shape[3])
-    fits = weight.ndim == 1 and weight.shape[0] in widths and weight.is_floating_point()
-    if not fits or weight.device != x.device:
+    fits = weight.ndim == 1 and weight.shape[0] in widths and weight.shape[0] > 0
+    if not (fits and weight.is_floating_point()) or weight.device != x.device:
         raise ValueError(
             f"{op}: {name} must be (weight, eps) with a floating weight of {widths[0]} elements "
             f"(each head alone) or {widths[1]} (all heads) on {x.device}, got {describe(weight)}."

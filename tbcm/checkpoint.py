@@ -240,14 +240,12 @@ def _check_same_run(old: dict[str, Any], config: TrainConfig) -> None:
 def set_aside_newer(run: Path, step: int) -> None:
     """After going back to an older checkpoint, `latest` must not find the abandoned future.
 
-    Moved back, with the metrics kept beside it, it could go on.
+    Moved back, with the metrics.jsonl that is put into it, it could go on.
     """
-    newer = [path for path in checkpoints(run) if step_of(path) > step]
-    if newer:
-        metrics = run / "metrics.jsonl"
-        write_whole(run / "metrics.jsonl.replaced", metrics.read_bytes())
-    for path in newer:
-        set_aside(path, f"newer than step {step}")
+    for path in checkpoints(run):
+        if step_of(path) > step:
+            write_whole(path / "metrics.jsonl", (run / "metrics.jsonl").read_bytes())
+            set_aside(path, f"newer than step {step}")
 
 
 def set_aside(folder: Path, why: str) -> None:

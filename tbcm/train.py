@@ -46,7 +46,8 @@ def train(config: TrainConfig) -> None:
                     save_checkpoint(distiller)
                 due_grid(distiller, log)
         finish(distiller)
-        distiller.accelerator.end_training()
+        with log.tracking():
+            distiller.accelerator.end_training()
 
 
 def announce(distiller: Distiller) -> None:

@@ -8,6 +8,7 @@ explicit primals and tangents, and makes the dual again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ _stopped = False
 _owners: list[int] = []
 """Threads' numbers, one for each scope that is open."""
 _owning = threading.Lock()
+_witness: Tensor | None = None
 
 
 @contextlib.contextmanager
@@ -34,7 +36,7 @@ def stop_tangent_gradient() -> Iterator[None]:
     layers know nothing of it: what they do to a tangent after the last op has a graph again, so
     detach the tangent that `torch.func.jvp` returns. It applies to the whole process. A
     checkpointed function runs again in backward, when the scope has been left: enter it inside that
-    function. Selective checkpoints are refused.
+    function. Selective checkpoints, in it or around it, are refused.
 
     Raises:
         RuntimeError: another thread is inside already.
@@ -117,8 +119,9 @@ def guard_levels(op: str, mend: str = "") -> None:
         )
     if _stopped and in_dual_level() and _selective():
         raise RuntimeError(
-            f"tbcm_kernels.{op}: a selective checkpoint keeps products of tangents, and backward, "
-            f"which computes values alone again, would take them for those: leave out context_fn."
+            f"tbcm_kernels.{op}: a selective checkpoint inside torch.func.jvp keeps tangents, and "
+            f"backward would take them for values; one around it cannot be told from that: leave "
+            f"out context_fn."
         )
     if forward <= 1 and not reverse and not batched:
         return
@@ -196,7 +199,7 @@ def _refuse_hidden(tensors: Sequence[Tensor | None]) -> bool:
     if torch.compiler.is_compiling():
         return False
     given = [x for x in tensors if x is not None]
-    if any(map(torch._is_functional_tensor, given)) and _functionalized():
+    if any(torch._is_functional_tensor(_under_lanes(x)) for x in given) and _functionalized():
         raise RuntimeError(
             "tbcm_kernels: torch.func.functionalize hides tangents inside torch.func.jvp and "
             "dual_level(): put torch.func.jvp inside functionalize."
@@ -225,9 +228,13 @@ def _functionalized() -> bool:
 
 
 def _holds_dual(lanes: Tensor) -> bool:
-    while is_batchedtensor(lanes):
-        lanes = get_unwrapped(lanes)
-    return fwAD.unpack_dual(lanes).tangent is not None
+    return fwAD.unpack_dual(_under_lanes(lanes)).tangent is not None
+
+
+def _under_lanes(x: Tensor) -> Tensor:
+    while is_batchedtensor(x):
+        x = get_unwrapped(x)
+    return x
 
 
 def any_dual(*tensors: Tensor | None) -> bool:
@@ -310,15 +317,38 @@ def number(op: str, name: str, value: Any) -> float:
 
 
 def pack(y: Tensor, ty: Tensor | None) -> Tensor:
-    """The dual y + ε ty, or y itself where there is no tangent."""
+    """The dual y + ε ty, or y itself where there is no tangent.
+
+    What gave y and ty knows no duals, so a gradient that backward makes inside the same
+    `dual_level()` would have no tangent: it raises.
+    """
     if ty is None:
         return y
-    if not torch.compiler.is_compiling() and is_legacy_batchedtensor(y):
-        raise RuntimeError(
-            "tbcm_kernels: torch.autograd.functional.jacobian has no rule for duals made under its "
-            "vectorize=True: use torch.func.jacfwd."
-        )
+    if not torch.compiler.is_compiling():
+        if is_legacy_batchedtensor(y):
+            raise RuntimeError(
+                "tbcm_kernels: torch.autograd.functional.jacobian has no rule for duals made under "
+                "its vectorize=True: use torch.func.jacfwd."
+            )
+        if y.requires_grad and not _stopped and not _functorch_levels()[0]:
+            y.register_hook(functools.partial(_refuse_inside, _level()))
     return fwAD.make_dual(y, ty)
+
+
+def _level() -> Tensor:
+    """A dual of the level that is open, which ends with it."""
+    global _witness
+    if _witness is None or fwAD.unpack_dual(_witness).tangent is None:
+        _witness = fwAD.make_dual(torch.zeros(()), torch.zeros(()))
+    return _witness
+
+
+def _refuse_inside(level: Tensor, gradient: Tensor) -> None:
+    if in_dual_level() and fwAD.unpack_dual(level).tangent is not None:
+        raise RuntimeError(
+            "tbcm_kernels: a tangent would be lost in the backward of what was called on a dual: "
+            "call .backward() after dual_level() has ended."
+        )
 
 
 def settled(y: Tensor) -> Tensor:

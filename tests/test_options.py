@@ -228,7 +228,7 @@ def test_grids_show_the_validation_prompts(tmp_path: Path):
     assert not torch.equal(shown.sample(2, 1), own.sample(2, 1))
 
 
-@pytest.mark.parametrize("name", ["init_trackers", "log"])
+@pytest.mark.parametrize("name", ["init_trackers", "log", "end_training"])
 def test_a_tracker_that_fails_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("tensorboard")
 

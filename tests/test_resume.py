@@ -144,11 +144,10 @@ def test_going_back_sets_the_newer_checkpoints_aside(whole: Path, copy: Path):
     assert losses(copy) == losses(whole)
     aside = copy / "checkpoints" / "step-000006.replaced"
     # Moved back, with its metrics, the abandoned future goes on.
-    kept = copy / "metrics.jsonl.replaced"
-    assert kept.read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert (aside / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     shutil.rmtree(copy / "checkpoints" / "step-000006")
+    (aside / "metrics.jsonl").rename(copy / "metrics.jsonl")
     aside.rename(aside.with_suffix(""))
-    kept.rename(copy / "metrics.jsonl")
     train(settings(copy, resume="step-000006"))
     assert losses(copy) == losses(whole)
 

@@ -83,6 +83,9 @@ def test_functionalize_inside_forward_mode_raises_with_the_mend(name: str) -> No
     got = torch.func.functionalize(lambda x, tx: torch.func.jvp(function, (x,), (tx,)))(x, tx)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(hidden(x), want[0])
+    lanes = torch.func.functionalize(torch.func.vmap(function))
+    with fwAD.dual_level(), pytest.raises(RuntimeError, match="inside functionalize"):
+        lanes(fwAD.make_dual(x[None], tx[None]))
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -100,6 +103,22 @@ def test_lanes_without_tangents_run_inside_a_dual_level(name: str) -> None:
         else:
             with pytest.raises(RuntimeError, match=r"use torch\.func\.vmap"):
                 torch.autograd.grad(y, leaf, several, is_grads_batched=True)
+
+
+@pytest.mark.parametrize("name", [*OPS, "a fused layer"])
+def test_a_gradient_made_inside_a_dual_level_raises(name: str) -> None:
+    """PyTorch's has a tangent, of a loss that is linear too; ours would be a wrong one or none."""
+    function = OPS[name] if name in OPS else tk.fuse(nn.Linear(8, 8)).model
+    x, tx = torch.randn(2, 1, 4, 8)
+    leaf = x.clone().requires_grad_()
+    (want,) = torch.autograd.grad(function(leaf).sum(), leaf)
+    with fwAD.dual_level():
+        y = function(fwAD.make_dual(leaf, tx))
+        with pytest.raises(RuntimeError, match=r"after dual_level\(\) has ended"):
+            torch.autograd.grad(y.sum(), leaf, retain_graph=True)
+    with fwAD.dual_level():  # another, of which y is no dual
+        (got,) = torch.autograd.grad(y.sum(), leaf)
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -154,14 +154,14 @@ def training_memory(m: Sana, mode: str) -> float:
 
 
 def training_passes(
-    m: Sana, mode: str, method: str, route_steps: int, judges: Sequence[int] = ()
+    m: Sana, mode: str, method: str, route_steps: int, judges: Sequence[int] = (), pairs: int = 0
 ) -> list[tuple[float, Sana, str]]:
     """How often a step of `m.batch` student samples makes a pass, of what, and which.
 
     TBCM's teacher walks route_steps points, guided, and all but the first become samples, whose
     prompts the fused models encode once. sCM's and SANA-Sprint's sees each sample, guided.
     SANA-Sprint's student also makes an image of each. The teacher's blocks `judges` see it, the
-    true one and a misaligned one, and of the gradient the image's half is made.
+    true one and, with 1 as `pairs`, a misaligned one; of the gradient the image's half is made.
     """
     prompts = m.batch / (route_steps - 1) if method == "tbcm" else m.batch
     frozen = replace(m, weight=m.itemsize)  # whose products keep their weights as autocast does
@@ -175,20 +175,21 @@ def training_passes(
     if judges:
         judge = replace(m, layers=max(judges) + 1, weight=m.itemsize)
         found += [(1, m, "forward"), (1, m, "backward")]
-        found += [(3, judge, "forward"), (0.5, replace(judge, texts=0), "backward")]
+        found += [(2 + pairs, judge, "forward"), (0.5, replace(judge, texts=0), "backward")]
     return found
 
 
 def training_work(
-    m: Sana, mode: str, method: str, route_steps: int, judges: Sequence[int] = ()
+    m: Sana, mode: str, method: str, route_steps: int, judges: Sequence[int] = (), pairs: int = 0
 ) -> tuple[float, float]:
     """FLOPs and bytes of a whole step of `m.batch` student samples, without a VAE.
 
-    A head of SANA-Sprint has convolutions of 1 and 9 neighbours, 20 N C² a pass: four passes, the
-    image's gradient, and those of the weights thrice, which leave out the first layer's input.
+    A head of SANA-Sprint has convolutions of 1 and 9 neighbours, 20 N C² a pass: three passes, the
+    image's gradient, and those of the weights twice, which leave out the first layer's input. Pairs
+    add a pass and a gradient of the weights.
     """
-    passes = training_passes(m, mode, method, route_steps, judges)
-    heads = (4 * 20 + 20 + 3 * 38) * len(judges) * m.batch * m.tokens * m.width**2
+    passes = training_passes(m, mode, method, route_steps, judges, pairs)
+    heads = (20 * (4 + pairs) + 38 * (2 + pairs)) * len(judges) * m.batch * m.tokens * m.width**2
     return (
         heads + sum(times * flops(part, mode, what) for times, part, what in passes),
         UPDATE * m.parameters + sum(n * traffic(part, mode, what) for n, part, what in passes),

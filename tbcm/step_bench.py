@@ -352,7 +352,8 @@ def work_of(distiller: Distiller, samples: int) -> tuple[float, float]:
     )  # fmt: skip
     sprint = config.method == "sana_sprint"
     judges = head_blocks(config, distiller.transformer) if sprint else ()
-    return cost.training_work(m, "fused", config.method, config.route_steps, judges)
+    pairs = sprint and config.misaligned_pairs_D
+    return cost.training_work(m, "fused", config.method, config.route_steps, judges, pairs)
 
 
 def vae_work(images: int, plan: Plan) -> tuple[float, float]:

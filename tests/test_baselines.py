@@ -32,7 +32,8 @@ def settings(out: Path, **changes: object) -> TrainConfig:
     """A run of a few quick steps of a baseline."""
     preset = yaml.safe_load((PRESETS / "digits_baselines.yaml").read_text())
     quick = {"train_batch_size": 4, "max_train_steps": 2, "method": "scm", "output_dir": str(out)}
-    return TrainConfig(**{**preset, **quick, "tangent_warmup_steps": 0, **changes})
+    quick |= {"tangent_warmup_steps": 0, "misaligned_pairs_D": True}
+    return TrainConfig(**{**preset, **quick, **changes})
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -180,7 +180,7 @@ BAD_FILES = {
         ("train --output_dir {d}/file", "output_dir .*file"),
         ("train --output_dir {d}/file/run", "output_dir .*file/run"),
         ("train --output_dir {d}", "is not empty"),
-        ("train --output_dir {d}/o --resume_from_checkpoint latest", "no checkpoint"),
+        ("train --output_dir {d}/o --resume_from_checkpoint latest", "no run in .* yet"),
         ("sample {d}/none --out {d}/x.png", "none"),
         ("sample {d}/none --geneval {d}/none.jsonl --out {d}/x", "none.jsonl"),
         ("sample {d}/none --geneval {d}/number.jsonl --out {d}/x", '"prompt" is no string'),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -10,7 +13,8 @@ from accelerate import Accelerator
 from tbcm import checkpoint, plots
 from tbcm.config import TrainConfig, unused
 from tbcm.distiller import Distiller
-from tbcm.distributed import check_alike, check_device, make_accelerator, on_main
+from tbcm.distributed import anywhere, check_alike, check_device, make_accelerator, on_main
+from tbcm.errors import UserError
 from tbcm.files import GO_ON, remove_parts, whole_folder, write_whole
 from tbcm.models import Teacher, teacher_of
 from tbcm.progress import Log, peak_memory_mb
@@ -23,7 +27,7 @@ METHODS = {"tbcm": Distiller, "scm": ScmDistiller, "sana_sprint": SprintDistille
 
 
 def train(config: TrainConfig) -> None:
-    """Run `tbcm train`. Raises UserError for whatever the user can mend."""
+    """Run `tbcm train`. Raises UserError for whatever the user can mend, and when told to stop."""
     check_device(config)
     teacher = teacher_of(config)
     accelerator = make_accelerator(config)
@@ -36,18 +40,38 @@ def train(config: TrainConfig) -> None:
         open_run(distiller, start, held)
         if distiller.main:
             announce(distiller)
-        with Log(config, distiller.accelerator, distiller.step) as log:
+        with Log(config, distiller.accelerator, distiller.step) as log, stop_signals() as told:
             if start and not on_main(accelerator, grid_path(distiller).exists):
                 due_grid(distiller, log)  # it stopped between a checkpoint and its grid
             while distiller.step < config.max_train_steps:
                 log.write(distiller.train_step())
-                if due(distiller.step, config.checkpointing_steps, config):
+                stop = anywhere(accelerator, told())
+                if stop or due(distiller.step, config.checkpointing_steps, config):
                     log.flush()
                     save_checkpoint(distiller)
+                if stop and distiller.step < config.max_train_steps:
+                    raise UserError(f"Told to stop: step {distiller.step} is saved; {GO_ON}.")
                 due_grid(distiller, log)
         finish(distiller)
         with log.tracking():
             distiller.accelerator.end_training()
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yields whether SIGTERM or SIGUSR1 came, by which schedulers tell that a run will be killed.
+
+    Python hears signals in its main thread alone; in another they do what they did before.
+    """
+    told = threading.Event()
+    here = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGTERM, signal.SIGUSR1) if here else ()
+    before = [signal.signal(number, lambda *_: told.set()) for number in signals]
+    try:
+        yield told.is_set
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
 
 
 def announce(distiller: Distiller) -> None:

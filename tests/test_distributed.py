@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -26,6 +27,7 @@ from torch.torch_version import TorchVersion
 import tbcm_kernels as tk
 from tbcm import distributed
 from tbcm.config import TrainConfig
+from tbcm.distiller import Distiller
 from tbcm.distributed import check_alike, check_shares
 from tbcm.errors import UserError
 from tbcm.models import load_teacher
@@ -57,16 +59,32 @@ def settings(run: Path, **changes: object) -> TrainConfig:
 
 
 def process(rank: int, folder: str) -> None:
-    """One of two processes: all the runs, one after the other."""
+    """One of two processes: all the runs, one after the other, and one that a process is told to
+    stop."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"LOCAL_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    for name, changes in RUNS.items():
+
+    def meet(name: str) -> None:
         meeting = f"file://{folder}/meeting_{name}"
         torch.distributed.init_process_group(
             "gloo", meeting, timedelta(seconds=60), rank=rank, world_size=2
         )
+
+    for name, changes in RUNS.items():
+        meet(name)
         train(settings(Path(folder) / name, **changes))
+    step = Distiller.train_step
+
+    def told(self: Distiller) -> dict:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+
+    if rank == 1:
+        Distiller.train_step = told
+    meet("told")
+    with pytest.raises(UserError, match="Told to stop: step 1 is saved"):
+        train(settings(Path(folder) / "told"))
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +130,11 @@ def assert_same_run(run: Path, other: Path) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_do_what_one_does(runs: Path, name: str):
     assert_same_run(runs / name, runs / ("sprint_one" if "sprint" in name else "one"))
+
+
+def test_what_one_of_two_processes_was_told_stops_both(runs: Path):
+    train(settings(runs / "told", resume_from_checkpoint="latest"))
+    assert_same_run(runs / "told", runs / "one")
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp_fused"])

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from tbcm import checkpoint
 from tbcm.config import TrainConfig
+from tbcm.distiller import Distiller
 from tbcm.errors import UserError
 from tbcm.files import check_writable, write_whole
 from tbcm.models import load_teacher
@@ -137,6 +138,31 @@ def test_a_checkpoint_that_cannot_be_opened_is_not_passed_over(
             with pytest.raises(UserError, match=r"(state\.pt|output_dir .*): Permission denied;"):
                 train(settings(copy, steps=9, resume="latest"))
     assert snapshot(copy) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_is_told_to_stop_saves_its_step(
+    number: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    step, before = Distiller.train_step, signal.getsignal(number)
+
+    def told(self: Distiller) -> dict:
+        record = step(self)
+        if self.step == 4:
+            os.kill(os.getpid(), number)
+        return record
+
+    monkeypatch.setattr(Distiller, "train_step", told)
+    with pytest.raises(UserError, match="Told to stop: step 4 is saved; continue"):
+        train(settings(tmp_path / "run"))
+    assert signal.getsignal(number) is before
+    monkeypatch.undo()
+    train(settings(tmp_path / "run", resume="latest"))
+    assert losses(tmp_path / "run") == losses(whole)
+    # At its end it ends as it would have.
+    monkeypatch.setattr(Distiller, "train_step", told)
+    train(settings(tmp_path / "short", steps=4))
+    assert (tmp_path / "short" / "student").exists()
 
 
 def test_going_back_sets_the_newer_checkpoints_aside(whole: Path, copy: Path):

@@ -66,6 +66,8 @@ class OptionalBuild(build_ext):
             super().copy_extensions_to_source()
 
     def _configure(self) -> None:
+        if CHOICE == "0" or not SOURCES:
+            raise RuntimeError("csrc is not there" if CHOICE != "0" else "TBCM_BUILD_CPU is 0")
         import torch  # not a build requirement: that would fetch gigabytes into a build environment
 
         root = Path(torch.__file__).parent
@@ -76,7 +78,7 @@ class OptionalBuild(build_ext):
             extension.define_macros += [
                 ("TORCH_TARGET_VERSION", f"{STABLE_ABI:#x}ULL"),
                 ("Py_LIMITED_API", "0x030a0000"),
-                ("TBCM_SOURCES", f'"{digest(sorted(Path("csrc").glob("[a-z]*")))}"'),
+                ("TBCM_SOURCES", f'"{digest(sorted(Path("csrc").glob("[a-z]*.[ch]*")))}"'),
             ]
             extension.extra_compile_args += [
                 *FLAGS, "-fopenmp-simd", "-Wno-unknown-pragmas", "-Wno-psabi",
@@ -187,9 +189,7 @@ for name, choice in (("TBCM_BUILD_CPU", CHOICE), ("TBCM_BUILD_CUDA", CUDA_CHOICE
 if CHOICE == "0" and CUDA_CHOICE == "1":
     sys.exit("TBCM_BUILD_CUDA=1 needs the extension that TBCM_BUILD_CPU=0 leaves out.")
 setup(
-    ext_modules=[]
-    if CHOICE == "0"
-    else [
+    ext_modules=[  # also where it is not built: a source distribution has its sources
         Extension(
             "tbcm_kernels._C", SOURCES,
             depends=[*HEADERS, *map(str, CUDA_SOURCES), "csrc/cuda_registration.cpp"],

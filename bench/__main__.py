@@ -28,6 +28,14 @@ from bench.environment import ROOT, Row, append, check, check_rows, environment,
 BASELINES = ("eager", "two-pass", "compile", "sdpa")
 
 
+def share(text: str) -> float:
+    """A number from 0 to below 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to below 1, not {text}")
+    return value
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line of `run`."""
     parser = argparse.ArgumentParser(
@@ -53,7 +61,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--against", type=Path, help="earlier rows, a file or folder, to compare speed-ups with"
     )
     parser.add_argument(
-        "--margin", type=float, default=0.2, help="by how much a speed-up may fall (0.2, a fifth)"
+        "--margin", type=share, default=0.2, help="by how much a speed-up may fall (0.2, a fifth)"
     )
     args = parser.parse_args(argv)
     if args.save and args.json:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Proof and timings on a machine with a GPU and no network: bench/gpu_check.sh [OUTDIR]
-# Needs PyTorch with CUDA, Triton, nvcc and rich; pytest for the tests, diffusers for those of fuse(), .[train] for steps of whole models.
+# Needs PyTorch with CUDA, Triton, nvcc, setuptools and rich; pytest for the tests, diffusers for those of fuse(), .[train] for steps of whole models.
 # OUTDIR (bench/results/NAME, the GPU's) gets a log of every step and the benchmark's rows, written as they come.
 # A step that fails does not stop the others; the exit code is then 1, and 2 without a GPU.
 # DEVICE=cpu tries the script itself on a machine without one, with four times the time.

@@ -22,16 +22,18 @@ def read(path: Path, device: str, dtype: str) -> list[Row]:
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not all(file.is_file() for file in files):
         raise SystemExit(f"--against: there is no {path}")
-    lines = [line for file in files for line in file.read_text().splitlines()]
     try:
+        lines = [line for file in files for line in file.read_text("utf-8").splitlines()]
         rows = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise SystemExit(f"--against: {path} does not hold JSON lines ({error})") from error
-    found = [
-        row for row in rows
-        if "op" in row and "us" in row and row["dtype"] == dtype
-        and row["device"].startswith("cpu") == (device == "cpu")
-    ]  # fmt: skip
+        found = [
+            row for row in rows
+            if "op" in row and "us" in row and row["dtype"] == dtype
+            and row["device"].startswith("cpu") == (device == "cpu")
+        ]  # fmt: skip
+    except (ValueError, TypeError, KeyError) as error:
+        raise SystemExit(
+            f"--against: {path} does not hold rows of `python -m bench` ({error})"
+        ) from error
     if not found:
         raise SystemExit(f"--against: {path} holds no rows of ops in {dtype} on {device}")
     return found

@@ -28,7 +28,7 @@ def export_run(run_dir: str | Path, out: str | Path) -> Path:
     out = Path(out)
     check_new(out)
     pipeline = assembled(run_dir)
-    with whole_folder(out) as folder:
+    with whole_folder(out, new=True) as folder:
         pipeline.save_pretrained(folder)
     return out
 
@@ -37,6 +37,7 @@ def assembled(run_dir: str | Path) -> SanaSprintPipeline:
     """The pipeline of a run's student and the other parts of its teacher."""
     config, student = read_config(run_dir), load_transformer(student_folder(run_dir))
     teacher = teacher_of(config)
+    teacher.check_student(student, run_dir)
     if not teacher.has_vae:
         raise UserError(
             f"{teacher.path} holds no vae/, so its students cannot become a pipeline; the student "

@@ -126,21 +126,24 @@ def check_new(path: Path) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path, then: str = AGAIN) -> Iterator[Path]:
+def whole_folder(path: Path, then: str = AGAIN, new: bool = False) -> Iterator[Path]:
     """Yields an empty temporary folder that becomes `path`, or vanishes if the body fails.
 
-    What is at either name is replaced.
+    What is at either name is replaced; of a `new` folder it stays, and is a UserError.
     """
     path = path.absolute()
     tmp = path.with_name(path.name + TMP)
     with writing(path, then):
-        shutil.rmtree(tmp, ignore_errors=True)
+        if not new:
+            shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
         try:
             yield tmp
             for file in (*tmp.rglob("*"), tmp):
                 file.chmod(file.stat().st_mode | tmp.stat().st_mode & 0o666)  # safetensors: 0600
                 flush(file)
+            if new and os.path.lexists(path):
+                raise UserError(f"{path} was made meanwhile; give a new folder, or move that away.")
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
             raise

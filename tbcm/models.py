@@ -66,10 +66,15 @@ class Teacher:
         parts = load_parts(self.path, "vae", variant=self.variant)
         return parts.vae.float().eval().requires_grad_(False)
 
-    def fits(self, student: SanaTransformer2DModel) -> bool:
-        """Whether a transformer takes this teacher's latents and text."""
-        own = _config(self.path / "transformer")
-        return all(student.config[k] == own.get(k) for k in ("in_channels", "caption_channels"))
+    def check_student(self, student: SanaTransformer2DModel, run_dir: str | Path) -> None:
+        """Raises UserError unless it is a student, and takes this teacher's latents and text."""
+        own, c = _config(self.path / "transformer"), student.config
+        alike = all(c[k] == own.get(k) for k in ("in_channels", "caption_channels"))
+        if not (c.guidance_embeds and alike):
+            raise UserError(
+                f"The student in {run_dir} does not fit {self.path}; put back its own student, or "
+                "the teacher that config.yaml names."
+            )
 
     def free(self, part: str) -> None:
         """Give back the memory of a part."""

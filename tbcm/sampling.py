@@ -124,11 +124,7 @@ def load_run(run_dir: str | Path, device: str = "cpu") -> Run:
     """
     config = read_config(run_dir)
     student, teacher = load_transformer(student_folder(run_dir)), teacher_of(config)
-    if not teacher.fits(student):
-        raise UserError(
-            f"The student in {run_dir} does not fit {teacher.path}; put back its own student, or "
-            "the teacher that config.yaml names."
-        )
+    teacher.check_student(student, run_dir)
     student = TrigFlow(student.to(device))
     scale = median_high(config.scm_cfg_scale)
     return Run(teacher, student, config, scale, torch.device(device))

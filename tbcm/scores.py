@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from tbcm.distiller import digest
 from tbcm.errors import UserError
 from tbcm.files import check_writable, content, write_whole
 from tbcm.images import SUFFIXES, opened
@@ -206,6 +207,8 @@ def score_run(
         "student": content(student_folder(run_dir)),
         "images_of": str(Path(images).resolve()),
         "steps": steps, "seed": seed, "inception": content(Path(inception)), "clip_model": clip,
+        "clip_weights": digest(p.reshape(-1) for p in judges.clip.parameters()),
+        "real_images": content(*(item.image for item in items)),
         "images": len(items), "prompts": prompts_digest([item.prompt for item in items]),
     }  # fmt: skip
     out = Path(out)

@@ -258,6 +258,6 @@ def train_teacher(cfg: TeacherConfig) -> Path:
     check_writable(out)
     text = build_text_encoder(cfg.seed)
     transformer = train_transformer(cfg, text)
-    with whole_folder(out) as folder:
+    with whole_folder(out, new=True) as folder:
         save_teacher(folder, transformer, text)
     return out

@@ -44,13 +44,14 @@ def train(config: TrainConfig) -> None:
             if start and not on_main(accelerator, grid_path(distiller).exists):
                 due_grid(distiller, log)  # it stopped between a checkpoint and its grid
             while distiller.step < config.max_train_steps:
-                log.write(distiller.train_step())
-                stop = anywhere(accelerator, told())
-                if stop or due(distiller.step, config.checkpointing_steps, config):
-                    log.flush()
-                    save_checkpoint(distiller)
-                if stop and distiller.step < config.max_train_steps:
+                saved = due(distiller.step, config.checkpointing_steps, config)
+                if anywhere(accelerator, told()):
+                    if not saved:
+                        save_checkpoint(distiller, log)
                     raise UserError(f"Told to stop: step {distiller.step} is saved; {GO_ON}.")
+                log.write(distiller.train_step())
+                if due(distiller.step, config.checkpointing_steps, config):
+                    save_checkpoint(distiller, log)
                 due_grid(distiller, log)
         finish(distiller)
         with log.tracking():
@@ -139,8 +140,9 @@ def open_run(distiller: Distiller, start: Path | None, held: ExitStack) -> None:
         write_whole(run / "config.yaml", config.dump().encode())
 
 
-def save_checkpoint(distiller: Distiller) -> None:
-    """All processes gather the state, one writes it."""
+def save_checkpoint(distiller: Distiller, log: Log) -> None:
+    """All processes gather the state, one writes it, after the metrics that it counts on."""
+    log.flush()
     state, c = distiller.state(), distiller.config
     if distiller.main:
         checkpoint.save(Path(c.output_dir), distiller.step, state, c.checkpoints_total_limit)

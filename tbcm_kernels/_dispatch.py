@@ -93,7 +93,7 @@ def _sources() -> str | None:
     root = Path(__file__).parents[1]
     if not ((root / "setup.py").exists() and (root / "csrc" / "registration.cpp").exists()):
         return None
-    content = b"".join(p.read_bytes() for p in sorted(root.glob("csrc/[a-z]*")))
+    content = b"".join(p.read_bytes() for p in sorted(root.glob("csrc/[a-z]*.[ch]*")))
     return hashlib.sha256(content).hexdigest()[:12]
 
 

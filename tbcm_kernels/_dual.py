@@ -412,8 +412,9 @@ def _check_dense(op: str, name: str, x: Any) -> None:
             f"{op}: {name} is a DTensor; give its own part, {name}.to_local(), or the whole, "
             f"{name}.full_tensor()."
         )
-    if not isinstance(x, Tensor) or x.layout != torch.strided:
-        got = x.layout if isinstance(x, Tensor) else type(x).__name__
+    if not isinstance(x, Tensor) or x.is_nested or x.layout != torch.strided:
+        got = type(x).__name__ if not isinstance(x, Tensor) else x.layout
+        got = "a nested one" if isinstance(x, Tensor) and x.is_nested else got
         raise ValueError(f"{op}: {name} must be a dense tensor, got {got}.")
 
 

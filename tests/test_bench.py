@@ -96,7 +96,8 @@ def test_a_pass_of_ours_gives_what_pytorch_gives(
         ("--save --json rows.jsonl", "not both"),
         ("--json bench", "--json bench: Is a directory; name another file"),
         ("--json rows.jsonl --against nowhere", "there is no nowhere"),
-        ("--against README.md", "does not hold JSON lines"),
+        ("--against README.md", "does not hold rows of"),
+        ("--margin nan", "margin: must be from 0 to below 1"),
     ],
 )
 def test_bad_input_ends_in_a_sentence(

@@ -115,7 +115,9 @@ def assert_same_run(run: Path, other: Path) -> None:
     """Records, weights and averaged weights differ by rounding."""
     for mine, its in zip(rows(run), rows(other), strict=True):
         for key in ("loss", "g_norm", "grad_norm"):
-            assert mine[key] == pytest.approx(its[key], rel=1e-4), (key, mine["step"])
+            # SANA-Sprint's loss is a sum of two that can cancel.
+            size = abs(its[key]) + (key == "loss") * 0.5 * abs(its.get("adv_loss", 0.0))
+            assert mine[key] == pytest.approx(its[key], abs=1e-4 * size), (key, mine["step"])
     a, b = state(run), state(other)
     moved = QUICK["learning_rate"] * QUICK["max_train_steps"]
     for name, weight in b["student"].items():

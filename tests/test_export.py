@@ -15,9 +15,9 @@ from diffusers import SanaSprintPipeline
 from PIL import Image
 
 from tbcm import cli, sampling
-from tbcm.config import TrainConfig
+from tbcm.config import TrainConfig, read_config
 from tbcm.errors import UserError
-from tbcm.export import export_run
+from tbcm.export import assembled, export_run
 from tbcm.models import load_teacher
 from tbcm.sampling import Run, draw_images, grid, load_drawing_run
 from tbcm.student import build_student
@@ -117,8 +117,28 @@ def test_a_student_of_another_teacher_is_refused(run: Path, tmp_path: Path):
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     shutil.rmtree(copy / "student")
     build_student(load_teacher("digits").transformer).save_pretrained(copy / "student")
-    with pytest.raises(UserError, match=r"student in .*run does not fit .*teacher"):
-        load_drawing_run(copy, 1)
+    teacher = load_teacher(str(read_config(run).pretrained_model_name_or_path))
+    for student in (None, load_teacher("digits").transformer, teacher.transformer):
+        if student:
+            shutil.rmtree(copy / "student")
+            student.save_pretrained(copy / "student")
+        with pytest.raises(UserError, match=r"student in .*run does not fit .*teacher"):
+            load_drawing_run(copy, 1)
+        with pytest.raises(UserError, match=r"student in .*run does not fit .*teacher"):
+            export_run(copy, tmp_path / "out")
+
+
+def test_what_came_to_its_place_meanwhile_is_kept(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def slow(run_dir: Path) -> SanaSprintPipeline:
+        (tmp_path / "out").mkdir()
+        return assembled(run_dir)
+
+    monkeypatch.setattr("tbcm.export.assembled", slow)
+    with pytest.raises(UserError, match="out was made meanwhile"):
+        export_run(run, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_pipeline_is_complete(pipeline: SanaSprintPipeline):

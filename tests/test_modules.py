@@ -503,6 +503,8 @@ def test_linear_of_other_layouts_is_pytorchs() -> None:
     bias = torch.ones(3)
     empty = torch.ones(2, 0), torch.ones(3, 0), bias
     assert torch.equal(tk.linear(*empty), torch.nn.functional.linear(*empty))
+    with pytest.raises(ValueError, match="x must be a dense tensor, got a nested one"):
+        tk.adaln(nested, nested)
 
 
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)

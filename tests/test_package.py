@@ -155,7 +155,7 @@ def test_absent_extension_is_said_and_falls_back() -> None:
         "except ValueError as error:\n"
         "    print(error)\n"
     )
-    assert "install a C++ compiler" in printed
+    assert "`TBCM_BUILD_CPU=1 pip install" in printed
 
 
 @pytest.mark.parametrize("nvcc", ["exit 1", "echo garbage"])
@@ -188,16 +188,21 @@ def test_broken_cuda_leaves_the_cpu_kernels(
     assert "building without CUDA kernels: " in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("why", ["the compiler failed", "csrc is not there", "TBCM_BUILD_CPU is 0"])
 def test_a_failed_build_leaves_no_older_extension(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     def build(command: build_ext) -> None:
-        raise OSError("the compiler failed")
+        raise OSError(why)
 
     monkeypatch.setattr(build_ext, "build_extensions", build)
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     monkeypatch.setenv("TBCM_BUILD_CUDA", "0")
+    monkeypatch.setenv("TBCM_BUILD_CPU", "0" if why.endswith("0") else "auto")
     monkeypatch.chdir(tmp_path)
+    if why != "csrc is not there":
+        (tmp_path / "csrc").mkdir()
+        (tmp_path / "csrc" / "registration.cpp").touch()
     module = runpy.run_path(str(ROOT / "setup.py"))
     plain = Extension("tbcm_kernels._C", [], py_limited_api=True)
     command = module["OptionalBuild"](Distribution({"ext_modules": [plain]}))
@@ -207,7 +212,7 @@ def test_a_failed_build_leaves_no_older_extension(
     older.touch()
     command.extensions = [plain]
     command.build_extensions()
-    assert "without the compiled extension: the compiler failed" in capfd.readouterr().err
+    assert f"without the compiled extension: {why}" in capfd.readouterr().err
     assert not older.exists()
     command.distribution.command_obj["build_ext"] = command
     wheel = module["HonestWheel"](command.distribution)

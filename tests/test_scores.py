@@ -182,6 +182,23 @@ def test_another_student_does_not_continue_what_one_began(
     assert f"{report[1]} was begun with student = " in capsys.readouterr().err
 
 
+def test_other_judges_and_real_images_do_not_continue_it(
+    report: tuple, tiny_run: Path, judges: Path, real: Path, tmp_path: Path, capsys
+):
+    (weights,) = (judges / "clip").glob("*.safetensors")
+    kept = weights.read_bytes()
+    save_file({n: 2 * w for n, w in load_file(weights).items()}, weights, {"format": "pt"})
+    assert cli.main(["eval", str(tiny_run), *arguments(judges, real, report[1])]) == 2
+    assert f"{report[1]} was begun with clip_weights = " in capsys.readouterr().err
+    weights.write_bytes(kept)
+    first = min(real.rglob("*.png"))
+    kept = first.read_bytes()
+    first.write_bytes(max(real.rglob("*.png")).read_bytes())
+    assert cli.main(["eval", str(tiny_run), *arguments(judges, real, report[1])]) == 2
+    assert f"{report[1]} was begun with real_images = " in capsys.readouterr().err
+    first.write_bytes(kept)
+
+
 def test_long_prompts_are_refused_before_anything_is_drawn(tiny_run: Path, tmp_path: Path, capsys):
     prompts = [*tiny_pipeline.PROMPTS, "seven " * 400]
     (tmp_path / "p.txt").write_text("\n".join(prompts))

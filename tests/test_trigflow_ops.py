@@ -388,6 +388,7 @@ def test_opcheck() -> None:
         (lambda v, x, t: tk.flow_input(x.long(), t), r"x must be \[B, ...\] and floating"),
         (lambda v, x, t: tk.flow_output_jvp(v, x, t, tx=x[:1]), "tx must match x"),
         (lambda v, x, t: tk.trajectory_step(x, v, t, t, t), r"out must be \[2P, ...\]"),
+        (lambda v, x, t: tk.trajectory_step(x, torch.cat([v, v]) + 0j, t, t, t), "floating, on"),
         (lambda v, x, t: tk.flow_input(x, t, impl="fast"), "impl must be one of"),
     ],
 )

@@ -169,10 +169,11 @@ def trajectory_step(
     _dual.check_tensors("trajectory_step", {"x": x, "out": out, "t": t, "s": s})
     t, s = (a.expand(x.shape[:1]) if a.ndim == 0 else a for a in (t, s))
     _check("trajectory_step", x, t=t, s=s, guidance=guidance)
-    if out.shape != (2 * x.shape[0], *x.shape[1:]) or out.device != x.device:
+    fits = out.shape == (2 * x.shape[0], *x.shape[1:]) and out.device == x.device
+    if not (fits and out.is_floating_point()):
         raise ValueError(
-            f"trajectory_step: out must be [2P, ...], both branches of guidance, on {x.device}, "
-            f"got {_dual.describe(out)} for x {_dual.describe(x)}."
+            f"trajectory_step: out must be [2P, ...], both branches of guidance, floating, on "
+            f"{x.device}, got {_dual.describe(out)} for x {_dual.describe(x)}."
         )
     sigma_data = _dual.number("trajectory_step", "sigma_data", sigma_data)
     if impl == "reference":

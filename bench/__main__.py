@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,12 +28,16 @@ from bench.environment import ROOT, Row, append, check, check_rows, environment,
 BASELINES = ("eager", "two-pass", "compile", "sdpa")
 
 
-def share(text: str) -> float:
-    """A number from 0 to below 1."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to below 1, not {text}")
-    return value
+def below(limit: float) -> Callable[[str], float]:
+    """The type of a number from 0 to below a limit."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not 0 <= value < limit:
+            raise argparse.ArgumentTypeError(f"must be from 0 to below {limit}, not {text}")
+        return value
+
+    return number
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -53,7 +57,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--compile", action="store_true", help="time torch.compile too")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each pass of each op")
+    parser.add_argument("--seconds", type=below(math.inf), default=2.0, help="for each pass")
     parser.add_argument("--sets", type=int, default=64, help="input sets at most (64)")
     parser.add_argument("--json", type=Path, help="file to append JSON lines to")
     parser.add_argument("--save", action="store_true", help="append to bench/results/<machine>")
@@ -61,7 +65,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--against", type=Path, help="earlier rows, a file or folder, to compare speed-ups with"
     )
     parser.add_argument(
-        "--margin", type=share, default=0.2, help="by how much a speed-up may fall (0.2, a fifth)"
+        "--margin", type=below(1), default=0.2, help="by how much a speed-up may fall (0.2)"
     )
     args = parser.parse_args(argv)
     if args.save and args.json:
@@ -160,8 +164,11 @@ def line(row: Row) -> str:
 def plan(args: argparse.Namespace, earlier: list[Row]) -> list[tuple[str, str, ops.Shape]]:
     """The ops and shapes to time: those that were asked for, or else those of the earlier rows.
 
-    Raises SystemExit where a model has no such op, or the tokens make no image.
+    Raises SystemExit where a model has no such op, an op no such pass, or the tokens make no image.
     """
+    for op in args.op or ():
+        if args.what and not {*args.what} & {*ops.OPS[op].passes}:
+            raise SystemExit(f"{op} has no {' or '.join(args.what)}; see bench list")
     if earlier and not (args.op or args.shape):
         cases = {(r["op"], r["shape"], r["batch"], r["tokens"]): None for r in earlier}
     else:

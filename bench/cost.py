@@ -45,8 +45,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if missing := [path for path in args.rows if not path.is_file()]:
         parser.error(f"there is no file {missing[0]}")
-    lines = [line for path in args.rows for line in path.read_text().splitlines()]
-    found = check([row for row in map(json.loads, lines) if "faults" not in row])
+    found = []
+    for path in args.rows:
+        try:
+            rows = map(json.loads, path.read_text("utf-8").splitlines())
+            found += check([row for row in rows if "faults" not in row])
+        except (ValueError, KeyError, TypeError, StopIteration) as error:
+            parser.error(f"{path} does not hold rows of `python -m bench.model` ({error!r})")
     for row in found:
         sizes = f"{row['model']} L={row['layers']} latent={row['latent']} B={row['batch']}"
         print(

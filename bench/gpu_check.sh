@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Proof and timings on a machine with a GPU and no network: bench/gpu_check.sh [OUTDIR]
 # Needs PyTorch with CUDA, Triton, nvcc, setuptools and rich; pytest for the tests, diffusers for those of fuse(), .[train] for steps of whole models.
-# OUTDIR (bench/results/NAME, the GPU's) gets a log of every step and the benchmark's rows, written as they come.
+# OUTDIR (bench/results/NAME, the GPU's; rows elsewhere prove nothing) gets a log of every step and the benchmark's rows, written as they come.
 # A step that fails does not stop the others; the exit code is then 1, and 2 without a GPU.
 # DEVICE=cpu tries the script itself on a machine without one, with four times the time.
 # PYTHON chooses the interpreter, BUDGET the seconds for everything (540).
 set -u
+out=${1:+$(realpath -m -- "$1")}
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
@@ -19,7 +20,7 @@ if [[ $DEVICE == cuda && -z $gpu ]]; then
     exit 2
 fi
 name=${gpu:-cpu}
-out=${1:-bench/results/${name// /-}}
+out=${out:-bench/results/${name// /-}}
 mkdir -p "$out" || exit 1
 out=$(cd "$out" && pwd)
 failed=0

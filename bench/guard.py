@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from bench import ops
 from bench.environment import Row
 
 KEY = ("op", "shape", "batch", "tokens", "dtype", "pass")
+COMPARED = ("variant", "baseline", "speedup")
 
 
 def read(path: Path, device: str, dtype: str) -> list[Row]:
@@ -30,10 +32,16 @@ def read(path: Path, device: str, dtype: str) -> list[Row]:
             if "op" in row and "us" in row and row["dtype"] == dtype
             and row["device"].startswith("cpu") == (device == "cpu")
         ]  # fmt: skip
+        for row in found:
+            _ = [row[key] for key in (*KEY, *COMPARED)]
     except (ValueError, TypeError, KeyError) as error:
         raise SystemExit(
             f"--against: {path} does not hold rows of `python -m bench` ({error})"
         ) from error
+    gone = [row for row in found if row["op"] not in ops.OPS or row["shape"] not in ops.SHAPES]
+    for name in sorted({f"{row['op']} at {row['shape']}" for row in gone}):
+        print(f"--against: there is no {name} any more, its rows are left out")
+    found = [row for row in found if row not in gone]
     if not found:
         raise SystemExit(f"--against: {path} holds no rows of ops in {dtype} on {device}")
     return found

@@ -22,15 +22,15 @@ def absent(case: Case, device: str) -> str | None:
     Its limits are those of release 0.14, which asserts some of them and miscomputes beyond others.
     """
     if find_spec(NAME) is None:
-        return "is not installed: in the checkout run pip install --no-build-isolation '.[peers]'"
+        return "it is not installed (pip install --no-build-isolation '.[peers]', in the checkout)"
     if device != "cuda":
-        return "runs on CUDA only"
+        return "it runs on CUDA only"
     q, k = case.primals[:2]
     if q.shape[-1] not in (16, 32, 64, 128, 256):
-        return f"has no head dim of {q.shape[-1]}"
+        return f"it has no head dim of {q.shape[-1]}"
     if q.shape[2] != k.shape[2] or q.shape[2] % 32:
-        return f"takes equal lengths in 32s, not {q.shape[2]} queries on {k.shape[2]} keys"
-    return "takes all tangents or none" if None in case.tangents[:3] else None
+        return f"it takes equal lengths in 32s, not {q.shape[2]} queries on {k.shape[2]} keys"
+    return "it takes all tangents or none" if None in case.tangents[:3] else None
 
 
 def functions() -> Functions:

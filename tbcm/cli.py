@@ -36,7 +36,7 @@ def add_train(parser: ArgumentParser) -> None:
     parser.add_argument("--config", action="config", help="YAML file of settings.")
     parser.add_class_arguments(TrainConfig, skip=set(FLAGS))
     for name, says in FLAGS.items():
-        parser.add_argument(f"--{name}", action=ActionYesNo, default=False, help=says)
+        parser.add_argument(f"--{name}", action=ActionYesNo, nargs="?", default=False, help=says)
 
 
 def train(args: Namespace) -> None:

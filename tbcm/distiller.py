@@ -53,7 +53,8 @@ def load_filter(config: TrainConfig, teacher: Teacher) -> Tensor | None:
         return None
     try:
         latent = torch.load(config.filter_latent, map_location="cpu", weights_only=True)
-        if latent.shape == teacher.latent_shape and latent.isfinite().all():
+        fits = latent.shape == teacher.latent_shape and latent.is_floating_point()
+        if fits and latent.isfinite().all():
             return latent.float()
     except Exception as error:
         why = getattr(error, "strerror", None) or "it holds no saved tensor"
@@ -62,8 +63,8 @@ def load_filter(config: TrainConfig, teacher: Teacher) -> Tensor | None:
             f"torch.save of one [C, H, W] tensor."
         ) from error
     raise UserError(
-        f"filter_latent {config.filter_latent} has shape {tuple(latent.shape)}; it must have that "
-        f"of the teacher's latents, {teacher.latent_shape}, and finite numbers."
+        f"filter_latent {config.filter_latent} is {tuple(latent.shape)} in {latent.dtype}; it must "
+        f"have the shape of the teacher's latents, {teacher.latent_shape}, and finite real numbers."
     )
 
 

@@ -23,7 +23,7 @@ def package(name: str, needed_by: str) -> ModuleType:
 
 def reason(error: Exception) -> str:
     """What a library's error says, short enough for a sentence."""
-    return short(str(error).strip() or type(error).__name__, 160)
+    return short(str(error).strip() or type(error).__name__, 300)
 
 
 def short(text: str, width: int) -> str:

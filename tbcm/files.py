@@ -114,15 +114,23 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def check_new(path: Path) -> None:
-    """Learn before long work that `whole_folder` will replace nothing of the user's.
+def can_make(folder: Path) -> bool:
+    """Whether a folder, or the innermost around it that is there, can be written."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return there.is_dir() and os.access(there, os.W_OK)
 
-    Raises UserError if it would.
+
+def check_new(path: Path) -> None:
+    """Learn before long work that `whole_folder` can write and will replace nothing of the user's.
+
+    Raises UserError if it cannot, or would.
     """
     path = path.absolute()
     for place in (path, path.with_name(path.name + TMP)):
-        if place.exists():
+        if os.path.lexists(place):
             raise UserError(f"{place} is there already; give a new folder, or move that away.")
+    if not can_make(path):
+        raise UserError(f"Cannot write {path}; give a place that can be written.")
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tbcm import scores
 from tbcm.errors import UserError
-from tbcm.files import content, write_whole
+from tbcm.files import write_whole
 from tbcm.progress import tracked
-from tbcm.sampling import draw_missing, load_drawing_run, student_folder
+from tbcm.sampling import draw_missing, drawn_by, load_drawing_run
 
 
 def read_metadata(path: str | Path) -> list[tuple[str, str]]:
@@ -49,9 +49,8 @@ def sample_geneval(
         raise UserError(f"images_per_prompt must be at least 1, not {images}.")
     entries, run = read_metadata(metadata), load_drawing_run(run_dir, steps, seed)
     run.teacher.text.check([prompt for _, prompt in entries])
-    student = content(student_folder(run_dir))
     settings = {
-        "student": student, "steps": steps, "seed": seed, "images_per_prompt": images,
+        **drawn_by(run, run_dir), "steps": steps, "seed": seed, "images_per_prompt": images,
         "prompts": scores.prompts_digest([prompt for _, prompt in entries]),
     }  # fmt: skip
     # Beside the images: the scorer takes every entry of OUT for a prompt.

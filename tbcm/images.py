@@ -7,7 +7,6 @@ encoding that was stopped continues and several processes share the work.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from tbcm import digits
 from tbcm.config import TrainConfig
 from tbcm.distributed import check_alike
 from tbcm.errors import UserError
-from tbcm.files import content, write_whole
+from tbcm.files import can_make, content, write_whole
 from tbcm.models import Teacher
 from tbcm.progress import tracked
 
@@ -132,8 +131,7 @@ def encoded(
     files = [folder / f"{name}.safetensors" for name in names]
     unique = dict(zip(files, images, strict=True))
     missing = [(image, file) for file, image in unique.items() if not file.exists()]
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    if missing and not os.access(there, os.W_OK):
+    if missing and not can_make(folder):
         raise UserError(f"Cannot write latents to {folder}; give another folder by latents_cache.")
     # Every process has listed what is missing before one of them makes a file.
     accelerator.wait_for_everyone()
@@ -168,7 +166,7 @@ def encode(pairs: list[tuple[Path, Path]], teacher: Teacher, device: torch.devic
 def opened(path: Path) -> Image.Image:
     """An image file in RGB: upright, 16-bit greys in 8 bits, on white where it is transparent.
 
-    Raises UserError if it cannot be read.
+    Raises UserError if it cannot be read, or its pixels are in floating point.
     """
     try:
         with Image.open(path) as file:
@@ -177,6 +175,8 @@ def opened(path: Path) -> Image.Image:
         raise UserError(
             f"Cannot read the image {path} ({error}); put it back, or remove it."
         ) from error
+    if image.mode == "F":
+        raise UserError(f"The image {path} has floating-point pixels; save it in 8 or 16 bits.")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     image = image.convert("RGBA")

@@ -9,6 +9,7 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_high
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -19,7 +20,7 @@ from torch.nn.functional import pad
 from tbcm import digits
 from tbcm.config import TrainConfig, check_seed, read_config
 from tbcm.errors import UserError
-from tbcm.files import check_writable, write_whole
+from tbcm.files import check_writable, content, write_whole
 from tbcm.models import Teacher, load_transformer, teacher_of
 from tbcm.text import load_prompts, read_prompts
 from tbcm.trigflow import SAMPLE_TIMES, SIGMA_DATA, TrigFlow, to_time
@@ -128,6 +129,19 @@ def load_run(run_dir: str | Path, device: str = "cpu") -> Run:
     student = TrigFlow(student.to(device))
     scale = median_high(config.scm_cfg_scale)
     return Run(teacher, student, config, scale, torch.device(device))
+
+
+def drawn_by(run: Run, run_dir: str | Path) -> dict[str, Any]:
+    """What images depend on beside their prompts, seeds and steps."""
+    teacher, config = run.teacher, run.config
+    folders = (teacher.path / part for part in ("tokenizer", "text_encoder", "vae"))
+    files = (path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file())
+    return {
+        "student": content(student_folder(run_dir)), "teacher": content(*files),
+        "variant": teacher.variant, "latent_shape": list(teacher.latent_shape),
+        "complex_human_instruction": teacher.instruct, "scm_cfg_scale": run.scale,
+        "mixed_precision": config.mixed_precision,
+    }  # fmt: skip
 
 
 def load_drawing_run(run_dir: str | Path, steps: int, seed: int = 0) -> Run:

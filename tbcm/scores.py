@@ -25,7 +25,7 @@ from tbcm.errors import UserError
 from tbcm.files import check_writable, content, write_whole
 from tbcm.images import SUFFIXES, opened
 from tbcm.progress import tracked
-from tbcm.sampling import Run, draw_missing, load_drawing_run, student_folder
+from tbcm.sampling import Run, draw_missing, drawn_by, load_drawing_run
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPProcessor
@@ -114,7 +114,7 @@ def read_items(folder: str | Path) -> list[Item]:
     file = Path(folder) / "meta_data.json"
     try:
         prompts = {
-            name: entry["prompt"] for name, entry in json.loads(file.read_text("utf-8")).items()
+            name: entry["prompt"] for name, entry in json.loads(file.read_text("utf-8-sig")).items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is not like MJHQ-30K: cannot read {file} ({error}).") from error
@@ -204,8 +204,7 @@ def score_run(
     run.teacher.text.check([item.prompt for item in items])
     judges = load_judges(inception, clip, run.device)
     settings = {
-        "student": content(student_folder(run_dir)),
-        "images_of": str(Path(images).resolve()),
+        **drawn_by(run, run_dir), "images_of": str(Path(images).resolve()),
         "steps": steps, "seed": seed, "inception": content(Path(inception)), "clip_model": clip,
         "clip_weights": digest(p.reshape(-1) for p in judges.clip.parameters()),
         "real_images": content(*(item.image for item in items)),

@@ -29,11 +29,11 @@ METHODS = {"tbcm": Distiller, "scm": ScmDistiller, "sana_sprint": SprintDistille
 def train(config: TrainConfig) -> None:
     """Run `tbcm train`. Raises UserError for whatever the user can mend, and when told to stop."""
     check_device(config)
-    teacher = teacher_of(config)
     accelerator = make_accelerator(config)
     with ExitStack() as held:
         start = find_start(config, accelerator, held)
         prompts = load_prompts(config)
+        teacher = teacher_of(config)
         check_vae(teacher, accelerator)
         distiller = METHODS[config.method](config, teacher, prompts)
         check_alike({**distiller.made_from(), f"view of {start}": not start or start.exists()})
@@ -44,11 +44,8 @@ def train(config: TrainConfig) -> None:
             if start and not on_main(accelerator, grid_path(distiller).exists):
                 due_grid(distiller, log)  # it stopped between a checkpoint and its grid
             while distiller.step < config.max_train_steps:
-                saved = due(distiller.step, config.checkpointing_steps, config)
                 if anywhere(accelerator, told()):
-                    if not saved:
-                        save_checkpoint(distiller, log)
-                    raise UserError(f"Told to stop: step {distiller.step} is saved; {GO_ON}.")
+                    raise stopped(distiller, log)
                 log.write(distiller.train_step())
                 if due(distiller.step, config.checkpointing_steps, config):
                     save_checkpoint(distiller, log)
@@ -73,6 +70,16 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in zip(signals, before, strict=True):
             signal.signal(number, handler)
+
+
+def stopped(distiller: Distiller, log: Log) -> UserError:
+    """What a run that is told to stop says; its step is saved then."""
+    step, config = distiller.step, distiller.config
+    if not step:
+        return UserError(f"Told to stop before the first step; {GO_ON}.")
+    if not due(step, config.checkpointing_steps, config):
+        save_checkpoint(distiller, log)
+    return UserError(f"Told to stop: step {step} is saved; {GO_ON}.")
 
 
 def announce(distiller: Distiller) -> None:

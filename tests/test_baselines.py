@@ -396,6 +396,9 @@ def test_an_emptied_latent_is_named(teacher: Path, folder: Path, tmp_path: Path)
 
 def test_images_are_read_upright_on_white_and_in_eight_bits(tmp_path: Path):
     path, turned = tmp_path / "i.png", Image.Exif()
+    Image.fromarray(np.array([[0.0, 0.5, 1.0]], np.float32)).save(path, "TIFF")
+    with pytest.raises(UserError, match=r"i\.png has floating-point pixels; save it in 8 or 16"):
+        images.opened(path)
     Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16)).save(path)
     assert np.asarray(images.opened(path))[0, :, 0].tolist() == [0, 100, 255]
     Image.fromarray(np.array([[[9, 9, 9, 0], [9, 8, 7, 255]]], np.uint8)).save(path)

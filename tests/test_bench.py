@@ -13,6 +13,7 @@ from diffusers import PixArtTransformer2DModel
 import tbcm_kernels
 from bench import __main__ as bench
 from bench import configs, figures, model, ops, others, peers, plots, timing
+from bench import cost as bench_cost
 from tbcm import peaks
 from tbcm.step_bench import PAPER
 
@@ -98,6 +99,8 @@ def test_a_pass_of_ours_gives_what_pytorch_gives(
         ("--json rows.jsonl --against nowhere", "there is no nowhere"),
         ("--against README.md", "does not hold rows of"),
         ("--margin nan", "margin: must be from 0 to below 1"),
+        ("--seconds nan", "seconds: must be from 0 to below inf"),
+        ("--op rms_norm --op adaln --pass through", "rms_norm has no through"),
     ],
 )
 def test_bad_input_ends_in_a_sentence(
@@ -157,6 +160,33 @@ def test_rows_of_another_case_are_no_comparison(tmp_path: Path) -> None:
     assert run(tmp_path / "now.jsonl", *argv, "adaln", "--against", str(earlier))[0] == 1
     with pytest.raises(SystemExit, match="there is no"):
         run(earlier, "--against", str(tmp_path / "nothing.jsonl"))
+
+
+def test_rows_of_what_is_gone_or_has_no_baseline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier = tmp_path / "earlier.jsonl"
+    argv = ["--impl", "reference", "--pass", "jvp"]
+    _, rows = run(earlier, *argv, "--op", "rms_norm")
+    rows += [{**row, "op": "gone"} for row in rows] + [{**row, "shape": "old"} for row in rows]
+    earlier.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bench.main(["--device", "cpu", *argv, "--seconds", "0", "--against", str(earlier)])
+    said = capsys.readouterr().out
+    assert "there is no gone at digits any more" in said and "no rms_norm at old any more" in said
+    assert "1 speed-ups compared" in said
+    earlier.write_text(json.dumps({k: v for k, v in rows[0].items() if k != "baseline"}))
+    with pytest.raises(SystemExit, match=r"does not hold rows of .*'baseline'"):
+        bench.main(["--device", "cpu", "--against", str(earlier)])
+
+
+def test_the_cost_model_is_held_against_rows_of_models_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text in ('{"op": "adaln"}', "# words", "3"):
+        (tmp_path / "rows").write_text(text)
+        with pytest.raises(SystemExit):
+            bench_cost.main([str(tmp_path / "rows")])
+        assert "does not hold rows of `python -m bench.model`" in capsys.readouterr().err
 
 
 def test_a_peer_takes_part_where_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

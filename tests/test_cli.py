@@ -123,7 +123,7 @@ BAD_FILES = {
     "empty.txt": "\n \n", "latin.txt": b"\xff\xfe caf\xe9", "long.txt": "seven " * 400,
     "wide.yaml": "seed: 1".encode("utf-16"), "file": "not a folder",
     "twice.yaml": "seed: 1\nfused: true\nseed: 2\n", "number.jsonl": '{"prompt": 5}',
-    "word.txt": "seven" * 400,
+    "word.txt": "seven" * 400, "one.txt": "a",
 }  # fmt: skip
 
 
@@ -169,9 +169,16 @@ BAD_FILES = {
         ("train --output_dir {d}/o --teacher {d}", r"teacher names a built-in one \(digits\)"),
         ("train --output_dir {d}/o --teacher=", r"built-in one \(digits\), not ''"),
         ("train --output_dir {d}/o --method scm --resolution 16", "8 pixels a side"),
-        ("train --output_dir {d}/o --pretrained_model_name_or_path {d}/none", "none"),
+        (
+            "train --output_dir {d}/o --pretrained_model_name_or_path {d}/no --prompts {d}/one.txt",
+            "no teacher '.*no'",
+        ),
         ("train --output_dir {d}/o --teacher digits --pretrained_model_name_or_path x", "not both"),
         ("train --output_dir {d}/o --prompts {d}/none.txt", "none.txt"),
+        ("train --output_dir {d}/o --preset sana_sprint_0.6b_1024 --prompts {d}/no.txt", "no.txt"),
+        ("train --output_dir {d}/o --preset sana_sprint_0.6b_1024", "give --prompts FILE"),
+        ("train --output_dir {d}/o --preset sana_sprint_0.6b_1024_baselines", "give --images"),
+        ("train --output_dir {d}/o --fused=perhaps", "fused.*: 'perhaps'"),
         ("train --output_dir {d}/o --prompts {d}/empty.txt", "empty.txt"),
         ("train --output_dir {d}/o --prompts {d}/latin.txt", "latin.txt"),
         ("train --output_dir {d}/o --prompts {d}/long.txt", "tokens"),

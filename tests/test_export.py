@@ -156,6 +156,12 @@ def test_what_cannot_be_exported_is_said(run: Path, tmp_path: Path):
     (tmp_path / "new.tmp").mkdir()
     with pytest.raises(UserError, match=r"new\.tmp is there already"):
         export_run(run, tmp_path / "new")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"Cannot write .*/file/a/b; give a place"):
+        export_run(tmp_path / "before the run is read", tmp_path / "file" / "a" / "b")
+    with pytest.raises(UserError, match="is there already"):
+        export_run(run, tmp_path / "link")
     train(TrainConfig(str(tmp_path / "digits"), **{**tiny_pipeline.QUICK, "max_train_steps": 1}))
     with pytest.raises(UserError, match=r"no vae/"):
         export_run(tmp_path / "digits", tmp_path / "out")

@@ -82,8 +82,9 @@ def test_each_prompt_has_its_own_jitter(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (torch.full((1, 8, 8), torch.nan), r"\(1, 8, 8\); it must .* finite numbers"),
-        (torch.zeros(1, 8, 9), r"has shape \(1, 8, 9\); it must have that of the .*\(1, 8, 8\)"),
+        (torch.full((1, 8, 8), torch.nan), r"\(1, 8, 8\) in .*; it must .* finite real"),
+        (torch.zeros(1, 8, 8, dtype=torch.complex64), r"in torch.complex64; it must .* real"),
+        (torch.zeros(1, 8, 9), r"is \(1, 8, 9\) in .*; it must have the shape of .*\(1, 8, 8\)"),
         ([1.0], "it holds no saved tensor"),
     ],
 )

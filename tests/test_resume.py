@@ -159,6 +159,11 @@ def test_a_run_that_is_told_to_stop_saves_its_step(
     monkeypatch.undo()
     train(settings(tmp_path / "run", resume="latest"))
     assert losses(tmp_path / "run") == losses(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr("tbcm.train.anywhere", lambda *_: True)
+        with pytest.raises(UserError, match="Told to stop before the first step; continue"):
+            train(settings(tmp_path / "early", steps=1))
+    train(settings(tmp_path / "early", steps=1, resume="latest"))
     # At its end it ends as it would have.
     monkeypatch.setattr(Distiller, "train_step", told)
     train(settings(tmp_path / "short", steps=4))

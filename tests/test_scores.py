@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_pipeline
 import torch
+import yaml
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -177,9 +178,23 @@ def test_another_student_does_not_continue_what_one_began(
 ):
     other = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     (weights,) = (other / "student").glob("*.safetensors")
+    kept, line = weights.read_bytes(), ["eval", str(other), *arguments(judges, real, report[1])]
     save_file({name: 2 * w for name, w in load_file(weights).items()}, weights, {"format": "pt"})
-    assert cli.main(["eval", str(other), *arguments(judges, real, report[1])]) == 2
+    assert cli.main(line) == 2
     assert f"{report[1]} was begun with student = " in capsys.readouterr().err
+    weights.write_bytes(kept)
+    config = yaml.safe_load((other / "config.yaml").read_text())
+    before, teacher = config["scm_cfg_scale"], Path(config["pretrained_model_name_or_path"])
+    (other / "config.yaml").write_text(yaml.safe_dump(config | {"scm_cfg_scale": [9.5]}))
+    assert cli.main(line) == 2
+    assert f"{report[1]} was begun with scm_cfg_scale = " in capsys.readouterr().err
+    copy = str(shutil.copytree(teacher, tmp_path / "teacher"))
+    config |= {"scm_cfg_scale": before, "pretrained_model_name_or_path": copy}
+    (other / "config.yaml").write_text(yaml.safe_dump(config))
+    (weights,) = (tmp_path / "teacher" / "vae").glob("*.safetensors")
+    save_file({name: 2 * w for name, w in load_file(weights).items()}, weights, {"format": "pt"})
+    assert cli.main(line) == 2
+    assert f"{report[1]} was begun with teacher = " in capsys.readouterr().err
 
 
 def test_other_judges_and_real_images_do_not_continue_it(

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tbcm import peaks
-from tbcm.info import commit, driver, installed
+from tbcm import info, peaks
 
 ROOT = Path(__file__).parents[1]
 Row = dict[str, Any]
@@ -19,15 +17,8 @@ Row = dict[str, Any]
 
 def environment(device: str, dtype: torch.dtype) -> Row:
     """What a figure depends on besides the code."""
-    cuda = device == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if cuda else f"cpu {platform.machine()}",
-        "cpu": cpu(),
-        "driver": driver() if cuda else None,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": installed("triton"),
-        "commit": commit(),
+        **info.environment(device),
         "copy_gb_s": peaks.copy_bandwidth(device) / 1e9,
         "matmul_tflop_s": peaks.matmul_peak(device, dtype) / 1e12,
     }
@@ -61,16 +52,6 @@ def append(row: Row, path: Path | None) -> None:
     if path:
         with path.open("a") as file:
             print(json.dumps(row), file=file)
-
-
-def cpu() -> str | None:
-    """The processor and its second-level cache, as Linux names them."""
-    info, cache = Path("/proc/cpuinfo"), Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
-    if not (info.exists() and cache.exists()):
-        return None
-    lines = (line for line in info.read_text().splitlines() if line.startswith("model name"))
-    name = next(lines, ":").partition(":")[2].strip()
-    return f"{name}, L2 {cache.read_text().strip()}"
 
 
 def machine(device: str) -> str:

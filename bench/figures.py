@@ -18,6 +18,7 @@ from bench.ops import OPS, PASSES
 from tbcm.files import write_whole
 from tbcm.step_bench import AGAINST, MODES, PAPER
 
+SIZES = ("model", "layers", "latent", "batch")
 FIGURES = {"fd_teacher": 2, "pair_rmse": 3}
 RESULTS = ROOT / "bench" / "results"
 HOME = RESULTS / "cpu-2-cores"
@@ -30,10 +31,11 @@ implementation that fails its check against fp64 is not timed; the check has at 
 and of attention one head and 512 tokens. Variants take turns, the median counts, and several input
 sets keep caches from serving repeats. "PyTorch" is the fastest of eager under `torch.func.jvp`,
 `torch.compile` of that (`--compile`: on the CPU, not yet on a GPU), SDPA, and, for a step, the two
-passes that people train with. Rows that we lose are here too; those in bench/results name
-processor, versions and commit. `python -m bench list` names ops and shapes, `python -m bench
---save` adds rows, and `python -m bench --against bench/results/MACHINE` compares speed-ups with
-those of the same `--shape`, `--batch` and `--compile`, never times.
+passes that people train with. Rows that we lose are here too; those of ops and models name
+processor, versions and commit. docs/GPU.md says which kernels have changed since a GPU ran them.
+`python -m bench list` names ops and shapes, `python -m bench --save` adds rows, and `python -m
+bench --against bench/results/MACHINE` compares speed-ups with those of the same `--shape`,
+`--batch` and `--compile`, never times.
 """
 WHOLE_STEPS = (
     "Whole training steps (`tbcm bench step`). Launches are GPU kernels, or on a CPU calls of the "
@@ -161,7 +163,7 @@ PASSES_OF_A_MODEL = [
 
 def models(rows: list[Row]) -> list[str]:
     """SANA as a whole, fused against stock."""
-    last = {(r["model"], r["layers"], r["latent"], r["batch"]): r for r in rows}
+    last = {tuple(r[k] for k in SIZES): r for r in rows}
     lines = [
         f"SANA's transformer at reduced depth in {rows[0]['dtype']} on {rows[0]['threads']} CPU "
         f"threads, stock → fused in turns (`python -m bench.model`). A step is a tangent and a "
@@ -291,7 +293,8 @@ def machine(folder: Path) -> list[str]:
         about = WHOLE_STEPS + (ROOFLINE if any("copy_gb_s" in step for step in found) else "")
         lines += ["", about, "", *steps(found)]
         lines += ["", f"![step]({plots.breakdown(found, f'step-{name}')})"]
-    if rows := read(folder / "growth.jsonl"):
+    rows = read(folder / "growth.jsonl")
+    if rows := list({tuple(r[k] for k in SIZES): r for r in rows}.values()):
         lines += ["", *growth(rows), "", f"![growth]({plots.growth(rows, f'growth-{name}')})"]
     return lines
 

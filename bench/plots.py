@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from bench.cost import of_row
 from bench.environment import ROOT, Row
-from bench.ops import PASSES
+from bench.ops import OPS, PASSES, SHAPES
 from tbcm import cost
 
 IMAGES = ROOT / "docs" / "img"
@@ -50,8 +50,17 @@ def blank(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple
 
 
 def last(rows: Iterable[Row]) -> dict[tuple, Row]:
-    """The rows by case and variant; of rows measured again the last counts."""
-    return {(r["op"], r["shape"], r["batch"], r["pass"], r["variant"]): r for r in rows}
+    """The rows by case and variant, sorted; of rows measured again the last counts."""
+    found = {(r["op"], r["shape"], r["batch"], r["pass"], r["variant"]): r for r in rows}
+    ranks = [{name: i for i, name in enumerate(names)} for names in (OPS, SHAPES, PASSES)]
+
+    def place(key: tuple) -> tuple:
+        op, shape, batch, what, variant = key
+        order = zip(ranks, (op, shape, what), strict=True)
+        op, shape, what = (rank.get(name, len(rank)) for rank, name in order)
+        return op, shape, batch, what, variant
+
+    return {key: found[key] for key in sorted(found, key=place)}
 
 
 def speedups(rows: list[Row], name: str) -> str:

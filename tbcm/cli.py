@@ -78,11 +78,13 @@ def sample(args: Namespace) -> None:
         from tbcm.geneval import sample_geneval
 
         images = 4 if args.images_per_prompt is None else args.images_per_prompt
-        return sample_geneval(args.run, args.geneval, args.out, args.steps, args.seed, images)
-    only_with("geneval", args, images_per_prompt=None)
-    from tbcm.sampling import sample_run
+        sample_geneval(args.run, args.geneval, args.out, args.steps, args.seed, images)
+    else:
+        only_with("geneval", args, images_per_prompt=None)
+        from tbcm.sampling import sample_run
 
-    sample_run(args.run, args.steps, args.out, args.prompts, args.seed)
+        sample_run(args.run, args.steps, args.out, args.prompts, args.seed)
+    print(args.out)
 
 
 def add_export(parser: ArgumentParser) -> None:

@@ -32,6 +32,7 @@ from tbcm import digits
 from tbcm.classifier import accuracy, trained_classifier
 from tbcm.errors import UserError
 from tbcm.files import check_writable, write_whole
+from tbcm.info import environment
 from tbcm.progress import tracked
 from tbcm.rollout import Text, rollout, with_null
 from tbcm.sampling import Run, consistency_sample, load_run
@@ -204,7 +205,7 @@ def evaluate_run(run_dir: Path, json_path: Path, samples: int = 2000) -> dict:
     Returns:
         {"teacher": {"accuracy", "fd"}, "undistilled": {"accuracy", "fd", "fd_teacher",
         "pair_rmse"}, "student": {"1": {the same four}, "2": …, "4": …}}, means over the seeds;
-        "spread" has the same shape and holds their standard deviations.
+        "spread" has the same shape and holds their standard deviations; the machine and versions.
 
     Raises:
         UserError: fewer than two samples, an unreadable run, or an unwritable file.
@@ -220,6 +221,7 @@ def evaluate_run(run_dir: Path, json_path: Path, samples: int = 2000) -> dict:
         for i in range(len(SEEDS))
     ]
     report = report_of(per_seed) | {"samples": samples, "seeds": list(SEEDS)}
+    report |= environment("cpu")
     show(report)
     write_whole(json_path, json.dumps(report, indent=2).encode())
     return report

@@ -19,7 +19,8 @@ from tbcm.sampling import draw_missing, drawn_by, load_drawing_run
 def read_metadata(path: str | Path) -> list[tuple[str, str]]:
     """(line, prompt) of every line. Raises UserError if one is not JSON with a "prompt" string."""
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line]
+        text = Path(path).read_text(encoding="utf-8-sig")
+        lines = [line for line in text.split("\n") if line.strip()]
         found = [(line, json.loads(line)["prompt"]) for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -39,7 +40,7 @@ def sample_geneval(
 ) -> None:
     """Draw `images` images for each prompt; what is there already is kept.
 
-    Image j of prompt i has the seed `seed` + i · images + j. OUT.settings/ notes what OUT is of.
+    Image j of prompt i has the seed `seed` + i · images + j. OUT/settings.json says what it is of.
 
     Raises:
         UserError: an unreadable run or metadata file, a place that cannot be written, or one that
@@ -53,9 +54,8 @@ def sample_geneval(
         **drawn_by(run, run_dir), "steps": steps, "seed": seed, "images_per_prompt": images,
         "prompts": scores.prompts_digest([prompt for _, prompt in entries]),
     }  # fmt: skip
-    # Beside the images: the scorer takes every entry of OUT for a prompt.
-    out = Path(out).absolute()
-    scores.claim(out.with_name(f"{out.name}.settings"), settings)
+    out = Path(out)
+    scores.claim(out, settings)  # in a file that the scorer passes by
     shown = tracked(entries, "prompts")
     for i, (line, prompt) in enumerate(shown):
         folder = out / f"{i:05d}"

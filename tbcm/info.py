@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -43,6 +44,26 @@ def implementations_table() -> Table:
     for row in tbcm_kernels.implementations():
         table.add_row(*map(str, row))
     return table
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a figure depends on besides the code: the machine, versions and the commit."""
+    cuda = device == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"cpu {platform.machine()}",
+        "cpu": cpu(), "driver": driver() if cuda else None, "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "triton": installed("triton"), "commit": commit(),
+    }  # fmt: skip
+
+
+def cpu() -> str | None:
+    """The processor and its second-level cache, as Linux names them."""
+    found, cache = Path("/proc/cpuinfo"), Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+    if not (found.exists() and cache.exists()):
+        return None
+    lines = (line for line in found.read_text().splitlines() if line.startswith("model name"))
+    name = next(lines, ":").partition(":")[2].strip()
+    return f"{name}, L2 {cache.read_text().strip()}"
 
 
 def installed(package: str) -> str:

@@ -44,7 +44,7 @@ from tbcm.distiller import Distiller
 from tbcm.errors import UserError
 from tbcm.files import check_writable, write_whole
 from tbcm.images import Latents
-from tbcm.info import commit, driver, installed
+from tbcm.info import environment
 from tbcm.models import Teacher, load_teacher
 from tbcm.progress import peak_memory_mb
 from tbcm.rollout import Text
@@ -502,10 +502,8 @@ def report(
             result[key] = {"paper": PAPER, **saved}
     return result | {
         "copy_gb_s": machine.copy / 1e9, "matmul_tflop_s": machine.matmul / 1e12,
-        "steps": len(next(iter(rows.values()))), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "triton": installed("triton"), "commit": commit(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "driver": driver(),
+        "steps": len(next(iter(rows.values()))),
+        **environment("cuda" if torch.cuda.is_available() else "cpu"),
     }  # fmt: skip
 
 

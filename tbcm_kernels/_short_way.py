@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_gradtrackingtensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -37,6 +38,12 @@ def short_way(
     plain = set()  # types of arguments that need no conversion
 
     def dispatched(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(map(_made_inside, args)):
+            raise RuntimeError(
+                f"tbcm_kernels: {op._opname} takes no parameter that was made inside "
+                f"torch.func.jvp, as offloading makes them, for it would get no gradient: use "
+                f"torch.no_grad() around, or dual_level()."
+            )
         before = calls.own
         try:
             calls.own = True
@@ -101,6 +108,11 @@ def _watched(args: Sequence[Any]) -> bool:
     return any(
         keys.raw_repr() & ~_USUAL for keys in (torch._C._dispatch_tls_local_include_set(), *tensors)
     )
+
+
+def _made_inside(x: Any) -> bool:
+    """Whether x is a leaf of the transform that is around this call."""
+    return isinstance(x, Tensor) and is_gradtrackingtensor(x) and x.requires_grad
 
 
 def _below_autograd() -> bool:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from tbcm_kernels import _dispatch, _dual
@@ -97,18 +98,24 @@ def _check(model: nn.Module) -> None:
             raise ValueError(
                 f"fuse: {name}={getattr(config, name)!r} has no fused forward; use the stock model."
             )
-    _check_layers(model)
+    if reason := _passed_by(model):
+        raise ValueError(reason)
 
 
 _TRUNK = ("patch_embed", "norm_out", "proj_out")
 """What the fused forward passes by, beside the blocks; the rest runs as modules."""
 
 
-def _check_layers(model: nn.Module) -> None:
-    """Also on every call: what a layer gets later, as a hook or adapter, would be passed by."""
+@_dual.constant_under_compile
+def _passed_by(model: nn.Module) -> str | None:
+    """What the fused forward would pass by, in a sentence.
+
+    Asked on every call too, for a layer may get a hook or an adapter later.
+    """
     plain = (item for item in model.config.items() if not isinstance(item[1], list | dict))
     made = _as_made(tuple(plain))
-    parts, block = dict(model._modules), made.parts["transformer_blocks"].parts["0"]
+    parts = {n: part for n, part in model._modules.items() if n not in ADDED}
+    block = made.parts["transformer_blocks"].parts["0"]
     queue = [(layer, block) for layer in parts.pop("transformer_blocks")]
     queue += [(layer, made.parts[n] if n in _TRUNK else None) for n, layer in parts.items()]
     for layer, want in queue:  # it grows under the loop, at a tenth of what modules() takes
@@ -124,13 +131,20 @@ def _check_layers(model: nn.Module) -> None:
             reason = want.difference(layer)
         if reason:
             name = next(n for n, m in model.named_modules() if m is layer)
-            raise ValueError(
+            return (
                 f"fuse: {name} {reason}, which the fused forward would pass by; use the stock "
                 f"model, of adapters the merged one, under FSDP the model sharded as one unit."
             )
         if inside := layer._modules:
             wanted = want.parts if want else {}
             queue += [(part, wanted.get(n)) for n, part in inside.items() if n not in ADDED]
+    own = getattr(model, "_gradient_checkpointing_func", None)
+    if model.gradient_checkpointing and own and not is_plain(own):
+        return (
+            "fuse: gradient checkpointing is by a function of yours, which the fused forward would "
+            "pass by; call enable_gradient_checkpointing() without one, or use the stock model."
+        )
+    return None
 
 
 @functools.lru_cache(maxsize=8)
@@ -168,8 +182,11 @@ def forward(
             not fit the number of prompts, or a layer that has got a hook since fuse().
     """
     _refuse(attention_kwargs, controlnet_block_samples)
-    if not torch.compiler.is_compiling():
-        _check_layers(self)
+    if reason := _passed_by(self):
+        raise ValueError(reason)
+    if torch.compiler.is_compiling():  # looked at, so that with others it is compiled anew
+        for block in self.transformer_blocks:
+            _ = type(block.attn1.processor), type(block.attn2.processor)
     _dual.guard_levels("fuse", "the stock model")
     masks = _text_masks(encoder_attention_mask, hidden_states)
     conditions = {} if guidance is None else {"guidance": guidance}
@@ -266,7 +283,7 @@ def _checkpointed(
     # The compiler traces once and sees for itself what backward needs.
     again = torch.compiler.is_compiling() or not _dual.tangent_gradient_stopped()
     take = (lambda: tangents) if again else once
-    out = checkpoint(run, *primals, use_reentrant=False, preserve_rng_state=False)
+    out = checkpoint(run, *primals, use_reentrant=False)
     return tuple(zip(out[:3], out[3:], strict=True))
 
 
@@ -392,12 +409,13 @@ def _cross_attention(attn: nn.Module, x: Pair, k: Pair, v: Pair, masks: dict[str
 
 def _gated_conv(ff: nn.Module, a: Pair, grid: tuple[int, int]) -> Pair:
     """GLUMBConv behind its first convolution, on tokens."""
-    depth, point = ff.conv_depth, _as_linear(ff.conv_point)
+    # Read once: a parametrization may draw, or move on.
+    depth, point = AsLinear(ff.conv_depth.weight, ff.conv_depth.bias), _as_linear(ff.conv_point)
     y = conv_glu_jvp(a[0], depth.weight, depth.bias, a[1], height=grid[0], width=grid[1])
     if point.bias is not None or not lean.worth_it(a[0], y[1]):
         return linear_jvp(y[0], *point, y[1])
     impl = choose_conv_glu("auto", a[0])
-    return lean.of_conv_glu(y, a[0], depth, grid, point.weight, impl)
+    return lean.of_conv_glu(y, a[0], *depth, grid, point.weight, impl)
 
 
 class AsLinear(NamedTuple):
@@ -418,9 +436,12 @@ def _patch(model: nn.Module) -> int:
 def _patch_embed(model: nn.Module, x: Pair, grid: tuple[int, int]) -> Pair:
     """The convolution of patches as the linear map on tokens that it is."""
     embed = model.patch_embed
-    y, ty = _linear(_as_linear(embed.proj), tuple(_patches(model, v, grid) for v in x))
-    if embed.pos_embed is not None:
-        y = embed(x[0])  # which adds positions, fitted to the grid
+    tokens = tuple(_patches(model, v, grid) for v in x)
+    if embed.pos_embed is None:
+        y, ty = _linear(_as_linear(embed.proj), tokens)
+    else:  # it adds positions, fitted to the grid
+        with parametrize.cached():  # both of one reading of the weight
+            y, (_, ty) = embed(x[0]), _linear(_as_linear(embed.proj), tokens)
     dtype = torch.promote_types(y.dtype, model.scale_shift_table.dtype)
     return y.to(dtype), None if ty is None else ty.to(dtype)
 

@@ -43,7 +43,7 @@ def _conv_glu(bias: bool, save: bool, moving: bool) -> tuple[list[Tensor], list[
     if save:
         pair = tk.linear_jvp(pair[0], weight, None, pair[1])
     else:
-        pair = lean.of_conv_glu(pair, a, depth, (H, W), weight, "cpu")
+        pair = lean.of_conv_glu(pair, a, depth.weight, depth.bias, (H, W), weight, "cpu")
     return list(pair), leaves + list(depth.parameters())
 
 

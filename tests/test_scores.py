@@ -285,12 +285,12 @@ def test_geneval_gets_the_layout_its_scorer_reads(
     out.mkdir()
     monkeypatch.chdir(out)
     lines = [json.dumps({"tag": "single_object", "prompt": p}) for p in tiny_pipeline.PROMPTS[:2]]
-    metadata.write_text("\n".join(lines) + "\n")
+    metadata.write_text("\n".join(lines) + "\n \n")
     line = f"sample {tiny_run} --geneval {metadata} --out . --images_per_prompt 3"
     assert cli.main(line.split()) == 0
     made = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
     names = ["metadata.jsonl", *(f"samples/000{j}.png" for j in range(3))]
-    assert made == [f"0000{i}/{name}" for i in range(2) for name in names]
+    assert made == [*(f"0000{i}/{name}" for i in range(2) for name in names), "settings.json"]
     assert (out / "00001/metadata.jsonl").read_text() == lines[1] + "\n"
     images = {p: p.read_bytes() for p in out.rglob("*.png")}
     assert len(set(images.values())) == 6
@@ -307,5 +307,8 @@ def test_geneval_gets_the_layout_its_scorer_reads(
     metadata.write_text("\n".join(reversed(lines)))
     assert cli.main(line.split()) == 2  # would put the old images under new prompts
     assert "begun with prompts = " in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert cli.main(f"{line} --out {tmp_path}/file".split()) == 2
+    assert {p.name for p in tmp_path.iterdir()} == {"m.jsonl", "out", "same.png", "file"}
     metadata.write_text('{"tag": "no prompt"}')
     assert cli.main(line.split()) == 2 and "evaluation_metadata" in capsys.readouterr().err

@@ -42,7 +42,7 @@ def adaln(
             differentiable to any order).
 
     Returns:
-        (x', y), of x's shape and dtype, y in the `dtype` asked for. Without h, x' is x itself.
+        (x', y), of x's shape and dtype, y in the `dtype` asked for. Without h, x' is x.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, or an `impl` that cannot run here.

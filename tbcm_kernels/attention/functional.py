@@ -68,10 +68,10 @@ def attention(
         fp32. A query that sees no key gets o = 0 and lse = −∞.
 
     Raises:
-        ValueError: a shape, dtype, device or option that does not fit, or an `impl` that cannot
-            run.
-        RuntimeError: nested forward mode, torch.func.grad, a double backward, a tangent of a mask
-            or norm weight, or in backward a gradient of a mask.
+        ValueError: a shape, dtype, device or option that does not fit, a mask that requires grad,
+            or an `impl` that cannot run.
+        RuntimeError: nested forward mode, torch.func.grad, a double backward, or a tangent of a
+            mask or norm weight.
 
     Precision: accumulates in fp32 (fp64 for fp64). On CPUs rounded once, at the end. On GPUs in
     bf16 and fp16, P and P∘Ṡ (in backward also dS, dṠ, Ṗ) and the normalised q, k are rounded to

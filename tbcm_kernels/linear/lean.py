@@ -48,12 +48,13 @@ def of_adaln(
 
 
 def of_conv_glu(
-    y: Pair, a: Tensor, depth: nn.Conv2d, grid: tuple[int, int], weight: Tensor, impl: str
-) -> Pair:
+    y: Pair, a: Tensor, depth: Tensor, bias: Tensor | None, grid: tuple[int, int], weight: Tensor,
+    impl: str,
+) -> Pair:  # fmt: skip
     """y Wᵀ for y = conv_glu(a) in the implementation."""
     _dual.refuse_duals("linear_jvp", weight)
     weight = _cast(weight)
-    value = linear_of_conv_glu(_cast(y[0]), a, depth.weight, depth.bias, *grid, weight, impl)
+    value = linear_of_conv_glu(_cast(y[0]), a, depth, bias, *grid, weight, impl)
     return _with_tangents([value], y[1], [weight])[0]
 
 

@@ -150,7 +150,7 @@ def trajectory_step(
         x: state [P, ...], fp32, bf16, fp16 or fp64.
         out: the teacher's F [2P, ...], first without the prompts and then with them, any floating
             dtype.
-        t, s: times [P], or one for all samples.
+        t, s: times [P], or [] for all samples.
         guidance: scale of each sample [P].
         sigma_data: σ_d.
         impl: "auto", "cpu", "triton" or "reference" (plain PyTorch, differentiable).

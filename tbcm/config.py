@@ -99,7 +99,8 @@ class TrainConfig:
     logging_steps: int = 50
     """Steps between two printed lines when the output is not a terminal."""
     report_to: Literal["tensorboard", "wandb"] | None = None
-    """Also send metrics and sample grids to a tracker; tensorboard writes to output_dir/tbcm."""
+    """Also send metrics and sample grids to a tracker, where a resumed run stays one; tensorboard
+    writes to output_dir/tbcm, wandb to output_dir/wandb."""
 
     learning_rate: float = 1e-5
     """Peak learning rate, used as it stands: never rescaled by the batch size."""

@@ -7,6 +7,7 @@ import math
 import resource
 import sys
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,12 +123,22 @@ class Log:
         self.tracker = config.report_to
         if self.tracker:
             scalars = {k: v if isinstance(v, SCALARS) else str(v) for k, v in vars(config).items()}
-            again = {"tensorboard": {"purge_step": step + 1}}  # steps that come anew
             with self.tracking():
-                accelerator.init_trackers("tbcm", scalars, again)
+                accelerator.init_trackers("tbcm", scalars, self.going_on(config, step))
         if self.main:
             self.metrics = Metrics(Path(config.output_dir) / "metrics.jsonl", step)
             self.display = Display(step, config)
+
+    def going_on(self, config: TrainConfig, step: int) -> dict[str, dict[str, Any]]:
+        """What tells each tracker that the run goes on, for it to show one and not two."""
+        name = Path(config.output_dir) / "wandb.id"
+        if self.main and self.tracker == "wandb" and not name.exists():
+            write_whole(name, uuid.uuid4().hex.encode())
+        told = {"id": name.read_text(), "resume": "allow"} if name.exists() else {}
+        return {
+            "tensorboard": {"purge_step": step + 1},  # steps that come anew
+            "wandb": {"dir": config.output_dir, **told},
+        }
 
     def __enter__(self) -> Log:
         if self.main:

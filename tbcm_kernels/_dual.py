@@ -91,16 +91,15 @@ def constant_under_compile(function: Callable[..., T]) -> Callable[..., T]:
 
 
 @constant_under_compile
-def _functorch_levels() -> tuple[int, int, bool]:
-    """Levels of functorch around this call, forward and reverse; whether vmap is inside jvp."""
-    stack = torch._C._functorch.get_interpreter_stack()
-    if not stack:
-        return 0, 0, False
-    keys = [level.key() for level in stack]
+def _functorch_levels() -> tuple[int, int, bool, bool]:
+    """Levels of functorch around this call, forward and reverse; whether vmap is inside jvp, and
+    functionalize inside jvp or, where there is none, around."""
+    keys = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
     kinds = torch._C._functorch.TransformType
     forward = keys.count(kinds.Jvp)
-    batched = forward > 0 and kinds.Vmap in keys[keys.index(kinds.Jvp) :]
-    return forward, keys.count(kinds.Grad), batched
+    inside = keys[keys.index(kinds.Jvp) if forward else 0 :]
+    batched = forward > 0 and kinds.Vmap in inside
+    return forward, keys.count(kinds.Grad), batched, kinds.Functionalize in inside
 
 
 def guard_levels(op: str, mend: str = "") -> None:
@@ -111,7 +110,7 @@ def guard_levels(op: str, mend: str = "") -> None:
             vmap inside jvp, in a compiled function that is called inside `dual_level()`, or in a
             selective checkpoint where tangents are constants.
     """
-    forward, reverse, batched = _functorch_levels()
+    forward, reverse, batched, _ = _functorch_levels()
     if forward == 0 and fwAD._current_level >= 0 and _under_dynamo():
         raise RuntimeError(
             f"tbcm_kernels.{op}: a compiled function loses its tangents inside dual_level(), be it "
@@ -199,7 +198,7 @@ def _refuse_hidden(tensors: Sequence[Tensor | None]) -> bool:
     if torch.compiler.is_compiling():
         return False
     given = [x for x in tensors if x is not None]
-    if any(torch._is_functional_tensor(_under_lanes(x)) for x in given) and _functionalized():
+    if any(torch._is_functional_tensor(_under_lanes(x)) for x in given) and _functorch_levels()[3]:
         raise RuntimeError(
             "tbcm_kernels: torch.func.functionalize hides tangents inside torch.func.jvp and "
             "dual_level(): put torch.func.jvp inside functionalize."
@@ -210,7 +209,7 @@ def _refuse_hidden(tensors: Sequence[Tensor | None]) -> bool:
             "dual_level(), be it another thread's: use torch.func.vmap or torch.func.jacfwd."
         )
     lanes = [x for x in given if is_batchedtensor(x)]
-    forward, _, batched = _functorch_levels() if lanes else (0, 0, False)
+    forward, _, batched, _ = _functorch_levels() if lanes else (0, 0, False, False)
     if batched or (not forward and any(map(_holds_dual, lanes))):
         raise RuntimeError(
             "tbcm_kernels: torch.func.vmap does not run inside dual_level(), nor inside "
@@ -218,13 +217,6 @@ def _refuse_hidden(tensors: Sequence[Tensor | None]) -> bool:
             "jacfwd."
         )
     return bool(lanes) and not forward
-
-
-def _functionalized() -> bool:
-    """Whether functionalize stands inside the forward mode that is around this call."""
-    keys = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
-    kinds = torch._C._functorch.TransformType
-    return kinds.Functionalize in keys[keys.index(kinds.Jvp) if kinds.Jvp in keys else 0 :]
 
 
 def _holds_dual(lanes: Tensor) -> bool:
@@ -397,8 +389,8 @@ def check_tensors(
 
 
 def takes_stock(x: Tensor) -> bool:
-    """Whether a layer leaves x to PyTorch: a nested tensor or a DTensor."""
-    return x.is_nested or is_dtensor(x)
+    """Whether a layer leaves x to PyTorch: a nested tensor, a DTensor, or none, which it names."""
+    return not isinstance(x, Tensor) or x.is_nested or is_dtensor(x)
 
 
 def is_dtensor(x: Tensor) -> bool:
@@ -413,9 +405,11 @@ def _check_dense(op: str, name: str, x: Any) -> None:
             f"{name}.full_tensor()."
         )
     if not isinstance(x, Tensor) or x.is_nested or x.layout != torch.strided:
-        got = type(x).__name__ if not isinstance(x, Tensor) else x.layout
-        got = "a nested one" if isinstance(x, Tensor) and x.is_nested else got
+        nested = isinstance(x, Tensor) and x.is_nested
+        got = "a nested one" if nested else getattr(x, "layout", type(x).__name__)
         raise ValueError(f"{op}: {name} must be a dense tensor, got {got}.")
+    if x.dtype.itemsize == 1 and x.is_floating_point():
+        raise ValueError(f"{op}: {name} is {describe(x)}; cast it to 16 or 32 bits.")
 
 
 def describe(x: Tensor) -> str:

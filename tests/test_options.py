@@ -22,6 +22,7 @@ from tbcm.distiller import Distiller
 from tbcm.errors import UserError
 from tbcm.models import load_teacher
 from tbcm.optimizer import make_optimizer
+from tbcm.progress import Log
 from tbcm.student import build_student
 from tbcm.text import load_prompts
 from tbcm.train import train
@@ -255,3 +256,16 @@ def test_tensorboard_has_the_losses_and_the_grids(tmp_path: Path):
     train(settings(tmp_path / "run", resume_from_checkpoint="step-000001", **quick))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2]
+
+
+def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path: Path):
+    told = []
+    accelerator = SimpleNamespace(
+        is_main_process=True, init_trackers=lambda name, scalars, options: told.append(options)
+    )
+    for run in ("one", "one", "two"):
+        (tmp_path / run).mkdir(exist_ok=True)
+        Log(settings(tmp_path / run, report_to="wandb"), accelerator, 0)
+    first, again, other = (options["wandb"] for options in told)
+    assert first == again and first["resume"] == "allow" and first["dir"] == str(tmp_path / "one")
+    assert len(first["id"]) == 32 and other["id"] != first["id"]

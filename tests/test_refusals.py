@@ -94,6 +94,8 @@ REFUSED = [
     ("rms_norm: weight must be a dense tensor, got float", lambda: tk.rms_norm(X, 1.0)),
     ("x must be a dense tensor, got torch.sparse_coo", lambda: tk.rms_norm(X.to_sparse())),
     ("linear_jvp: x must be a dense tensor, got NoneType", lambda: tk.linear_jvp(None, X[0])),
+    ("x is .* float8_e4m3fn on cpu; cast", lambda: tk.rms_norm(X.to(torch.float8_e4m3fn))),
+    ("linear: x is .* float8_e5m2 on", lambda: tk.linear(X.to(torch.float8_e5m2), X[0])),
     ("conv_glu: weight must be a dense", lambda: tk.conv_glu(A, None, **GRID)),
     ("conv_glu: height and width must be integers", lambda: tk.conv_glu(A, W, height=2.0, width=3)),
     ("conv_glu: height and width must be integers", lambda: tk.conv_glu(A, W, height="2", width=3)),

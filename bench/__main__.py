@@ -183,7 +183,8 @@ def plan(args: argparse.Namespace, earlier: list[Row]) -> list[tuple[str, str, o
                 raise SystemExit(f"conv_glu needs a square of tokens, not {shape.tokens}")
             work.append((op, name, shape))
     if not work:
-        raise SystemExit(f"{', '.join(args.shape)} has no {' or '.join(args.op)}; see bench list")
+        shapes, names = ({case[i]: None for case in cases} for i in (1, 0))
+        raise SystemExit(f"{', '.join(shapes)} has no {' or '.join(names)}; see bench list")
     return work
 
 

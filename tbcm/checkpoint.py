@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from tbcm.config import MAY_CHANGE, TrainConfig, changed_fields, read_config
 from tbcm.errors import UserError
-from tbcm.files import GO_ON, TMP, is_part, remove, whole_folder, write_whole, writing
+from tbcm.files import GO_ON, TMP, can_make, is_part, remove, whole_folder, write_whole, writing
 
 KEYS = {
     "step", "skipped", "skipped_in_row", "config", "made_from", "student", "log_variance",
@@ -177,7 +177,7 @@ def alone(run: Path) -> Iterator[None]:
 def check_free(run: Path) -> None:
     """Learn before long work, and without making it, whether a new run can have the folder.
 
-    Raises UserError if there is something in it.
+    Raises UserError if there is something in it, or it cannot be made or written.
     """
     try:
         there = run.iterdir() if run.exists() else ()
@@ -189,6 +189,8 @@ def check_free(run: Path) -> None:
             f"output_dir {run} is not empty; choose another folder, or continue the run that it "
             "holds with --resume_from_checkpoint latest."
         )
+    if not can_make(run):
+        raise _unwritable(run, "it, or what is to hold it, is no folder that can be written")
 
 
 def claim(run: Path) -> None:
@@ -201,8 +203,6 @@ def claim(run: Path) -> None:
     except OSError as error:
         raise _unwritable(run, error.strerror) from error
     check_free(run)
-    if not os.access(run, os.W_OK):
-        raise _unwritable(run, "Permission denied")
 
 
 def _unwritable(run: Path, reason: str | None) -> UserError:

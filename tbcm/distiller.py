@@ -53,7 +53,7 @@ def load_filter(config: TrainConfig, teacher: Teacher) -> Tensor | None:
         return None
     try:
         latent = torch.load(config.filter_latent, map_location="cpu", weights_only=True)
-        fits = latent.shape == teacher.latent_shape and latent.is_floating_point()
+        fits = latent.shape == teacher.latent_shape and not latent.is_complex()
         if fits and latent.isfinite().all():
             return latent.float()
     except Exception as error:

@@ -116,7 +116,7 @@ def flush(path: Path) -> None:
 
 def can_make(folder: Path) -> bool:
     """Whether a folder, or the innermost around it that is there, can be written."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     return there.is_dir() and os.access(there, os.W_OK)
 
 

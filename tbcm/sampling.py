@@ -134,10 +134,11 @@ def load_run(run_dir: str | Path, device: str = "cpu") -> Run:
 def drawn_by(run: Run, run_dir: str | Path) -> dict[str, Any]:
     """What images depend on beside their prompts, seeds and steps."""
     teacher, config = run.teacher, run.config
-    folders = (teacher.path / part for part in ("tokenizer", "text_encoder", "vae"))
-    files = (path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file())
+    parts = ("tokenizer", "text_encoder", "vae")
+    found = (path for part in parts for path in sorted((teacher.path / part).rglob("*")))
     return {
-        "student": content(student_folder(run_dir)), "teacher": content(*files),
+        "student": content(student_folder(run_dir)),
+        "teacher": content(*filter(Path.is_file, found)),
         "variant": teacher.variant, "latent_shape": list(teacher.latent_shape),
         "complex_human_instruction": teacher.instruct, "scm_cfg_scale": run.scale,
         "mixed_precision": config.mixed_precision,

@@ -242,16 +242,19 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
     """Note what `out` is of. Raises UserError if it is of something else."""
     file = out / "settings.json"
     if not file.exists():
+        if next(out.glob("*/**/*.png"), None):
+            raise UserError(f"{out} holds images without a {file.name}; give another --out.")
         write_whole(file, json.dumps(settings, indent=2).encode())
     try:
         before = dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"Cannot read {file} ({error}); give another --out.") from error
     for name, value in settings.items():
-        if before.get(name) != value:
+        if name not in before:
+            raise UserError(f"{file} does not say {name}, as older ones; give another --out.")
+        if before[name] != value:
             raise UserError(
-                f"{out} was begun with {name} = {before.get(name)}, not {value}; give another "
-                "--out."
+                f"{out} was begun with {name} = {before[name]}, not {value}; give another --out."
             )
 
 

@@ -111,7 +111,7 @@ def _watched(args: Sequence[Any]) -> bool:
 
 
 def _made_inside(x: Any) -> bool:
-    """Whether x is a leaf of the transform that is around this call."""
+    """Whether x requires grad inside the transform that is around this call, and not outside."""
     return isinstance(x, Tensor) and is_gradtrackingtensor(x) and x.requires_grad
 
 

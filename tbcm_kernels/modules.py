@@ -98,11 +98,12 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if takes_stock(x):
             return nn.RMSNorm.forward(self, x)
-        _check_width(self, x)
+        weight = self.weight
+        _check_width(self, x, weight)
         eps = self.eps
         if eps is None:
             eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
-        return rms_norm(x, self.weight, eps=eps)
+        return rms_norm(x, weight, eps=eps)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -146,20 +147,20 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         if takes_stock(input):
             return nn.LayerNorm.forward(self, input)
-        _check_width(self, input)
-        x = input
-        if self.weight is not None and x.dtype.itemsize > 2:
-            weights = (self.weight, self.bias)
-            if self.weight.dtype == x.dtype and not any_dual(x, *weights):
+        x, weight, bias = input, self.weight, self.bias
+        _check_width(self, x, weight)
+        if weight is not None and x.dtype.itemsize > 2:
+            weights = (weight, bias)
+            if weight.dtype == x.dtype and not any_dual(x, *weights):
                 # One pass, where what follows takes three.
                 return F.layer_norm(x, self.normalized_shape, *weights, self.eps)
             # adaln takes weight − 1, whose rounding shows here where weights are small. A layer
             # norm is the RMS norm of the centred row.
-            y = rms_norm(x - x.mean(-1, keepdim=True), self.weight, eps=self.eps)
-            return y if self.bias is None else y + self.bias
-        scale = None if self.weight is None else self.weight.float() - 1
+            y = rms_norm(x - x.mean(-1, keepdim=True), weight, eps=self.eps)
+            return y if bias is None else y + bias
+        scale = None if weight is None else weight.float() - 1
         rows = x.reshape(1, -1, x.shape[-1])
-        return shaped(adaln(rows, scale=scale, shift=self.bias, eps=self.eps)[1], x.shape)
+        return shaped(adaln(rows, scale=scale, shift=bias, eps=self.eps)[1], x.shape)
 
 
 class AdaLayerNormZero(nn.Module):
@@ -557,9 +558,9 @@ def _only(module: nn.Module, **options: tuple[object, object]) -> None:
             )
 
 
-def _check_width(norm: nn.RMSNorm | nn.LayerNorm, x: Tensor) -> None:
+def _check_width(norm: nn.RMSNorm | nn.LayerNorm, x: Tensor, weight: Tensor | None) -> None:
     """Raise for another width where there is no weight; with one the op does."""
-    if norm.weight is None and x.shape[-1:] != norm.normalized_shape:
+    if weight is None and x.shape[-1:] != norm.normalized_shape:
         raise ValueError(
             f"{type(norm).__name__}: the last dimension must be {norm.normalized_shape[0]}, got "
             f"{list(x.shape)}."

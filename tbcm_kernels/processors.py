@@ -251,7 +251,9 @@ def _kernel_norm(norm: nn.Module | None) -> Norm | None:
 
 
 def _called(norm: nn.Module, x: Tensor, across_heads: bool) -> Tensor:
-    return norm(x.flatten(2)).view(x.shape) if across_heads else norm(x)
+    if across_heads:
+        return norm(x.flatten(2)).view(x.shape)
+    return norm(x.transpose(1, 2)).transpose(1, 2)
 
 
 def _normalized(norm: nn.Module | None, x: Tensor) -> Tensor:
@@ -259,4 +261,4 @@ def _normalized(norm: nn.Module | None, x: Tensor) -> Tensor:
     if norm is None:
         return x
     plain = _kernel_norm(norm)
-    return norm(x) if plain is None else rms_norm(x, plain[0], eps=plain[1])
+    return _called(norm, x, False) if plain is None else rms_norm(x, plain[0], eps=plain[1])

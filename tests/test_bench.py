@@ -174,6 +174,9 @@ def test_rows_of_what_is_gone_or_has_no_baseline(
     said = capsys.readouterr().out
     assert "there is no gone at digits any more" in said and "no rms_norm at old any more" in said
     assert "1 speed-ups compared" in said
+    earlier.write_text(json.dumps({**rows[0], "op": "conv_glu", "shape": "dit-b-512"}))
+    with pytest.raises(SystemExit, match="dit-b-512 has no conv_glu; see bench list"):
+        bench.main(["--device", "cpu", "--against", str(earlier)])
     earlier.write_text(json.dumps({k: v for k, v in rows[0].items() if k != "baseline"}))
     with pytest.raises(SystemExit, match=r"does not hold rows of .*'baseline'"):
         bench.main(["--device", "cpu", "--against", str(earlier)])

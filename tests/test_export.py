@@ -162,6 +162,8 @@ def test_what_cannot_be_exported_is_said(run: Path, tmp_path: Path):
         export_run(tmp_path / "before the run is read", tmp_path / "file" / "a" / "b")
     with pytest.raises(UserError, match="is there already"):
         export_run(run, tmp_path / "link")
+    with pytest.raises(UserError, match=r"Cannot write .*/link/a; give a place"):
+        export_run(tmp_path / "before the run is read", tmp_path / "link" / "a")
     train(TrainConfig(str(tmp_path / "digits"), **{**tiny_pipeline.QUICK, "max_train_steps": 1}))
     with pytest.raises(UserError, match=r"no vae/"):
         export_run(tmp_path / "digits", tmp_path / "out")

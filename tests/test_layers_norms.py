@@ -9,6 +9,7 @@ from diffusers.models import normalization
 from test_layers import worst
 from test_processors import SD3
 from torch import nn
+from torch.nn.utils import parametrize
 
 import tbcm_kernels as tk
 from tbcm_kernels import layers, processors
@@ -108,3 +109,29 @@ def test_a_group_norm_has_a_tangent_in_any_order_of_memory() -> None:
         torch.func.jvp(norm, (x,), (dx,))
     with tk.fuse(norm):
         torch.testing.assert_close(torch.func.jvp(norm, (x,), (dx,)), want)
+
+
+class Counted(nn.Module):
+    """A parametrization that counts how often it is read."""
+
+    reads = 0
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        self.reads += 1
+        return weight.clone()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm, normalization.FP32LayerNorm])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_parameters_are_read_once(kind: type[nn.Module], name: str, dtype: torch.dtype) -> None:
+    """A parametrization may draw, or move on."""
+    model = nn.Sequential(kind(16), nn.Linear(16, 8)).to(dtype)
+    tk.fuse(model)
+    if getattr(model[0], name, None) is None:
+        return
+    counted = Counted()
+    parametrize.register_parametrization(model[0], name, counted)
+    before, x = counted.reads, torch.randn(2, 5, 16, dtype=dtype)
+    torch.func.jvp(model, (x,), (x.cos(),))
+    assert counted.reads == before + 1

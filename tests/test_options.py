@@ -96,6 +96,13 @@ def test_a_filter_that_is_no_latent_is_refused(content: object, says: str, tmp_p
         distiller(settings(tmp_path, filter_latent=str(path)))
 
 
+def test_a_filter_of_whole_numbers_is_taken(tmp_path: Path):
+    path = tmp_path / "latent.pt"
+    torch.save(torch.ones(1, 8, 8, dtype=torch.uint8), path)
+    taken = distiller(settings(tmp_path, filter_latent=str(path))).filter_latent
+    assert taken.dtype == torch.float32 and taken.eq(1).all()
+
+
 def test_came_has_the_released_betas(monkeypatch: pytest.MonkeyPatch):
     given = SimpleNamespace(CAME=lambda parameters, rate, **options: (parameters, rate, options))
     monkeypatch.setitem(sys.modules, "came_pytorch", given)

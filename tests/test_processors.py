@@ -305,9 +305,9 @@ def test_norms_with_more_than_weights_are_called(change: str) -> None:
     """A hook or a replaced forward of a norm is not passed by."""
     torch.manual_seed(0)
     attn = Attention(query_dim=32, heads=4, dim_head=8, qk_norm="rms_norm").eval()
-    own = attn.norm_k.forward
+    own, heads = attn.norm_k.forward, torch.tensor([3.0, 1.0, 0.0, 1.0])[:, None, None]
     if change == "hook":
-        attn.norm_q.register_forward_hook(lambda module, args, y: 2 * y)
+        attn.norm_q.register_forward_hook(lambda module, args, y: y * heads)
     else:
         attn.norm_k.forward = lambda x: 2 * own(x)
     x = torch.randn(2, 6, 32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,11 @@ def test_a_killed_evaluation_continues_and_gives_the_same_figures(
     assert cli.main(line) == 0  # all is scored already
     assert len(batches) == 4 and json.loads((tmp_path / "out.json").read_text()) == report[0]
     assert cli.main([*line, "--steps", "2"]) == 2
+    noted = tmp_path / "out" / "settings.json"
+    known = json.loads(noted.read_text())
+    noted.write_text(json.dumps({k: v for k, v in known.items() if k != "teacher"}))
+    assert cli.main(line) == 2 and "does not say teacher" in capsys.readouterr().err
+    noted.write_text(json.dumps(known))
     for name in ("progress.pt", "settings.json"):
         (tmp_path / "out" / name).write_bytes(b"[")
         assert cli.main(line) == 2
@@ -195,6 +201,24 @@ def test_another_student_does_not_continue_what_one_began(
     save_file({name: 2 * w for name, w in load_file(weights).items()}, weights, {"format": "pt"})
     assert cli.main(line) == 2
     assert f"{report[1]} was begun with teacher = " in capsys.readouterr().err
+
+
+def test_all_that_images_depend_on_is_noted(tiny_run: Path):
+    run = sampling.load_drawing_run(tiny_run, 1)
+    known = sampling.drawn_by(run, tiny_run)
+    others = [
+        replace(run, scale=9.5), replace(run, config=replace(run.config, mixed_precision="bf16")),
+        *(
+            replace(run, teacher=replace(run.teacher, **{name: value}))
+            for name, value in {
+                "path": run.teacher.path / "vae", "latent_shape": (4, 2, 2), "variant": "bf16",
+                "instruct": not run.teacher.instruct,
+            }.items()
+        ),
+    ]  # fmt: skip
+    for other in others:
+        found = sampling.drawn_by(other, tiny_run)
+        assert len([name for name in known if known[name] != found[name]]) == 1
 
 
 def test_other_judges_and_real_images_do_not_continue_it(
@@ -270,6 +294,8 @@ def test_a_prompt_that_is_no_string_is_named(tmp_path: Path):
 def test_a_second_image_of_a_prompt_is_named(real: Path, tmp_path: Path):
     """Such as one that was drawn into the folder of the real ones."""
     folder = Path(shutil.copytree(real, tmp_path / "real"))
+    named = (folder / "meta_data.json").read_text()
+    (folder / "meta_data.json").write_text(named, encoding="utf-8-sig")
     (folder / "food" / "01.png").rename(folder / "food" / "01.PNG")
     assert len(scores.read_items(folder)) == N
     (folder / "ours").mkdir()
@@ -287,7 +313,7 @@ def test_geneval_gets_the_layout_its_scorer_reads(
     lines = [json.dumps({"tag": "single_object", "prompt": p}) for p in tiny_pipeline.PROMPTS[:2]]
     metadata.write_text("\n".join(lines) + "\n \n")
     line = f"sample {tiny_run} --geneval {metadata} --out . --images_per_prompt 3"
-    assert cli.main(line.split()) == 0
+    assert cli.main(line.split()) == 0 and capsys.readouterr().out == ".\n"
     made = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
     names = ["metadata.jsonl", *(f"samples/000{j}.png" for j in range(3))]
     assert made == [*(f"0000{i}/{name}" for i in range(2) for name in names), "settings.json"]
@@ -299,6 +325,10 @@ def test_geneval_gets_the_layout_its_scorer_reads(
     for image, path in zip(drawn, sorted((out / "00001/samples").iterdir()), strict=True):
         sampling.save_image(image, tmp_path / "same.png")
         assert (tmp_path / "same.png").read_bytes() == images[path]
+    (out / "settings.json").rename(tmp_path / "settings.json")
+    assert cli.main(line.split()) == 2  # nobody knows what they are of
+    assert ". holds images without a settings.json" in capsys.readouterr().err
+    (tmp_path / "settings.json").rename(out / "settings.json")
     (out / "00001/samples/0001.png").unlink()
     assert cli.main(line.split()) == 0
     assert {p: p.read_bytes() for p in out.rglob("*.png")} == images

@@ -206,3 +206,16 @@ def test_tangents_of_explicit_functions_are_constants_in_the_semi_gradient(impl:
             tk.flow_output_jvp(leaf, x, T, t, **a)[1],
         ]
     assert not any(y.requires_grad for y in moved)
+
+
+def test_a_norm_of_constant_size_in_a_graph_of_any_sizes() -> None:
+    """Dynamo's "in" does not compare a size that it does not know with one that it does."""
+    torch.compiler.reset()
+
+    def function(q: Tensor) -> Tensor:
+        return tk.attention(q, q, q, q_norm=(torch.full((8,), 1.5), 1e-6))
+
+    q = torch.randn(2, 2, 6, 8)
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="eager")
+    torch.testing.assert_close(compiled(q), function(q))
+    torch.compiler.reset()

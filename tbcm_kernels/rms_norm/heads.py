@@ -71,7 +71,7 @@ def norm_argument(op: str, name: str, x: Tensor, norm: Norm | None) -> tuple[Ten
         raise ValueError(f"{op}: {name} must be a pair (weight tensor, eps), got {norm!r:.80}.")
     weight, eps = norm
     widths = (x.shape[3], x.shape[1] * x.shape[3])
-    fits = weight.ndim == 1 and weight.shape[0] in widths and weight.shape[0] > 0
+    fits = weight.ndim == 1 and weight.shape[0] > 0 and any(weight.shape[0] == w for w in widths)
     if not (fits and weight.is_floating_point()) or weight.device != x.device:
         raise ValueError(
             f"{op}: {name} must be (weight, eps) with a floating weight of {widths[0]} elements "

@@ -52,13 +52,11 @@ def blank(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple
 def last(rows: Iterable[Row]) -> dict[tuple, Row]:
     """The rows by case and variant, sorted; of rows measured again the last counts."""
     found = {(r["op"], r["shape"], r["batch"], r["pass"], r["variant"]): r for r in rows}
-    ranks = [{name: i for i, name in enumerate(names)} for names in (OPS, SHAPES, PASSES)]
+    rank = {name: i for i, name in enumerate((*OPS, *SHAPES, *PASSES))}
 
     def place(key: tuple) -> tuple:
         op, shape, batch, what, variant = key
-        order = zip(ranks, (op, shape, what), strict=True)
-        op, shape, what = (rank.get(name, len(rank)) for rank, name in order)
-        return op, shape, batch, what, variant
+        return rank.get(op, -1), rank.get(shape, -1), batch, rank.get(what, -1), variant
 
     return {key: found[key] for key in sorted(found, key=place)}
 

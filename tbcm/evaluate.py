@@ -205,7 +205,8 @@ def evaluate_run(run_dir: Path, json_path: Path, samples: int = 2000) -> dict:
     Returns:
         {"teacher": {"accuracy", "fd"}, "undistilled": {"accuracy", "fd", "fd_teacher",
         "pair_rmse"}, "student": {"1": {the same four}, "2": …, "4": …}}, means over the seeds;
-        "spread" has the same shape and holds their standard deviations; the machine and versions.
+        "spread" has the same shape and holds their standard deviations. Beside them are "floor",
+        what the figures are of, and the machine and versions that they were made with.
 
     Raises:
         UserError: fewer than two samples, an unreadable run, or an unwritable file.

@@ -70,6 +70,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.save and args.json:
         parser.error("give --json FILE or --save, not both")
+    if args.save and args.tokens:
+        parser.error("--save is for shapes as they are: give --json FILE with --tokens")
     check(parser, args, "batch", "tokens", "sets")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     if args.save:
@@ -116,8 +118,8 @@ def timed(
     for name, variant in variants.items():
         try:
             calls = [ops.call(variant, what, case) for case in cases]
-            peaks[name] = timing.peak_memory(calls[0], args.device)
             watches[name] = timing.stopwatch(calls, args.device)
+            peaks[name] = timing.peak_memory(calls[0], args.device)  # torch.compile has compiled
         except torch.OutOfMemoryError:
             yield {"variant": name, "skipped": "does not fit in the GPU's memory"}
         except RuntimeError as error:
@@ -135,7 +137,8 @@ def timed(
             "variant": name, **result, "rounds": len(samples[name]), "sets": len(cases),
             "graph": watches[name][1], "bytes": size, "flops": flops,
             "gb_s": size / result["us"] / 1e3, "tflop_s": flops / result["us"] / 1e6,
-            "peak_mb": peaks[name], "baseline": best, "speedup": results[best]["us"] / result["us"],
+            "peak_mb": peaks[name], "warm": True,  # compiled before
+            "baseline": best, "speedup": results[best]["us"] / result["us"],
         }  # fmt: skip
 
 

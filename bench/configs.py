@@ -49,6 +49,7 @@ CANDIDATES: dict[str, list[Config]] = {
     ],
 }  # fmt: skip
 """Of queries, of keys, warps, stages, for each kind of kernel."""
+GRADIENTS = ("gk", "gv", "gtk", "gtv", "gq", "gtq")
 DTYPE = torch.bfloat16
 SHAPES = ("sd3-1024", "flux-1024", "sana-0.6b-1024", "sana-1.6b-1024", "pixart-1024")
 Launch = tuple[tuple[Any, ...], dict[str, Any]]
@@ -62,7 +63,7 @@ def launches(shape: str, device: str) -> dict[tuple[str, str], Launch]:
     def spy(kernel: Any, kind: str, *arguments: Any, **constants: Any) -> None:
         names = [n for n in kernel.arg_names if not n.isupper()]
         present = (n for n, x in zip(names, arguments[3], strict=False) if x is not None)
-        made = " ".join(n for n in present if n in ("gk", "gv", "gtk", "gtv", "gq", "gtq"))
+        made = " ".join(n for n in present if n in GRADIENTS)
         found[kind, made] = (kernel, kind, *arguments), constants
         own(kernel, kind, *arguments, **dict(constants))
 
@@ -91,9 +92,11 @@ def repeated(launch: Launch, config: Config) -> Callable[[], None]:
 
 
 def written(launch: Launch) -> list[Tensor]:
-    """What a launch may write: all that it is given, for want of a better mark."""
-    tensors = (x for x in launch[0][5] if x is not None)
-    return [(x if isinstance(x, Tensor) else x.pointer).detach() for x in tensors]
+    """What a launch writes."""
+    kernel, kind, *_, tensors = launch[0][:6]
+    names = ("o", "to", "lse", "mu") if kind.startswith("forward") else GRADIENTS
+    made = [x for n, x in zip(kernel.arg_names, tensors, strict=False) if n in names]
+    return [(x if isinstance(x, Tensor) else x.pointer).detach() for x in made if x is not None]
 
 
 def work(shapes: list[str], device: str) -> Iterator[tuple[dict[str, Any], Launch, Config]]:
@@ -127,9 +130,13 @@ def timed(launch: Launch, config: Config, device: str) -> dict[str, Any]:
     if reason := refusal(first):
         return {"refused": f"the first config: {reason}"}
     expected = [x.clone() for x in written(launch)]
-    if reason := refusal(run):
+    for x in written(launch):
+        x.fill_(torch.nan)  # what a config leaves out must show
+    reason, made = refusal(run), [x.clone() for x in written(launch)]
+    first()  # which later launches read
+    if reason:
         return {"refused": reason}
-    for x, y in zip(written(launch), expected, strict=True):
+    for x, y in zip(made, expected, strict=True):
         if not torch.allclose(x.float(), y.float(), rtol=0.05, atol=0.02 * float(y.abs().max())):
             return {"refused": "gives another result"}
     watch, _ = timing.stopwatch([run], device)

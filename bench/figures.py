@@ -122,7 +122,7 @@ def ops(rows: list[Row]) -> list[str]:
     kernels = Counter(key[:-1] for key in last if key[-1] in plots.OURS)
     lines = [
         f"Ops in {rows[0]['dtype']} on {rows[0]['device']}, in turns with PyTorch's fastest "
-        f"(`python -m bench`); memory is what a first call takes, its outputs included, but not "
+        f"(`python -m bench`); memory is what a call takes, its outputs included, but not "
         f"the scratch that CPU threads keep, at most 8 MiB each:",
         "",
         "| op | shape | pass | PyTorch | ours | | MiB, PyTorch's and ours | roofline |",
@@ -150,7 +150,8 @@ def _time(us: float) -> str:
 
 
 def _memory(row: Row) -> str:
-    return "?" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
+    compiling = row.get("variant") == "compile" and not row.get("warm")  # in the call measured
+    return "?" if compiling or row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
 
 
 PASSES_OF_A_MODEL = [
@@ -196,7 +197,7 @@ def _cells(row: dict[str, Any]) -> str:
         for what in ("forward", "jvp", "step")
     )
     share = " → ".join(f"{row['jvp_over_forward'][m]:.2f}×" for m in ("stock", "fused"))
-    memory = f"{stock['step']['peak_mb']:.0f} → {fused['step']['peak_mb']:.0f}"
+    memory = f"{_memory(stock['step'])} → {_memory(fused['step'])}"
     saved = f"{stock['saved_u_per_block']:.0f} → {fused['saved_u_per_block']:.0f}"
     cells = (value, pair, share, step, f"**{row['step_speedup']:.2f}×**", memory, saved)
     return " | ".join(cells)

@@ -12,9 +12,10 @@ import argparse
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,14 +43,17 @@ class Student:
     """Value with its graph and tangent, from `tbcm.objective`."""
     weights: dict[str, Tensor]
     inputs: list[Tensor]
-    """x, t, velocity, text, mask, guidance."""
+    """x, t, velocity, and what `names` says."""
     dtype: torch.dtype
+    names: tuple[str, ...] = ("encoder_hidden_states", "encoder_attention_mask", "guidance")
+    """Of the inputs after the velocity."""
+    constants: dict[str, Any] = field(default_factory=dict)
 
-    def net(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor, guidance: Tensor) -> Tensor:
+    def net(self, x: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
         """The model as `tbcm.objective` calls it."""
+        named = {**dict(zip(self.names, condition, strict=True)), **self.constants}
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
-            named = {"guidance": guidance, "encoder_attention_mask": mask, "return_dict": False}
-            return self.model_forward(x, text, t, **named)[0]
+            return self.model_forward(hidden_states=x, timestep=t, return_dict=False, **named)[0]
 
     @torch.no_grad()
     def forward(self) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
@@ -20,20 +20,6 @@ import tbcm_kernels
 from bench.environment import append, environment
 from bench.model import PASSES, Student, disagreement, measure, parse_common, ratios
 from tbcm import objective
-
-
-@dataclass(frozen=True)
-class Other(Student):
-    """A student whose model is called by keyword; `inputs` after the velocity are `names`."""
-
-    names: tuple[str, ...] = ()
-    constants: dict[str, Any] = field(default_factory=dict)
-
-    def net(self, x: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
-        """The model as `tbcm.objective` calls it."""
-        named = {**dict(zip(self.names, condition, strict=True)), **self.constants}
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
-            return self.model_forward(hidden_states=x, timestep=t, return_dict=False, **named)[0]
 
 
 @dataclass(frozen=True)
@@ -109,7 +95,7 @@ def students(kind: Kind, args: argparse.Namespace) -> dict[str, Student]:
     constants = kind.constants(args.side, args.text)
     if model.config.get("guidance_embeds"):
         condition["guidance"] = torch.full((args.batch,), 3.5)
-    stock = Other(
+    stock = Student(
         model.forward, objective.two_passes, dict(model.named_parameters()),
         [v.to(args.device) for v in (*inputs, *condition.values())], getattr(torch, args.dtype),
         tuple(condition), {k: v.to(args.device) for k, v in constants.items()},

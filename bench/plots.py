@@ -6,7 +6,7 @@ The same rows give the same bytes with the same Matplotlib and fonts.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -199,13 +199,7 @@ def title(step: Row) -> str:
     )
 
 
-Grows = Callable[[cost.Sana, float], cost.Sana]
-GROWTH: dict[str, tuple[Grows, Callable[[cost.Sana], float]]] = {
-    "tokens": (lambda m, v: replace(m, tokens=int(v)), lambda m: m.tokens),
-    "batch": (lambda m, v: replace(m, batch=int(v)), lambda m: m.batch),
-    "layers": (lambda m, v: replace(m, layers=int(v)), lambda m: m.layers),
-    "width": (lambda m, v: replace(m, width=int(v)), lambda m: m.width),
-}
+GROWTH = ("tokens", "batch", "layers", "width")
 
 
 def growth(rows: list[Row], name: str) -> str:
@@ -219,13 +213,14 @@ def growth(rows: list[Row], name: str) -> str:
     ))  # fmt: skip
     base = measured[0][0]
     figure, axes = blank(13, 5, 2, len(GROWTH) + 1)
-    for column, (size, (grown, of)) in enumerate(GROWTH.items()):
+    for column, size in enumerate(GROWTH):
         alike = [(m, r) for m, _, r in measured if _same(m, base, size)]
-        xs = sorted({of(m) for m, _ in alike})
+        sizes = [getattr(m, size) for m, _ in alike]
+        xs = sorted(set(sizes))
         for mode, colour in (("stock", GREY), ("fused", BLUE)):
             curve = [xs[0] * (xs[-1] / xs[0]) ** (i / 20) for i in range(21)]
             curve = sorted({round(x) for x in curve})
-            models = [grown(base, x) for x in curve]
+            models = [replace(base, **{size: x}) for x in curve]
             predicted = (
                 [cost.seconds(m, mode, "step", machine) for m in models],
                 [cost.step_memory(m, mode) / 2**20 for m in models],
@@ -236,8 +231,7 @@ def growth(rows: list[Row], name: str) -> str:
             )
             for axis, line, points in zip(axes[:, column], predicted, got, strict=True):
                 axis.plot(curve, line, color=colour, label=f"{mode}, predicted")
-                axis.plot([of(m) for m, _ in alike], points, "o", color=colour,
-                          label=f"{mode}, measured")  # fmt: skip
+                axis.plot(sizes, points, "o", color=colour, label=f"{mode}, measured")
         for axis, label in zip(axes[:, column], ("s", "MiB beyond weights"), strict=True):
             _logarithmic(axis, size, label if column == 0 else "")
             axis.xaxis.set_minor_formatter(lambda v, _: "")

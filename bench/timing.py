@@ -79,13 +79,13 @@ def keep_freed_memory() -> None:
 
 def summary(samples: list[float]) -> dict[str, float]:
     """Median, p20 and p80 in microseconds."""
-    low, *_, high = statistics.quantiles(samples, n=5)
+    low, *_, high = statistics.quantiles(samples, n=5, method="inclusive")
     median = statistics.median(samples)
     return {"us": 1e6 * median, "p20_us": 1e6 * low, "p80_us": 1e6 * high}
 
 
 def peak_memory(call: Call, device: str) -> float | None:
-    """MiB that a first call takes at its peak beyond what is held before; None where unknown.
+    """MiB that a call takes at its peak beyond what is held before; None where unknown.
 
     On CUDA by PyTorch's count; on the CPU by the process's resident memory, as Linux counts it.
     """

@@ -106,7 +106,7 @@ def flops(m: Sana, mode: str, what: str) -> float:
     block = {
         "forward": value,
         "jvp": 2 * value + zero + state,
-        "backward": 2 * value + 0.5 * (attention + state),
+        "backward": 2 * value + 0.5 * attention,
     }[what]
     times = 2 if what == "backward" else 1
     text = times * (m.layers * text + 2 * s * c * c) + 2 * s * m.caption * c

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 
@@ -17,13 +16,10 @@ def lr_factor(step: int, config: TrainConfig) -> float:
     if step < warmup:
         return (step + 1) / warmup
     left = 1 - (step - warmup) / max(total - warmup, 1)
-    shapes: dict[str, Callable[[], float]] = {
-        "constant": lambda: 1.0,
-        "linear": lambda: left,
-        "cosine": lambda: 0.5 - 0.5 * math.cos(math.pi * left),
-        "constant_then_linear": lambda: min(1.0, 2 * left),
-    }
-    return shapes[config.lr_scheduler]()
+    return {
+        "constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left),
+        "constant_then_linear": min(1.0, 2 * left),
+    }[config.lr_scheduler]  # fmt: skip
 
 
 def adamw(parameters: list[torch.nn.Parameter], c: TrainConfig) -> torch.optim.Optimizer:

@@ -98,6 +98,7 @@ def test_a_pass_of_ours_gives_what_pytorch_gives(
         ("--json bench", "--json bench: Is a directory; name another file"),
         ("--json rows.jsonl --against nowhere", "there is no nowhere"),
         ("--against README.md", "does not hold rows of"),
+        ("--save --tokens 64", "--save is for shapes as they are"),
         ("--margin nan", "margin: must be from 0 to below 1"),
         ("--seconds nan", "seconds: must be from 0 to below inf"),
         ("--op rms_norm --op adaln --pass through", "rms_norm has no through"),
@@ -390,5 +391,10 @@ def test_configs_are_timed_and_judged(monkeypatch: pytest.MonkeyPatch) -> None:
         run, good = repeated(launch, config), config == few["forward"][0]
         return lambda: (run(), good or configs.written(launch)[-1].add_(1))
 
-    monkeypatch.setattr(configs, "repeated", broken)
-    assert configs.timed(*work[1][1:], "cpu") == {"refused": "gives another result"}
+    def idle(launch: configs.Launch, config: configs.Config) -> Callable[[], None]:
+        run, good = repeated(launch, config), config == few["forward"][0]
+        return lambda: run() if good else None
+
+    for wrong in (broken, idle):
+        monkeypatch.setattr(configs, "repeated", wrong)
+        assert configs.timed(*work[1][1:], "cpu") == {"refused": "gives another result"}

@@ -52,6 +52,8 @@ def test_other_shapes_and_numbers_that_are_not_finite_are_faults():
     assert "shape [255, 64], expected [256, 64]" in shape
     lost = truth.clone()
     lost[0, 0] = torch.nan
-    for actual, want in ((lost, truth), (truth, lost)):
+    hidden = truth.clone()
+    hidden[0, 0] = -torch.inf  # as the log-sum-exp of a query that sees nothing
+    for actual, want in ((lost, truth), (truth, lost), (lost, hidden)):
         (finite,) = faults("y", actual, want, want + error, torch.float32)
         assert "not finite in other places" in finite

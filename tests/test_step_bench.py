@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tbcm.step_bench import (
     TOLERANCE,
     Counts,
     Plan,
+    bench_step,
     calls,
     check_agreement,
     lines,
@@ -90,6 +92,25 @@ def test_report_has_medians_and_their_ratios():
         "fused is 2.00 times as fast as compile",
     ):
         assert part in said
+
+
+def test_what_was_measured_is_kept_where_a_later_variant_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = replace(TINY, gpu=True)
+    monkeypatch.setattr(Plan, "machine", lambda self: MACHINE)
+
+    def measured(variants: list, plan: Plan, steps: int) -> tuple:
+        if variants == [EAGER]:
+            raise UserError("no memory is left")
+        steps = [{**ROW, "step": 0.02, **dict.fromkeys(PHASES, 0.001)}] * 2
+        return ({variants[0]: steps}, {variants[0]: steps}, {variants[0]: {**TOTALS, **WORK}})
+
+    monkeypatch.setattr("tbcm.step_bench.measured", measured)
+    file = tmp_path / "x.json"
+    with pytest.raises(UserError, match="no memory is left"):
+        bench_step(file, 2, plan, ["tbcm"], ["fused", "eager"])
+    assert json.loads(file.read_text())["fused"]["ms"] == pytest.approx(20)
 
 
 def test_a_baseline_alone_is_compared_with_nothing() -> None:

@@ -41,7 +41,7 @@ def faults(
         return [f"{name}: shape {list(actual.shape)}, expected {list(truth.shape)}"]
     truth, baseline = truth.detach(), baseline.detach()
     actual = actual.detach().to("cpu", torch.float64)
-    if not torch.equal(actual.isfinite(), truth.isfinite()):
+    if not all(torch.equal(f(actual), f(truth)) for f in (torch.isfinite, torch.isnan)):
         return [f"{name}: not finite in other places than the truth"]
     if actual.numel() == 0:
         return []

@@ -79,7 +79,8 @@ def proofs(
         yield from (prove(*what, few) for what in work)
         return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin) as pool:
-        parts = pool.map(_prove, [(*what, few, (i, jobs)) for what in work for i in range(jobs)])
+        shares = ((*what, few, (i, jobs)) for what in work for i in range(jobs))
+        parts = pool.map(prove, *zip(*shares, strict=True))
         for _ in work:
             first, *others = itertools.islice(parts, jobs)
             count = first.cases + sum(part.cases for part in others)
@@ -91,10 +92,6 @@ def _begin() -> None:
     """In a process that shares the machine with others like it."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-
-
-def _prove(arguments: tuple[Any, ...]) -> Proof:
-    return prove(*arguments)
 
 
 def prove(
@@ -142,12 +139,8 @@ def mixed_faults(impl: str, device: str) -> list[str]:
 
 
 _MIXED = (
-    "x'",
-    "y",
-    "tx'",
-    "ty",
-    *(f"gradient of {n}" for n in ["x", "h", "gate", "scale", "shift"]),
-)
+    "x'", "y", "tx'", "ty", *(f"gradient of {n}" for n in ("x", "h", "gate", "scale", "shift")),
+)  # fmt: skip
 
 
 def _mixed(drawn: list[torch.Tensor], dtype: torch.dtype, impl: str) -> list[torch.Tensor]:

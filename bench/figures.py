@@ -261,18 +261,17 @@ def growth(rows: list[Row]) -> list[str]:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file, without those that were not timed."""
+    """The timed rows of a machine's file, in its own dtype: fp32 on a CPU, bf16 on a GPU."""
     if not path.exists():
         return []
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [r for r in rows if "faults" not in r and "skipped" not in r]
+    dtype = "float32" if path.parent.name.startswith("cpu") else "bfloat16"
+    return [r for r in rows if not {"faults", "skipped"} & r.keys() and r["dtype"] == dtype]
 
 
 def ops_of(folder: Path) -> list[Row]:
-    """A machine's rows of ops in its own dtype: fp32 on a CPU, bf16 on a GPU."""
-    rows = [r for name in ("attention", "ops") for r in read(folder / f"{name}.jsonl")]
-    dtype = "float32" if folder.name.startswith("cpu") else "bfloat16"
-    return [r for r in rows if r["dtype"] == dtype]
+    """A machine's rows of ops."""
+    return [r for name in ("attention", "ops") for r in read(folder / f"{name}.jsonl")]
 
 
 def machine(folder: Path) -> list[str]:

@@ -18,7 +18,7 @@ from bench.ops import OPS, PASSES
 from tbcm.files import write_whole
 from tbcm.step_bench import AGAINST, MODES, PAPER
 
-SIZES = ("model", "layers", "latent", "batch")
+SIZES = ("model", "layers", "latent", "side", "batch")
 FIGURES = {"fd_teacher": 2, "pair_rmse": 3}
 RESULTS = ROOT / "bench" / "results"
 HOME = RESULTS / "cpu-2-cores"
@@ -137,7 +137,8 @@ def ops(rows: list[Row]) -> list[str]:
         which = f" ({variant})" if kernels[op, shape, batch, what] > 1 else ""
         share = f"{100 * row['roofline']:.0f}% of {row['bound']}" if "roofline" in row else ""
         lines.append(
-            f"| `{op}` | {shape}, B = {batch} | {PASSES[what]} | {_time(other['us'])} "
+            f"| `{op}` | {shape}, B = {batch} | {PASSES[what]} | "
+            f"{_time(row['us'] * row['speedup'])} "
             f"({names.get(row['baseline'], row['baseline'])}) | "
             f"{_time(row['us'])}{which} | **{row['speedup']:.2f}×** | {_memory(other)}, "
             f"{_memory(row)} | {share} |"
@@ -164,28 +165,28 @@ PASSES_OF_A_MODEL = [
 
 def models(rows: list[Row]) -> list[str]:
     """SANA as a whole, fused against stock."""
-    last = {tuple(r[k] for k in SIZES): r for r in rows}
     lines = [
         f"SANA's transformer at reduced depth in {rows[0]['dtype']} on {rows[0]['threads']} CPU "
         f"threads, stock → fused in turns (`python -m bench.model`). A step is a tangent and a "
         f"gradient; what it saves for backward is in tensors of the residual stream:",
         *PASSES_OF_A_MODEL,
     ]
-    for (model, layers, latent, batch), row in last.items():
-        lines.append(f"| {model}, {layers} layers, {latent}², B = {batch} | {_cells(row)} |")
+    for row in rows:
+        size = f"{row['layers']} layers, {row['latent']}², B = {row['batch']}"
+        lines.append(f"| {row['model']}, {size} | {_cells(row)} |")
     return lines
 
 
 def others(rows: list[Row]) -> list[str]:
     """Models whose attention, linear layers and norms are fused, against stock."""
-    last = {(r["model"], r["layers"], r["side"], r["batch"]): r for r in rows}
     lines = [
         "The same of models in which `fuse` replaces attention, linear layers and norms, with "
         "one block, Flux one of either sort (`python -m bench.others`):",
         *PASSES_OF_A_MODEL,
     ]
-    for (model, _, side, batch), row in last.items():
-        lines.append(f"| {model}, {side}² tokens, B = {batch} | {_cells(row)} |")
+    for row in rows:
+        size = f"{row['side']}² tokens, B = {row['batch']}"
+        lines.append(f"| {row['model']}, {size} | {_cells(row)} |")
     return lines
 
 
@@ -269,6 +270,11 @@ def read(path: Path) -> list[Row]:
     return [r for r in rows if not {"faults", "skipped"} & r.keys() and r["dtype"] == dtype]
 
 
+def of_models(path: Path) -> list[Row]:
+    """The rows of whole models, of each size the last."""
+    return list({tuple(map(row.get, SIZES)): row for row in read(path)}.values())
+
+
 def ops_of(folder: Path) -> list[Row]:
     """A machine's rows of ops."""
     return [r for name in ("attention", "ops") for r in read(folder / f"{name}.jsonl")]
@@ -284,17 +290,16 @@ def machine(folder: Path) -> list[str]:
     if rows := read(folder / "length.jsonl"):
         about = f"Attention of {rows[0]['shape']} at other lengths:"
         lines += ["", about, "", f"![length]({plots.length(rows, f'length-{name}')})"]
-    if rows := read(folder / "model.jsonl"):
+    if rows := of_models(folder / "model.jsonl"):
         lines += ["", *models(rows)]
-    if rows := read(folder / "others.jsonl"):
+    if rows := of_models(folder / "others.jsonl"):
         lines += ["", *others(rows)]
     files = sorted(folder.glob("*step*.json"))
     if found := [json.loads(file.read_text()) for file in files]:
         about = WHOLE_STEPS + (ROOFLINE if any("copy_gb_s" in step for step in found) else "")
         lines += ["", about, "", *steps(found)]
         lines += ["", f"![step]({plots.breakdown(found, f'step-{name}')})"]
-    rows = read(folder / "growth.jsonl")
-    if rows := list({tuple(r[k] for k in SIZES): r for r in rows}.values()):
+    if rows := of_models(folder / "growth.jsonl"):
         lines += ["", *growth(rows), "", f"![growth]({plots.growth(rows, f'growth-{name}')})"]
     return lines
 
@@ -304,9 +309,9 @@ def readme() -> list[str]:
     found = [json.loads((HOME / f"digits-{name}.json").read_text()) for name in ("eval", "step")]
     lines = [*quality(found[0]), "", *speed(found[1]), "", *best(ops_of(HOME)), ""]
     lines += [f"![speed-ups of the ops](docs/img/ops-{HOME.name}.svg)"]
-    if rows := read(HOME / "model.jsonl"):
+    if rows := of_models(HOME / "model.jsonl"):
         lines += ["", *models(rows)]
-    if rows := read(HOME / "others.jsonl"):
+    if rows := of_models(HOME / "others.jsonl"):
         lines += ["", *others(rows)]
     for folder in sorted(RESULTS.iterdir()):
         if folder != HOME and (rows := ops_of(folder)):

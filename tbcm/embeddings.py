@@ -143,8 +143,7 @@ def chunk_name(chunk: int) -> str:
 def fingerprint(teacher: Teacher, prompts: list[str]) -> str:
     """SHA-256 of all that the embeddings depend on."""
     instruction = sana_instruction() if teacher.instruct else None
-    folders = (teacher.path / part for part in ("tokenizer", "text_encoder"))
-    files = [path for folder in folders for path in sorted(folder.rglob("*"))]
+    files = teacher.files("tokenizer", "text_encoder")
     names = [path.name for path in files]
     rest = (SANA_MAX_LENGTH, instruction, teacher.variant, prompts, names)
     return content(*files, salt=repr(rest))

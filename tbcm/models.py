@@ -66,6 +66,11 @@ class Teacher:
         parts = load_parts(self.path, "vae", variant=self.variant)
         return parts.vae.float().eval().requires_grad_(False)
 
+    def files(self, *parts: str) -> list[Path]:
+        """The files of these parts, in a fixed order."""
+        found = (path for part in parts for path in sorted((self.path / part).rglob("*")))
+        return [path for path in found if path.is_file()]
+
     def check_student(self, student: SanaTransformer2DModel, run_dir: str | Path) -> None:
         """Raises UserError unless it is a student, and takes this teacher's latents and text."""
         own, c = _config(self.path / "transformer"), student.config

@@ -134,11 +134,9 @@ def load_run(run_dir: str | Path, device: str = "cpu") -> Run:
 def drawn_by(run: Run, run_dir: str | Path) -> dict[str, Any]:
     """What images depend on beside their prompts, seeds and steps."""
     teacher, config = run.teacher, run.config
-    parts = ("tokenizer", "text_encoder", "vae")
-    found = (path for part in parts for path in sorted((teacher.path / part).rglob("*")))
     return {
         "student": content(student_folder(run_dir)),
-        "teacher": content(*filter(Path.is_file, found)),
+        "teacher": content(*teacher.files("tokenizer", "text_encoder", "vae")),
         "variant": teacher.variant, "latent_shape": list(teacher.latent_shape),
         "complex_human_instruction": teacher.instruct, "scm_cfg_scale": run.scale,
         "mixed_precision": config.mixed_precision,

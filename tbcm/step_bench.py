@@ -195,17 +195,23 @@ def bench_step(
     plan = plan or Plan()
     plan.check(steps, methods, modes)
     check_writable(json_path)
-    before = plan.machine()
+    machine = plan.machine()
     variants = [(method, mode) for method in methods for mode in modes]
     alone = plan.gpu and plan.model != "digits"
     first, rows, totals = {}, {}, {}
-    for part in [[v] for v in variants] if alone else [variants]:
-        for kept, new in zip((first, rows, totals), measured(part, plan, steps), strict=True):
-            kept |= new
-        check_agreement(first, TOLERANCE[plan.precision])
-        result = report(rows, totals, before.best(plan.machine())) | plan.sizes()
+
+    def write() -> dict[str, Any]:
+        result = report(rows, totals, machine) | plan.sizes()
         write_whole(json_path, (json.dumps(result, indent=2) + "\n").encode())
-    return result
+        return result
+
+    for part in [[v] for v in variants] if alone else [variants]:
+        new_rows, new_totals = measured(part, plan, steps, first)
+        rows |= new_rows
+        totals |= new_totals
+        write()  # a later variant may fail
+    machine = machine.best(plan.machine())
+    return write()
 
 
 Variant = tuple[str, str]
@@ -213,12 +219,15 @@ Rows = dict[Variant, list[Timings]]
 
 
 def measured(
-    variants: list[Variant], plan: Plan, steps: int
-) -> tuple[Rows, Rows, dict[Variant, dict[str, Any]]]:
-    """First steps, timed steps, and totals of each variant, whose processes take turns."""
+    variants: list[Variant], plan: Plan, steps: int, first: Rows
+) -> tuple[Rows, dict[Variant, dict[str, Any]]]:
+    """Timed steps and totals of each variant, whose processes take turns.
+
+    Their first steps are added to `first`, those of other variants, and must agree with them.
+    """
     workers = {v: start_worker(v, plan) for v in variants}
     try:
-        first = {v: ask(pipe, WARM_UP) for v, (_, pipe) in workers.items()}
+        first |= {v: ask(pipe, WARM_UP) for v, (_, pipe) in workers.items()}
         check_agreement(first, TOLERANCE[plan.precision])
         rows: Rows = {v: [] for v in variants}
         for block in range(-(-steps // BLOCK)):
@@ -229,7 +238,7 @@ def measured(
         for process, _ in workers.values():
             process.kill()
             process.join()
-    return first, rows, totals
+    return rows, totals
 
 
 def start_worker(variant: Variant, plan: Plan) -> tuple[Any, Connection]:

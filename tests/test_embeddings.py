@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -117,9 +118,17 @@ def test_other_prompts_encoders_and_instructions_have_caches_of_their_own(teache
         names.add(embeddings.fingerprint(teacher, PROMPTS))
     finally:
         moved.rename(weights)
+    folder = teacher.path / "tokenizer" / "of" / "its"
+    folder.mkdir(parents=True)
+    try:
+        names.add(embeddings.fingerprint(teacher, PROMPTS))  # empty, so nothing new
+        (folder / "own.json").write_text("{}")
+        names.add(embeddings.fingerprint(teacher, PROMPTS))
+    finally:
+        shutil.rmtree(folder.parent)
     teacher.variant = "bf16"
     names.add(embeddings.fingerprint(teacher, PROMPTS))
-    assert len(names) == 6
+    assert len(names) == 7
 
 
 def test_a_cache_that_is_a_file_is_named(

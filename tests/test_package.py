@@ -122,7 +122,11 @@ def test_a_record_makes_its_folder(
     monkeypatch.setattr(main, "proofs", lambda *_: iter(()))
     with warnings.catch_warnings():
         main.main(["--record", str(tmp_path / "new" / "proofs.jsonl")])
-    assert (tmp_path / "new" / "proofs.jsonl").exists()
+    file = tmp_path / "new" / "proofs.jsonl"
+    assert file.exists()
+    with pytest.raises(SystemExit):
+        main.main(["--record", str(file / "inside")])
+    assert "inside cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["figures", "proofs"])

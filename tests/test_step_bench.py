@@ -100,11 +100,11 @@ def test_what_was_measured_is_kept_where_a_later_variant_fails(
     plan = replace(TINY, gpu=True)
     monkeypatch.setattr(Plan, "machine", lambda self: MACHINE)
 
-    def measured(variants: list, plan: Plan, steps: int) -> tuple:
+    def measured(variants: list, plan: Plan, steps: int, first: dict) -> tuple:
         if variants == [EAGER]:
             raise UserError("no memory is left")
         steps = [{**ROW, "step": 0.02, **dict.fromkeys(PHASES, 0.001)}] * 2
-        return ({variants[0]: steps}, {variants[0]: steps}, {variants[0]: {**TOTALS, **WORK}})
+        return {variants[0]: steps}, {variants[0]: {**TOTALS, **WORK}}
 
     monkeypatch.setattr("tbcm.step_bench.measured", measured)
     file = tmp_path / "x.json"

@@ -31,7 +31,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.jobs < 1:
         parser.error("--jobs must be at least 1")
     if args.record:
-        args.record.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            args.record.parent.mkdir(parents=True, exist_ok=True)
+            args.record.open("a").close()
+        except OSError as error:
+            parser.error(f"--record: {args.record} cannot be written ({error.strerror})")
     # The notice that kernels are unproved here would only say to run this.
     warnings.simplefilter("ignore")
     tried = failed = 0

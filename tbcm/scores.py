@@ -132,10 +132,10 @@ def read_items(folder: str | Path) -> list[Item]:
             )
         images[path.stem] = path
     missing = [name for name in prompts if name not in images]
-    if missing or not prompts:
+    if missing:
         raise UserError(
             f"{folder} lacks the images of {len(missing)} of {len(prompts)} prompts, such as "
-            f"{missing[0] if missing else 'any'}.jpg; unpack mjhq30k_imgs.zip there."
+            f"{missing[0]}.jpg; unpack mjhq30k_imgs.zip there."
         )
     return [Item(name, prompt, images[name]) for name, prompt in prompts.items()]
 
@@ -199,7 +199,7 @@ def score_run(
         )
     items = read_items(images)[:samples]
     if len(items) < 2 or (samples is not None and samples < 2):
-        raise UserError("FID needs at least two images; raise --samples.")
+        raise UserError("FID needs at least two images; add some, or raise --samples.")
     run = load_drawing_run(run_dir, steps, seed)
     run.teacher.text.check([item.prompt for item in items])
     judges = load_judges(inception, clip, run.device)

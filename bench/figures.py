@@ -15,11 +15,11 @@ from typing import Any
 from bench import cost, plots
 from bench.environment import ROOT, Row
 from bench.ops import OPS, PASSES
+from tbcm.evaluate import DECIMALS, contestants
 from tbcm.files import write_whole
 from tbcm.step_bench import AGAINST, MODES, PAPER
 
 SIZES = ("model", "layers", "latent", "side", "batch")
-FIGURES = {"fd_teacher": 2, "pair_rmse": 3}
 RESULTS = ROOT / "bench" / "results"
 HOME = RESULTS / "cpu-2-cores"
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
@@ -54,14 +54,11 @@ def quality(report: dict[str, Any]) -> list[str]:
     lines = [
         f"`make train`: {report['samples']} images, mean of {len(report['seeds'])} noise seeds.",
         "",
-        "| | accuracy | fd | fd_teacher | pair_rmse |",
+        f"| | {' | '.join(DECIMALS)} |",
         "|---|---|---|---|---|",
     ]
-    rows = {"teacher, 20 steps": report["teacher"], "undistilled, 1 step": report["undistilled"]}
-    rows |= {f"student, {n} step{'s'[: n != '1']}": s for n, s in report["student"].items()}
-    for name, row in rows.items():
-        cells = [f"{row['accuracy']:.3f}", f"{row['fd']:.2f}"]
-        cells += [f"{row[k]:.{d}f}" if k in row else "" for k, d in FIGURES.items()]
+    for name, row in contestants(report).items():
+        cells = (f"{row[k]:.{d}f}" if k in row else "" for k, d in DECIMALS.items())
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 

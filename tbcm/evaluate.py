@@ -46,6 +46,9 @@ CHUNK = 250
 SEEDS = (0, 1, 2)
 """Two or more: fd_teacher compares each seed with the one before it."""
 
+DECIMALS = {"accuracy": 3, "fd": 2, "fd_teacher": 2, "pair_rmse": 3}
+"""The figures of a table, and how many decimals each has."""
+
 Scores = dict[str, float]
 
 
@@ -229,12 +232,21 @@ def evaluate_run(run_dir: Path, json_path: Path, samples: int = 2000) -> dict:
 
 
 def report_of(per_seed: list[dict[str, Scores]]) -> dict:
-    """Everything the JSON file holds but the counts."""
+    """The figures of the JSON file, without what they are of."""
     _, held_out = digits.load_digits()
     return summary(per_seed, mean) | {
         "spread": summary(per_seed, stdev),
         "floor": floors(per_seed),
         "classifier_accuracy": accuracy(trained_classifier(), *held_out),
+    }
+
+
+def contestants(report: dict) -> dict[str, Scores]:
+    """The rows of a table, by what each contestant is called there."""
+    return {
+        f"teacher, {TEACHER_STEPS} steps": report["teacher"],
+        "undistilled, 1 step": report["undistilled"],
+        **{f"student, {n} step{'s'[: n != '1']}": s for n, s in report["student"].items()},
     }
 
 
@@ -247,20 +259,13 @@ def show(report: dict) -> None:
         caption=f"classifier on held-out digits {report['classifier_accuracy']:.3f}, "
         f"floor: fd {report['floor']['fd']:.2f}, fd_teacher {report['floor']['fd_teacher']:.2f}",
     )
-    decimals = {"accuracy": 3, "fd": 2, "fd_teacher": 2, "pair_rmse": 3}
-    for column in ("", *decimals):
+    for column in ("", *DECIMALS):
         table.add_column(column, justify="right", no_wrap=True)
-
-    def row(name: str, of: Callable[[dict], Scores]) -> None:
-        scores, spread = of(report), of(report["spread"])
+    spread = contestants(report["spread"])
+    for name, scores in contestants(report).items():
         cells = (
-            f"{scores[k]:.{d}f} ± {spread[k]:.{d}f}" if k in scores else ""
-            for k, d in decimals.items()
+            f"{scores[k]:.{d}f} ± {spread[name][k]:.{d}f}" if k in scores else ""
+            for k, d in DECIMALS.items()
         )
         table.add_row(name, *cells)
-
-    row(f"teacher, {TEACHER_STEPS} steps", lambda r: r["teacher"])
-    row("undistilled, 1 step", lambda r: r["undistilled"])
-    for n in map(str, STUDENT_STEPS):
-        row(f"student, {n} step{'s'[: n != '1']}", lambda r, n=n: r["student"][n])
     Console().print(table)

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from tbcm import checkpoint, plots
 from tbcm.config import TrainConfig, unused
 from tbcm.distiller import Distiller
-from tbcm.distributed import anywhere, check_alike, check_device, make_accelerator, on_main
+from tbcm.distributed import anywhere, check_alike, make_accelerator, on_main
 from tbcm.errors import UserError
 from tbcm.files import GO_ON, remove_parts, whole_folder, write_whole
 from tbcm.models import Teacher, teacher_of
@@ -28,7 +28,6 @@ METHODS = {"tbcm": Distiller, "scm": ScmDistiller, "sana_sprint": SprintDistille
 
 def train(config: TrainConfig) -> None:
     """Run `tbcm train`. Raises UserError for whatever the user can mend, and when told to stop."""
-    check_device(config)
     accelerator = make_accelerator(config)
     with ExitStack() as held:
         start = find_start(config, accelerator, held)

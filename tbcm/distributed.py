@@ -76,12 +76,6 @@ def check_shares(config: TrainConfig, processes: int) -> None:
         )
 
 
-def anywhere(accelerator: Accelerator, here: bool) -> bool:
-    """Whether something is true in any process, on all of them."""
-    found = torch.tensor(float(here), device=accelerator.device)
-    return bool(accelerator.reduce(found, "sum"))
-
-
 def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
     """What work() returns on the main process, on all of them; its UserError likewise."""
     told: list[Any] = [None, None]

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from tbcm import checkpoint, plots
 from tbcm.config import TrainConfig, unused
 from tbcm.distiller import Distiller
-from tbcm.distributed import anywhere, check_alike, make_accelerator, on_main
+from tbcm.distributed import check_alike, make_accelerator, on_main
 from tbcm.errors import UserError
 from tbcm.files import GO_ON, remove_parts, whole_folder, write_whole
 from tbcm.models import Teacher, teacher_of
@@ -43,7 +43,9 @@ def train(config: TrainConfig) -> None:
             if start and not on_main(accelerator, grid_path(distiller).exists):
                 due_grid(distiller, log)  # it stopped between a checkpoint and its grid
             while distiller.step < config.max_train_steps:
-                if anywhere(accelerator, told()):
+                if told():
+                    accelerator.set_trigger()
+                if accelerator.check_trigger():  # in any process
                     raise stopped(distiller, log)
                 log.write(distiller.train_step())
                 if due(distiller.step, config.checkpointing_steps, config):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import tiny_pipeline
 import torch
+from accelerate import Accelerator
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
@@ -160,7 +161,7 @@ def test_a_run_that_is_told_to_stop_saves_its_step(
     train(settings(tmp_path / "run", resume="latest"))
     assert losses(tmp_path / "run") == losses(whole)
     with monkeypatch.context() as patch:
-        patch.setattr("tbcm.train.anywhere", lambda *_: True)
+        patch.setattr(Accelerator, "check_trigger", lambda _: True)
         with pytest.raises(UserError, match="Told to stop before the first step; continue"):
             train(settings(tmp_path / "early", steps=1))
     train(settings(tmp_path / "early", steps=1, resume="latest"))

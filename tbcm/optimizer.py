@@ -7,7 +7,6 @@ import math
 import torch
 
 from tbcm.config import TrainConfig
-from tbcm.errors import package
 
 
 def lr_factor(step: int, config: TrainConfig) -> float:
@@ -32,7 +31,9 @@ def adamw(parameters: list[torch.nn.Parameter], c: TrainConfig) -> torch.optim.O
 
 def adamw_8bit(parameters: list[torch.nn.Parameter], c: TrainConfig) -> torch.optim.Optimizer:
     """AdamW whose two moments are stored in 8 bits."""
-    return package("bitsandbytes", "optimizer adamw_8bit").optim.AdamW8bit(
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(
         parameters, c.learning_rate, (c.adam_beta1, c.adam_beta2), c.adam_epsilon,
         c.adam_weight_decay,
     )  # fmt: skip
@@ -40,7 +41,9 @@ def adamw_8bit(parameters: list[torch.nn.Parameter], c: TrainConfig) -> torch.op
 
 def came(parameters: list[torch.nn.Parameter], c: TrainConfig) -> torch.optim.Optimizer:
     """CAME (arXiv 2307.02047) as in the released settings: β₃ = 0.9999, ε = (1e-30, 1e-16)."""
-    return package("came_pytorch", "optimizer came").CAME(
+    from came_pytorch import CAME
+
+    return CAME(
         parameters, c.learning_rate, betas=(c.adam_beta1, c.adam_beta2, 0.9999),
         weight_decay=c.adam_weight_decay,
     )  # fmt: skip
@@ -52,8 +55,5 @@ OPTIMIZERS = {"adamw": adamw, "adamw_8bit": adamw_8bit, "came": came}
 def make_optimizer(
     parameters: list[torch.nn.Parameter], config: TrainConfig
 ) -> torch.optim.Optimizer:
-    """The optimiser that the config names, on fp32 weights.
-
-    Raises UserError if its package is not installed.
-    """
+    """The optimiser that the config names, on fp32 weights."""
     return OPTIMIZERS[config.optimizer](parameters, config)

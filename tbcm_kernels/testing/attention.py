@@ -12,7 +12,7 @@ from tbcm_kernels._library import Rounding, unrounded
 from tbcm_kernels.attention import reference
 from tbcm_kernels.rms_norm.heads import norm_backward
 from tbcm_kernels.testing.cases import Case
-from tbcm_kernels.testing.compare import signs, spread
+from tbcm_kernels.testing.compare import signs, spread, unit
 
 Values = list[Tensor | None]
 EPS = 1e-6
@@ -82,29 +82,24 @@ def _lanes(values: Values, start: int) -> Values:
 
 
 def noise(case: Case, truth: Values, operand: Rounding) -> Values:
-    """How far the truth moves, in RMS, where each tensor that a pass reads is off by a unit.
+    """How far the truth moves, in RMS, where each tensor that a pass reads is off by a `unit`.
 
-    The unit is that of fp32 arithmetic times 0.29 √D, for each step of a sum of D terms rounds it
-    by up to half a unit, in RMS 0.29; and at least twice for 16-bit inputs, whose products the
-    baseline happens to compute exactly. For saved o and to it is half that of their dtype at least,
-    and (P∘Ṡ)V − μO is off by a unit of μO. Factors of products round as `operand` does.
+    For saved o and to it is half that of their dtype in 16 bits, and (P∘Ṡ)V − μO is off by a unit
+    of μO. Factors of products round as `operand` does.
     """
     generator = torch.Generator().manual_seed(7)
-    dtype = case.primals[0].dtype
-    narrow = dtype.itemsize < 4
-    steps = 0.29 * case.primals[0].shape[3] ** 0.5
-    arithmetic = torch.promote_types(dtype, torch.float32)
-    unit = max(2 if narrow else 1, steps) * torch.finfo(arithmetic).eps
-    coarse = torch.finfo(dtype).eps / 2 if narrow else unit
+    q = case.primals[0]
+    fine = unit(q)
+    coarse = torch.finfo(q.dtype).eps / 2 if q.dtype.itemsize < 4 else fine
 
-    def disturbed(x: Tensor, by: float = unit) -> Tensor:
+    def disturbed(x: Tensor, by: float = fine) -> Tensor:
         return exact(x) * (1 + by * signs(x, generator))
 
     def settle(outputs: Values) -> tuple[Values, Values]:
         o, lse, to, mu = outputs
         if to is None:
             return outputs, [disturbed(o, coarse), disturbed(lse), None, None]
-        to = to + unit * signs(to, generator) * mu.unsqueeze(-1) * o
+        to = to + fine * signs(to, generator) * mu.unsqueeze(-1) * o
         saved = [disturbed(o, coarse), disturbed(lse), disturbed(to, coarse), disturbed(mu)]
         return [o, lse, to, mu], saved
 

@@ -92,6 +92,16 @@ def spread(
     return [None if x is None else x.sqrt() for x in squares]
 
 
+def unit(q: Tensor) -> float:
+    """How far off fp32 products of rows of queries are: a unit in the last place times 0.29 √D.
+
+    Each step of a sum of D terms rounds it by up to half a unit, in RMS 0.29; at least two units
+    for 16-bit inputs, whose products the baseline happens to compute exactly.
+    """
+    eps = torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps
+    return eps * max(2 if q.dtype.itemsize < 4 else 1, 0.29 * q.shape[3] ** 0.5)
+
+
 def signs(x: Tensor, generator: torch.Generator) -> Tensor:
     """1 or −1 for each element, at random."""
     return torch.randint(2, x.shape, generator=generator) * 2 - 1

@@ -11,7 +11,7 @@ from tbcm_kernels.linear_attention import reference
 from tbcm_kernels.linear_attention.reference import Setting
 from tbcm_kernels.rms_norm.heads import norm_backward
 from tbcm_kernels.testing.cases import Case
-from tbcm_kernels.testing.compare import signs, spread
+from tbcm_kernels.testing.compare import signs, spread, unit
 
 Values = list[Tensor | None]
 
@@ -53,19 +53,12 @@ def _through_norm(
 
 
 def noise(case: Case, truth: Values, go: Tensor) -> Values:
-    """How far the truth moves, in RMS, where every factor of a product is off by a unit.
-
-    The unit is that of fp32 arithmetic times 0.29 √D: each step of a sum of D terms rounds it by up
-    to half a unit, in RMS 0.29; at least two for 16-bit inputs, whose products the baseline happens
-    to compute exactly.
-    """
+    """How far the truth moves, in RMS, where every factor of a product is off by a `unit`."""
     generator = torch.Generator().manual_seed(7)
-    q = case.primals[0]
-    unit = torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps
-    unit *= max(2 if q.dtype.itemsize < 4 else 1, 0.29 * q.shape[3] ** 0.5)
+    off = unit(case.primals[0])
 
     def disturbed(x: Tensor) -> Tensor:
-        return x * (1 + unit * signs(x, generator))
+        return x * (1 + off * signs(x, generator))
 
     primals, tangents = (
         [None if x is None else x.detach().cpu().double() for x in xs]

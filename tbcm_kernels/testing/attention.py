@@ -12,9 +12,8 @@ from tbcm_kernels._library import Rounding, unrounded
 from tbcm_kernels.attention import reference
 from tbcm_kernels.rms_norm.heads import norm_backward
 from tbcm_kernels.testing.cases import Case
-from tbcm_kernels.testing.compare import signs, spread, unit
+from tbcm_kernels.testing.compare import Values, each, exact, signs, spread, unit
 
-Values = list[Tensor | None]
 EPS = 1e-6
 OUTPUTS = ("o", "lse", "to", "tlse")
 INPUTS = ("q", "k", "v", "q_weight", "k_weight", "tq", "tk", "tv")
@@ -36,7 +35,7 @@ def run(case: Case, impl: str) -> Values:
         found = [*_call(case, _inputs(case), impl)]
         found += _call(case, _inputs(case, "the value"), impl)[:2]
     for loss, reached in LOSSES.items():
-        leaves = [None if x is None else x.detach().requires_grad_() for x in _inputs(case, loss)]
+        leaves = each(lambda x: x.detach().requires_grad_(), _inputs(case, loss))
         got = _call(case, leaves, impl)
         kept = [got[i] for i in reached if got[i] is not None]
         cotangents = [_cotangent(case, i) for i in reached if got[i] is not None]
@@ -55,8 +54,8 @@ def expected(
     """
     setting = _setting(case)
     inputs = _lanes(_inputs(case), 5)
-    outputs = reference.forward(*_each(enter, inputs), setting, operand)
-    outputs, saved = settle(outputs) if settle else (outputs, _each(enter, outputs))
+    outputs = reference.forward(*each(enter, inputs), setting, operand)
+    outputs, saved = settle(outputs) if settle else (outputs, each(enter, outputs))
     found = [x.squeeze(0) if x is not None and i > 1 else x for i, x in enumerate(outputs)]
     found += outputs[:2]  # they do not depend on the tangents
     for loss, reached in LOSSES.items():
@@ -64,16 +63,12 @@ def expected(
             _cotangent(case, i) if i in reached and x is not None else None
             for i, x in enumerate(outputs)
         ]
-        read = [*_each(enter, [*_lanes(cotangents, 2), *inputs]), *saved]
+        read = [*each(enter, [*_lanes(cotangents, 2), *inputs]), *saved]
         if loss == "the value":  # a call without tangents
             read = [x if i not in (9, 10, 11, 14, 15) else None for i, x in enumerate(read)]
         grads = _backward(*read, setting, operand)
         found += [g.squeeze(0) if g is not None and i > 4 else g for i, g in enumerate(grads)]
     return found
-
-
-def _each(f: Rounding, values: Sequence[Tensor | None]) -> Values:
-    return [None if x is None else f(x) for x in values]
 
 
 def _lanes(values: Values, start: int) -> Values:
@@ -120,11 +115,6 @@ def rank(case: Case, name: str) -> int | None:
     return q.shape[2] * q.shape[1] // max(k.shape[1], 1) if of_keys else k.shape[2]
 
 
-def exact(x: Tensor) -> Tensor:
-    """The tensor in fp64 on the CPU."""
-    return x.detach().to("cpu", torch.float64)
-
-
 def _backward(*arguments: object) -> Values:
     cotangents, inputs, (setting, operand) = arguments[:4], arguments[4:12], arguments[16:]
     if all(c is None for c in cotangents):
@@ -138,7 +128,7 @@ def _backward(*arguments: object) -> Values:
     if k_weight is not None:
         if setting.key_mask is not None:  # hidden keys may be NaN
             hidden = ~setting.key_mask[:, None, :, None]
-            k, tk = (None if x is None else x.masked_fill(hidden, 0) for x in (k, tk))
+            k, tk = each(lambda x: x.masked_fill(hidden, 0), (k, tk))
         gk, gk_weight, gtk = norm_backward(gk, gtk, k, k_weight, tk, EPS)
     found = [gq, gk, gv, gq_weight, gk_weight, gtq, gtk, gtv]
     return [
@@ -187,5 +177,5 @@ def _setting(case: Case) -> reference.Setting:
     right = given["causal_alignment"] == "lower_right"
     causal = (k.shape[2] - q.shape[2] if right else 0) if given["is_causal"] else None
     scale = q.shape[3] ** -0.5 if given["scale"] is None else given["scale"]
-    masks = (None if m is None else m.cpu() for m in (given["attn_mask"], given["key_mask"]))
+    masks = each(Tensor.cpu, (given["attn_mask"], given["key_mask"]))
     return reference.Setting(*masks, scale, causal, EPS, EPS)

@@ -14,9 +14,7 @@ from tbcm_kernels import _dispatch
 from tbcm_kernels._library import Rounding, unrounded
 from tbcm_kernels.testing import attention, linear_attention, objective
 from tbcm_kernels.testing.cases import Case
-from tbcm_kernels.testing.compare import faults
-
-Values = list[Tensor | None]
+from tbcm_kernels.testing.compare import Values, each, exact, faults
 
 
 def check(case: Case, impl: str) -> list[str]:
@@ -33,7 +31,7 @@ def check(case: Case, impl: str) -> list[str]:
             found.append(f"{name}: is {'missing' if a is None else 'there'} and should not be")
         elif a is not None:
             if name.endswith(("weight", "bias")):  # parameters have no rows to judge one by one
-                a, t, b, n = (None if x is None else x.flatten() for x in (a, t, b, n))
+                a, t, b, n = each(Tensor.flatten, (a, t, b, n))
             elif case.op in objective.LEAVES and a.ndim > 1:  # a sample shares its numbers
                 a, t, b, n = (x.flatten(1) for x in (a, t, b, n))
             elif name.endswith("lse"):  # each query has its own
@@ -50,7 +48,7 @@ def run(case: Case, impl: str) -> Values:
         return objective.run(case, impl)
     with torch.no_grad():
         pair = call(case, case.primals, case.tangents, impl)
-    leaves = [None if p is None else p.detach().requires_grad_() for p in case.primals]
+    leaves = each(lambda p: p.detach().requires_grad_(), case.primals)
     outputs = call(case, leaves, [None] * len(leaves), impl)
     grads = _gradients(outputs, leaves, _cotangents(case, outputs))
     return [*pair, *_alone(outputs), *grads]
@@ -58,7 +56,7 @@ def run(case: Case, impl: str) -> Values:
 
 def _alone(outputs: Values) -> Values:
     """Of outputs without tangents, the values: other code than with them."""
-    return [None if o is None else o.detach() for o in outputs[: len(outputs) // 2]]
+    return each(Tensor.detach, outputs[: len(outputs) // 2])
 
 
 def call(case: Case, primals: Values, tangents: Values, impl: str = "auto") -> Values:
@@ -91,15 +89,15 @@ def _names(case: Case) -> list[str]:
 
 def _truth(case: Case) -> Values:
     if case.op == "attention":
-        return attention.expected(case, attention.exact)
+        return attention.expected(case, exact)
     if case.op in objective.LEAVES:
         return objective.truth(case)
-    primals, tangents = _doubles(case.primals), _doubles(case.tangents)
-    exact = _forward(case, primals, tangents)
-    leaves = [None if p is None else p.requires_grad_() for p in primals]
+    primals, tangents = each(exact, case.primals), each(exact, case.tangents)
+    pair = _forward(case, primals, tangents)
+    leaves = each(Tensor.requires_grad_, primals)
     outputs = _forward(case, leaves, [None] * len(leaves))
     grads = _gradients(outputs, leaves, _cotangents(case, outputs))
-    return [*exact, *_alone(outputs), *grads]
+    return [*pair, *_alone(outputs), *grads]
 
 
 def _baseline(case: Case, impl: str) -> Values:
@@ -108,16 +106,15 @@ def _baseline(case: Case, impl: str) -> Values:
     Triton's attention documents that factors of its products are rounded, too.
     """
     if case.op == "attention":
-        values = attention.expected(case, _cpu, operand=_operand(case, impl))
-        return [None if x is None else x.double() for x in values]
+        return each(exact, attention.expected(case, _cpu, operand=_operand(case, impl)))
     if case.op in objective.LEAVES:
         return objective.baseline(case)
-    primals, tangents = ([_cpu(v) for v in vs] for vs in (case.primals, case.tangents))
-    exact = _forward(case, primals, tangents)
+    primals, tangents = each(_cpu, case.primals), each(_cpu, case.tangents)
+    pair = _forward(case, primals, tangents)
     plain = _forward(case, primals, [None] * len(primals))
     grads = _backward(case, primals, plain, _cotangents(case, plain))
     grads = [None if p is None else g.to(p.dtype) for g, p in zip(grads, case.primals, strict=True)]
-    return [None if o is None else o.double() for o in (*exact, *_alone(plain), *grads)]
+    return each(exact, (*pair, *_alone(plain), *grads))
 
 
 def _noise(case: Case, truth: Values, impl: str) -> Values:
@@ -139,8 +136,8 @@ def _operand(case: Case, impl: str) -> Rounding:
     return lambda factor: factor.to(x.dtype).to(factor.dtype)
 
 
-def _cpu(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach().cpu()
+def _cpu(x: Tensor) -> Tensor:
+    return x.detach().cpu()
 
 
 def _backward(case: Case, primals: Values, outputs: Values, cotangents: Values) -> Values:
@@ -200,10 +197,6 @@ def _cotangents(case: Case, outputs: Sequence[Tensor | None]) -> Values:
         c = torch.randn(o.shape, generator=generator).to(torch.bfloat16)
         drawn.append(c.to(o.device, o.dtype))
     return drawn
-
-
-def _doubles(values: Sequence[Tensor | None]) -> Values:
-    return [None if v is None else v.detach().to("cpu", torch.float64) for v in values]
 
 
 def _reference(op: str) -> ModuleType:

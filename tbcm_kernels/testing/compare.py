@@ -15,11 +15,12 @@ passes `noise`, which is part of the yardstick, and the `rank` of its rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+Values = list[Tensor | None]
 RMS, LARGEST, ROW = 1.25, 2.0, 2.0
 
 
@@ -81,15 +82,25 @@ def faults(
 
 def spread(
     truth: Sequence[Tensor | None], disturbed: Callable[[], Sequence[Tensor | None]]
-) -> list[Tensor | None]:
+) -> Values:
     """The `noise` of each result: its RMS distance from the truth over six disturbed draws."""
     draws = 6
-    squares = [None if t is None else torch.zeros_like(t) for t in truth]
+    squares = each(torch.zeros_like, truth)
     for _ in range(draws):
         for total, moved, t in zip(squares, disturbed(), truth, strict=True):
             if total is not None:
                 total += torch.nan_to_num(moved.detach() - t).square() / draws
-    return [None if x is None else x.sqrt() for x in squares]
+    return each(Tensor.sqrt, squares)
+
+
+def each(f: Callable[[Tensor], Tensor], values: Iterable[Tensor | None]) -> Values:
+    """f of every tensor; what is absent stays so."""
+    return [None if x is None else f(x) for x in values]
+
+
+def exact(x: Tensor) -> Tensor:
+    """The tensor in fp64 on the CPU."""
+    return x.detach().to("cpu", torch.float64)
 
 
 def unit(q: Tensor) -> float:

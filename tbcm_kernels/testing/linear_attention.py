@@ -11,9 +11,7 @@ from tbcm_kernels.linear_attention import reference
 from tbcm_kernels.linear_attention.reference import Setting
 from tbcm_kernels.rms_norm.heads import norm_backward
 from tbcm_kernels.testing.cases import Case
-from tbcm_kernels.testing.compare import signs, spread, unit
-
-Values = list[Tensor | None]
+from tbcm_kernels.testing.compare import Values, each, exact, signs, spread, unit
 
 
 def call(case: Case, primals: Values, tangents: Values, impl: str) -> Values:
@@ -60,10 +58,7 @@ def noise(case: Case, truth: Values, go: Tensor) -> Values:
     def disturbed(x: Tensor) -> Tensor:
         return x * (1 + off * signs(x, generator))
 
-    primals, tangents = (
-        [None if x is None else x.detach().cpu().double() for x in xs]
-        for xs in (case.primals, case.tangents)
-    )
+    primals, tangents = each(exact, case.primals), each(exact, case.tangents)
 
     def moved() -> Values:
         outputs = forward(case, primals, tangents, disturbed)

@@ -10,9 +10,8 @@ from torch import Tensor
 import tbcm_kernels
 from tbcm_kernels._library import Rounding
 from tbcm_kernels.testing.cases import Case
-from tbcm_kernels.testing.compare import signs, spread
+from tbcm_kernels.testing.compare import Values, each, exact, signs, spread
 
-Values = list[Tensor | None]
 LEAVES: dict[str, tuple[str, ...]] = {
     "flow_input": ("x",), "flow_output": ("v",), "trajectory_step": (),
     "tangent_loss": ("out", "log_variance"),
@@ -53,10 +52,10 @@ def names(case: Case) -> list[str]:
 
 def truth(case: Case) -> Values:
     """The reference in fp64."""
-    return _reference(case, lambda x: x.to("cpu", torch.float64))
+    return _reference(case, exact)
 
 
-def noise(case: Case, exact: Values) -> Values:
+def noise(case: Case, truth: Values) -> Values:
     """How far the truth moves, in RMS, where each input is off by a unit of the arithmetic.
 
     x' and the direction are differences, and a sample's gradient is divided by the size of its
@@ -66,22 +65,19 @@ def noise(case: Case, exact: Values) -> Values:
     unit = torch.finfo(torch.promote_types(case.primals[0].dtype, torch.float32)).eps
 
     def disturbed(x: Tensor) -> Tensor:
-        return x.cpu().double() * (1 + unit * signs(x, generator))
+        return exact(x) * (1 + unit * signs(x, generator))
 
-    return spread(exact, lambda: _reference(case, disturbed))
+    return spread(truth, lambda: _reference(case, disturbed))
 
 
 def baseline(case: Case) -> Values:
     """The reference on the inputs as they are: fp32 arithmetic, one rounding at the end."""
-    return [None if x is None else x.double() for x in _reference(case, Tensor.cpu)]
+    return each(exact, _reference(case, Tensor.cpu))
 
 
 def _reference(case: Case, enter: Rounding) -> Values:
     """`run` of the reference; `enter` is what a tensor becomes as it is read."""
-    primals, tangents = (
-        [None if x is None else enter(x) for x in values]
-        for values in (case.primals, case.tangents)
-    )
+    primals, tangents = each(enter, case.primals), each(enter, case.tangents)
     return run(dataclasses.replace(case, primals=primals, tangents=tangents), "reference")
 
 

@@ -12,15 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from docstring_parser import parse_from_object
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
 
 from tbcm.errors import UserError
 
-FLAGS = {
-    "fused": "Run teacher and student through tbcm_kernels, one dual pass per step instead of two.",
-    "gradient_checkpointing": "Compute the student's blocks again in backward, without tangents.",
-    "fsdp": "Shard the student over the processes (FSDP2); without it each holds all of it (DDP).",
-}
 # torch and diffusers take seconds to import: each command imports what it needs when it runs.
 
 
@@ -34,9 +30,13 @@ def add_train(parser: ArgumentParser) -> None:
         "nothing.",
     )  # fmt: skip
     parser.add_argument("--config", action="config", help="YAML file of settings.")
-    parser.add_class_arguments(TrainConfig, skip=set(FLAGS))
-    for name, says in FLAGS.items():
-        parser.add_argument(f"--{name}", action=ActionYesNo, nargs="?", default=False, help=says)
+    # What is off by default is switched on by its name alone.
+    flags = {f.name for f in fields(TrainConfig) if f.default is False}
+    parser.add_class_arguments(TrainConfig, skip=flags)
+    for field in parse_from_object(TrainConfig).params:
+        if (name := field.arg_name) in flags:
+            off = {"action": ActionYesNo, "nargs": "?", "default": False}
+            parser.add_argument(f"--{name}", help=field.description, **off)
 
 
 def train(args: Namespace) -> None:

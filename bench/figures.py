@@ -17,7 +17,7 @@ from bench.environment import ROOT, Row
 from bench.ops import OPS, PASSES
 from tbcm.evaluate import DECIMALS, contestants
 from tbcm.files import write_whole
-from tbcm.step_bench import AGAINST, MODES, PAPER
+from tbcm.step_bench import AGAINST, MODES, PAPER, title, variants_of
 
 SIZES = ("model", "layers", "latent", "side", "batch")
 RESULTS = ROOT / "bench" / "results"
@@ -204,15 +204,15 @@ def _cells(row: dict[str, Any]) -> str:
 def steps(rows: list[Row]) -> list[str]:
     """The variants of whole training steps, by phase, and TBCM against sCM beside the paper."""
     phases = plots.phases_of(rows)
-    keys = {key for step in rows for row in plots.variants_of(step).values() for key in row}
+    keys = {key for step in rows for row in variants_of(step).values() for key in row}
     counted = [column for column in COUNTED if column[1] in keys]
     head = ["step", "variant", "ms", *phases, *(name for name, *_ in counted)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for step in rows:
-        for name, row in plots.variants_of(step).items():
+        for name, row in variants_of(step).items():
             times = [f"{row['phases'][p]:.0f}" if p in row["phases"] else "" for p in phases]
             rest = [form(row[key]) if row.get(key) else "" for _, key, form in counted]
-            cells = [plots.title(step), name, f"{row['ms']:.0f}", *times, *rest]
+            cells = [title(step), name, f"{row['ms']:.0f}", *times, *rest]
             lines.append(f"| {' | '.join(cells)} |")
     return lines + against_scm(rows)
 
@@ -235,7 +235,7 @@ def against_scm(rows: list[Row]) -> list[str]:
     for step in rows:
         for key, images in AGAINST.items():
             for mode in (mode for mode in MODES if mode in step.get(key, {})):
-                found.append((plots.title(step), images, mode, step[key][mode]))
+                found.append((title(step), images, mode, step[key][mode]))
     head = ["TBCM against sCM in the same mode:", "", "| step | sCM | mode | memory | time |"]
     cells = [
         f"| {step} | {images} | {mode} | {saved['memory']:+.1%} | {saved['time']:+.1%} |"

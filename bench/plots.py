@@ -18,6 +18,7 @@ from bench.cost import of_row
 from bench.environment import ROOT, Row
 from bench.ops import OPS, PASSES, SHAPES
 from tbcm import cost
+from tbcm.step_bench import title, variants_of
 
 IMAGES = ROOT / "docs" / "img"
 KINDS = ("ops", "roofline", "length", "step", "growth")
@@ -179,24 +180,10 @@ def breakdown(steps: list[Row], name: str) -> str:
     return save(figure, name)
 
 
-def variants_of(step: Row) -> dict[str, Row]:
-    """The timed variants of a step."""
-    return {n: r for n, r in step.items() if isinstance(r, dict) and "phases" in r}
-
-
 def phases_of(steps: list[Row]) -> list[str]:
     """The phases that any variant has, in their order."""
     found = {p for step in steps for row in variants_of(step).values() for p in row["phases"]}
     return [phase for phase in PHASES if phase in found]
-
-
-def title(step: Row) -> str:
-    if "layers" not in step:
-        return step.get("model", "digits")
-    return (
-        f"{step['model']}, {step['layers']} of {step['of_layers']} layers, "
-        f"{step['resolution']} px, {step['route_steps']} teacher steps"
-    )
 
 
 GROWTH = ("tokens", "batch", "layers", "width")

@@ -524,25 +524,33 @@ def against(result: dict[str, Any], baseline: str) -> dict[str, dict[str, float]
     }
 
 
+def variants_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The timed variants of a step."""
+    return {n: r for n, r in result.items() if isinstance(r, dict) and "phases" in r}
+
+
+def title(result: dict[str, Any]) -> str:
+    """What was stepped."""
+    if "layers" not in result:
+        return result["model"]
+    return (
+        f"{result['model']}, {result['layers']} of {result['of_layers']} layers, "
+        f"{result['resolution']} px, {result['route_steps']} teacher steps"
+    )
+
+
 def lines(result: dict[str, Any]) -> list[str]:
     """The figures for people."""
-    sizes = [result["model"]]
-    if "layers" in result:
-        sizes = [
-            f"{result['model']} with {result['layers']} of {result['of_layers']} layers",
-            f"{result['resolution']} px", f"{result['route_steps']} teacher steps",
-        ]  # fmt: skip
-    found = [", ".join(sizes)]
-    for name, row in result.items():
-        if isinstance(row, dict) and "phases" in row:
-            phases = ", ".join(f"{phase} {ms:.0f}" for phase, ms in row["phases"].items())
-            launches = row["launches"] or "no count of"
-            found.append(
-                f"{name}: {row['ms']:.1f} ms ({phases}), {row['samples_s']:.1f} samples/s, peak "
-                f"{row['peak_mb']:.0f} MiB, {launches} {row['launches_are']}, "
-                f"{row['saved_mb']:.0f} MiB saved for backward; {row['flops'] / 1e12:.2f} TFLOP, "
-                f"{row['bytes'] / 1e9:.1f} GB, {row['roofline']:.0%} of the roofline"
-            )
+    found = [title(result)]
+    for name, row in variants_of(result).items():
+        phases = ", ".join(f"{phase} {ms:.0f}" for phase, ms in row["phases"].items())
+        launches = row["launches"] or "no count of"
+        found.append(
+            f"{name}: {row['ms']:.1f} ms ({phases}), {row['samples_s']:.1f} samples/s, peak "
+            f"{row['peak_mb']:.0f} MiB, {launches} {row['launches_are']}, "
+            f"{row['saved_mb']:.0f} MiB saved for backward; {row['flops'] / 1e12:.2f} TFLOP, "
+            f"{row['bytes'] / 1e9:.1f} GB, {row['roofline']:.0%} of the roofline"
+        )
     found.append(
         f"measured peaks: {result['copy_gb_s']:.1f} GB/s copied, "
         f"{result['matmul_tflop_s']:.2f} TFLOP/s of products"

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tbcm_kernels
 from bench import timing
@@ -61,15 +60,9 @@ class Student:
         x, t, _, *condition = self.inputs
         return self.net(x / objective.SIGMA_DATA, t, *condition)
 
-    @torch.no_grad()
     def jvp(self) -> tuple[Tensor, Tensor]:
         """Value and tangent along the trajectory."""
-        x, t, velocity, *condition = self.inputs
-        with sdpa_kernel(SDPBackend.MATH):  # the other backends have no forward-mode derivative
-            return torch.func.jvp(
-                lambda x, t: self.net(x, t, *condition), (x / objective.SIGMA_DATA, t),
-                objective.tangents(t, velocity),
-            )  # fmt: skip
+        return objective.no_graph(self.net, *self.inputs)
 
     def graph(self) -> tuple[Tensor, Tensor]:
         """Value with its graph, and tangent."""

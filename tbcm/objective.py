@@ -35,15 +35,19 @@ def tangents(t: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
     return like(speed, velocity) * velocity / SIGMA_DATA, speed
 
 
-def two_passes(net: Net, x: Tensor, t: Tensor, velocity: Tensor, *condition: Tensor):
-    """F with its graph, and J = cos t sin t · dF/dt from a JVP of its own without a graph."""
-    primals = (x / SIGMA_DATA, t)
+def no_graph(net: Net, x: Tensor, t: Tensor, velocity: Tensor, *condition: Tensor):
+    """F and J = cos t sin t · dF/dt from a JVP without a graph."""
     # SDPA's other backends have no forward-mode derivative.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        _, jvp = torch.func.jvp(
-            lambda x, t: net(x, t, *condition), primals, tangents(t, velocity)
+        return torch.func.jvp(
+            lambda x, t: net(x, t, *condition), (x / SIGMA_DATA, t), tangents(t, velocity)
         )  # fmt: skip
-    return net(*primals, *condition), jvp
+
+
+def two_passes(net: Net, x: Tensor, t: Tensor, velocity: Tensor, *condition: Tensor):
+    """F with its graph, and J from a pass of its own."""
+    _, jvp = no_graph(net, x, t, velocity, *condition)
+    return net(x / SIGMA_DATA, t, *condition), jvp
 
 
 def one_pass(net: Net, x: Tensor, t: Tensor, velocity: Tensor, *condition: Tensor):

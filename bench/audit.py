@@ -39,9 +39,10 @@ def main(argv: list[str]) -> int:
 def line(report: audit.Report) -> str:
     """One kernel; what its compiler does not say is a dash."""
     warps = report.occupancy()
-    bound = "-" if warps is None else f"{warps}/64"
-    seconds = "-" if report.seconds is None else f"{report.seconds:.1f}"
+    bound = None if warps is None else f"{warps}/64"
+    said = (bound, report.hgmma, report.hmma, report.seconds)
+    bound, hgmma, hmma, seconds = ("-" if x is None else x for x in said)
     return (
         f"{report.name:<58} {report.architecture:>4} {report.registers:>5} {report.spilled:>6} "
-        f"{report.shared:>7} {bound:>9} {report.hgmma:>6} {report.hmma:>5} {seconds:>6}"
+        f"{report.shared:>7} {bound:>9} {hgmma:>6} {hmma:>5} {seconds:>6}"
     )

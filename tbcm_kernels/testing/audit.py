@@ -46,9 +46,9 @@ class Report:
     spilled: int
     """Bytes of stack plus local-memory loads and stores."""
     shared: int
-    hgmma: int | None
+    hgmma: int | None = None
     """Instructions of Hopper's asynchronous tensor cores; None where they were not counted."""
-    hmma: int | None = 0
+    hmma: int | None = None
     """Instructions of the other tensor cores: those a warp waits for, and Blackwell's UTCHMMA."""
     warps: int | None = None
     """Warps of a program, at most for a kernel in CUDA C++; None where nothing says."""

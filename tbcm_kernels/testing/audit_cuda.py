@@ -30,7 +30,7 @@ def built() -> Iterator[dict[str, str | int | None]]:
             use = {k: int(n) for k, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", numbers)}
             yield {
                 "name": _brief(name), "architecture": int(architecture), "registers": use["REG"],
-                "spilled": use["STACK"] + use["LOCAL"], "shared": use["SHARED"], "hgmma": 0,
+                "spilled": use["STACK"] + use["LOCAL"], "shared": use["SHARED"],
                 "warps": warps.get(name),
             }  # fmt: skip
 

@@ -66,7 +66,7 @@ def _variants(
     for factor in (1e-2, 1e2):
         yield f"tangents at {factor}", layout, options, {"tangent_scale": factor}
     yield "values at 30", layout, options, {"value_scale": 30.0}
-    yield "slices of larger buffers", layout, options, {"sliced": True}
+    yield "slices of larger buffers", layout, options, {"order": "sliced"}
     yield "tangents of none", layout, options, {"moving": ()}
     for moving in _movable(op, layout):
         yield f"tangent of {moving}", layout, options, {"moving": (moving,)}
@@ -162,7 +162,7 @@ def _linear_attention_subsets(
         yield f"inputs {names}", layout, options, {"present": names.split()}
     for feature_map in ("elu+1", "identity"):
         changed = options | {"feature_map": feature_map}
-        yield f"{feature_map}", layout, changed, {"positive": feature_map == "identity"}
+        yield feature_map, layout, changed, {"positive": feature_map == "identity"}
         plain = {"present": ["q", "k", "v"], "positive": feature_map == "identity"}
         yield f"{feature_map}, no norm", layout, changed, plain
     yield "eps 1e-8", layout, options | {"eps": 1e-8}, {}
@@ -353,13 +353,13 @@ def _mask(what: str, sizes: dict[str, int], dtype: torch.dtype, device: str) -> 
 
 def _draw(
     op: str, name: str, layout: Layout, options: dict, device: str, *,
-    present: list[str] | None = None, moving: list[str] | None = None, sliced: bool = False,
+    present: list[str] | None = None, moving: list[str] | None = None,
     tangent_scale: float = 1.0, value_scale: float = 1.0, order: str = "", positive: bool = False,
     zeros: bool = False,
 ) -> Case:  # fmt: skip
     present = list(layout) if present is None else present
     moving = _movable(op, {n: layout[n] for n in present}) if moving is None else moving
-    order = "sliced" if sliced else order or ("tokens" if op == "linear_attention" else "")
+    order = order or ("tokens" if op == "linear_attention" else "")
 
     def tensors(names: list[str], factor: Callable[[str], float]) -> list[Tensor | None]:
         drawn = [

@@ -58,7 +58,7 @@ class TrainConfig:
     fused: bool = False
     """Run teacher and student through tbcm_kernels, with one dual pass per step instead of two."""
     cuda_graphs: bool = True
-    """On a GPU, replay a fused teacher's whole route as one CUDA graph."""
+    """On a GPU, replay a fused teacher's whole route as one CUDA graph; not with fsdp."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes the GPU if there is one."""
     mixed_precision: str | bool = "no"
@@ -124,7 +124,8 @@ class TrainConfig:
     gradient_clip: float = 0.1
     """Largest gradient norm applied in a step."""
     ema_decay: float = 0.0
-    """Decay of the running average of the weights that is saved as the student; 0 is off."""
+    """Largest decay of the running average of the weights that is saved as the student; after n
+    steps it is (1+n)/(10+n) at most. 0 is off."""
     max_skipped_steps: int = 20
     """Stop after this many non-finite steps in a row; each is skipped and counted."""
 

@@ -62,7 +62,7 @@ class Teacher:
 
     @cached_property
     def vae(self) -> AutoencoderDC:
-        """The decoder of the latents, in fp32."""
+        """What encodes and decodes latents, in fp32."""
         parts = load_parts(self.path, "vae", variant=self.variant)
         return parts.vae.float().eval().requires_grad_(False)
 

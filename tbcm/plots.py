@@ -10,7 +10,7 @@ from tbcm.files import write_whole
 
 
 def loss_plot(metrics: Path, out: Path) -> None:
-    """Loss and ‖g‖ against the step, from metrics.jsonl to a PNG; skipped steps leave gaps."""
+    """Loss and ‖g‖ against the step, from metrics.jsonl to a PNG; what is not finite is a gap."""
     from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]

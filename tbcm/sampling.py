@@ -144,7 +144,10 @@ def drawn_by(run: Run, run_dir: str | Path) -> dict[str, Any]:
 
 
 def load_drawing_run(run_dir: str | Path, steps: int, seed: int = 0) -> Run:
-    """`load_run` on the GPU, if there is one. Raises UserError for steps or a seed out of range."""
+    """`load_run` on the GPU, if there is one.
+
+    Raises UserError for steps or a seed out of range, or latents that no VAE makes images of.
+    """
     check_steps(steps)
     check_seed(seed)
     run = load_run(run_dir, "cuda" if torch.cuda.is_available() else "cpu")

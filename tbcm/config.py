@@ -277,8 +277,10 @@ RANGES: list[Range] = [
     ("between 0 and 1", lambda v: 0 <= v <= 1, "tangent_calm_value largest_timestep_prob"),
     ("a list of at least one number, each 0 or more", lambda v: v >= 0, "scm_cfg_scale"),
 ]  # fmt: skip
-LOOKED_AT: list[tuple[str, tuple[str, ...], str]] = [
-    ("method", ("tbcm",), "route_steps flow_shift jitter jitter_each_prompt"),
+LOOKED_AT: list[tuple[str, tuple[Any, ...], str]] = [
+    ("jitter", (True,), "jitter_each_prompt"),
+    ("fused", (True,), "cuda_graphs"),
+    ("method", ("tbcm",), "route_steps flow_shift jitter jitter_each_prompt cuda_graphs"),
     ("method", ("scm", "sana_sprint"), "latents_cache logit_mean logit_std"),
     ("method", ("sana_sprint",), "adv_lambda largest_timestep_prob misaligned_pairs_D "
      "head_block_ids logit_mean_discriminator logit_std_discriminator"),

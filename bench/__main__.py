@@ -127,6 +127,7 @@ def timed(
                 raise
             yield {"variant": name, "skipped": f"torch.compile fails: {str(error).splitlines()[0]}"}
     if not any(name in BASELINES for name in watches):
+        yield from ({"variant": name, "skipped": "no baseline ran"} for name in watches)
         return
     samples = timing.interleave({name: w for name, (w, _) in watches.items()}, args.seconds)
     results = {name: timing.summary(s) for name, s in samples.items()}

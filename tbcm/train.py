@@ -70,7 +70,8 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         yield told.is_set
     finally:
         for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
+            if handler is not None:  # C code's, which Python cannot put back
+                signal.signal(number, handler)
 
 
 def stopped(distiller: Distiller, log: Log) -> UserError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -20,10 +21,11 @@ from torch._C._functorch import get_unwrapped, is_batchedtensor, is_legacy_batch
 from torch.nn import Parameter
 
 T = TypeVar("T")
-_stopped = False
 _owners: list[int] = []
-"""Threads' numbers, one for each scope that is open."""
+"""The numbers of the threads that have entered a scope, one for each scope that is open."""
 _owning = threading.Lock()
+_stopped = False
+"""Whether there are any; Dynamo guards on it."""
 _witness: Tensor | None = None
 
 
@@ -34,54 +36,60 @@ def stop_tangent_gradient() -> Iterator[None]:
     This is the semi-gradient of sCM, TBCM and MeanFlow, whose losses use the tangent without
     differentiating it. Inside, tangents that the ops return do not require grad. PyTorch's own
     layers know nothing of it: what they do to a tangent after the last op has a graph again, so
-    detach the tangent that `torch.func.jvp` returns. It applies to the whole process. A
-    checkpointed function runs again in backward, when the scope has been left: enter it inside that
-    function. Selective checkpoints, in it or around it, are refused.
+    detach the tangent that `torch.func.jvp` returns. A checkpointed function runs again in
+    backward, when the scope has been left: enter it inside that function. Selective checkpoints, in
+    it or around it, are refused.
 
-    Raises:
-        RuntimeError: another thread is inside already.
+    It applies to the thread that enters it. Backward, which on a GPU has threads of its own, and
+    compiled functions ask whether any thread is inside.
     """
     global _stopped
-    if not torch.compiler.is_compiling():
-        _enter()
-    before, _stopped = _stopped, True
+    # Not is_compiling(), which is true while any thread compiles.
+    if torch.compiler.is_dynamo_compiling():
+        before, _stopped = _stopped, True
+        try:
+            yield
+        finally:
+            _stopped = before
+        return
+    thread = threading.get_ident()  # a generator may end in another
+    _count(_owners.append, thread)
     try:
         yield
     finally:
-        if torch.compiler.is_compiling():
-            _stopped = before
-        else:
-            _leave()
+        _count(_owners.remove, thread)
 
 
-def _enter() -> None:
-    thread = threading.get_ident()
-    # Backward on CUDA is threads of PyTorch's, in which a checkpointed function enters again.
-    again = _stopped and torch._C._current_graph_task_id() != -1
-    with _owning:
-        if not again and any(owner != thread for owner in _owners):
-            raise RuntimeError(
-                "stop_tangent_gradient() applies to the whole process and another thread is "
-                "inside; enter it in one thread, or in one process each."
-            )
-        _owners.append(thread)
-
-
-def _leave() -> None:
+def _count(change: Callable[[int], None], thread: int) -> None:
     global _stopped
     with _owning:
-        _owners.remove(threading.get_ident())
+        change(thread)
         _stopped = bool(_owners)
+
+
+def _forked() -> None:
+    """In a child there is only the thread that forked, and another may have held the lock."""
+    global _owning, _stopped
+    _owning = threading.Lock()
+    _owners[:] = [owner for owner in _owners if owner == threading.get_ident()]
+    _stopped = bool(_owners)
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def tangent_gradient_stopped() -> bool:
     """Whether the surrounding code runs under `stop_tangent_gradient()`."""
-    return _stopped
+    if torch.compiler.is_dynamo_compiling():
+        return _stopped
+    if not _owners:
+        return False
+    return threading.get_ident() in _owners or torch._C._current_graph_task_id() != -1
 
 
 def tangent_scope() -> contextlib.AbstractContextManager[object]:
     """The scope in which a tangent is computed: no_grad under `stop_tangent_gradient()`."""
-    return torch.no_grad() if _stopped else contextlib.nullcontext()
+    return torch.no_grad() if tangent_gradient_stopped() else contextlib.nullcontext()
 
 
 def constant_under_compile(function: Callable[..., T]) -> Callable[..., T]:
@@ -116,7 +124,7 @@ def guard_levels(op: str, mend: str = "") -> None:
             f"tbcm_kernels.{op}: a compiled function loses its tangents inside dual_level(), be it "
             f"another thread's; compile a function that calls torch.func.jvp instead."
         )
-    if _stopped and in_dual_level() and _selective():
+    if in_dual_level() and tangent_gradient_stopped() and _selective():
         raise RuntimeError(
             f"tbcm_kernels.{op}: a selective checkpoint inside torch.func.jvp keeps tangents, and "
             f"backward would take them for values; one around it cannot be told from that: leave "
@@ -145,14 +153,14 @@ def guard_levels(op: str, mend: str = "") -> None:
 
 def _under_dynamo() -> bool:
     """Whether a compiled function surrounds this call, traced or resumed after a graph break."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return True
     return torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
 
 
 def _selective() -> bool:
     """Whether a selective checkpoint keeps what is computed here."""
-    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_dynamo_compiling() or not torch._C._len_torch_dispatch_stack():
         return False
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
     from torch.utils.checkpoint import _CachingTorchDispatchMode
@@ -195,7 +203,7 @@ def _refuse_hidden(tensors: Sequence[Tensor | None]) -> bool:
 
     True if lanes are there that were looked into and hold none.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return False
     given = [x for x in tensors if x is not None]
     if any(torch._is_functional_tensor(_under_lanes(x)) for x in given) and _functorch_levels()[3]:
@@ -316,13 +324,13 @@ def pack(y: Tensor, ty: Tensor | None) -> Tensor:
     """
     if ty is None:
         return y
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         if is_legacy_batchedtensor(y):
             raise RuntimeError(
                 "tbcm_kernels: torch.autograd.functional.jacobian has no rule for duals made under "
                 "its vectorize=True: use torch.func.jacfwd."
             )
-        if y.requires_grad and not _stopped and not _functorch_levels()[0]:
+        if y.requires_grad and not tangent_gradient_stopped() and not _functorch_levels()[0]:
             y.register_hook(functools.partial(_refuse_inside, _level()))
     return fwAD.make_dual(y, ty)
 
@@ -345,7 +353,7 @@ def _refuse_inside(level: Tensor, gradient: Tensor) -> None:
 
 def settled(y: Tensor) -> Tensor:
     """y of plain PyTorch, its tangent a constant under `stop_tangent_gradient()`."""
-    if not (_stopped and in_dual_level()):
+    if not (in_dual_level() and tangent_gradient_stopped()):
         return y
     (primal,), (tangent,) = unpack(y)
     return pack(primal, *detached(tangent))
@@ -353,7 +361,7 @@ def settled(y: Tensor) -> Tensor:
 
 def held(*tangents: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tangents, constants under `stop_tangent_gradient()`."""
-    return detached(*tangents) if _stopped else tangents
+    return detached(*tangents) if tangent_gradient_stopped() else tangents
 
 
 def check_tangents(op: str, **pairs: tuple[Tensor | None, Tensor | None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +21,11 @@ def does_more(layer: nn.Module) -> bool:
     return has_other_forward(layer) or any(map(layer.__dict__.__getitem__, _HOOKS))
 
 
-@functools.cache
 def is_plain(forward: Callable[..., Any]) -> bool:
-    """Whether a forward is torch's or diffusers' own; one that `functools.wraps` it is not."""
+    """Whether a forward is torch's or diffusers' own; one that `functools.wraps` it is not.
+
+    Nothing is kept of what is asked: it may hold a model.
+    """
     home = getattr(forward, "__globals__", {}).get("__name__", forward.__module__)
     return home.partition(".")[0] in ("torch", "diffusers")
 
@@ -111,7 +112,7 @@ def over_heads(mask: Tensor | None, batch: int) -> Tensor | None:
 
 def refuse_modes() -> None:
     """Raise where diffusers waits for a call of `F.scaled_dot_product_attention`, to replace it."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return
     for mode in torch.overrides._get_current_function_mode_stack():
         if type(mode).__module__.startswith("diffusers."):

@@ -52,7 +52,7 @@ def short_way(
             calls.own = before
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return op(*args)
         if (types := tuple(map(type, args))) not in plain:
             if len(types) != len(takes) or not all(map(operator.contains, takes, types)):

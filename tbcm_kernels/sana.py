@@ -184,7 +184,7 @@ def forward(
     _refuse(attention_kwargs, controlnet_block_samples)
     if reason := _passed_by(self):
         raise ValueError(reason)
-    if torch.compiler.is_compiling():  # looked at, so that with others it is compiled anew
+    if torch.compiler.is_dynamo_compiling():  # looked at, so that with others it is compiled anew
         for block in self.transformer_blocks:
             _ = type(block.attn1.processor), type(block.attn2.processor)
     _dual.guard_levels("fuse", "the stock model")
@@ -281,7 +281,7 @@ def _checkpointed(
         return first.pop() if first else later
 
     # The compiler traces once and sees for itself what backward needs.
-    again = torch.compiler.is_compiling() or not _dual.tangent_gradient_stopped()
+    again = torch.compiler.is_dynamo_compiling() or not _dual.tangent_gradient_stopped()
     take = (lambda: tangents) if again else once
     out = checkpoint(run, *primals, use_reentrant=False)
     return tuple(zip(out[:3], out[3:], strict=True))

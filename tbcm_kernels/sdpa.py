@@ -78,7 +78,7 @@ def moves_or_learns(mask: Tensor | None) -> bool:
     """Whether a mask has a tangent or requires grad, which our kernels do not compute."""
     if mask is None or any_dual(mask):
         return mask is not None
-    while not torch.compiler.is_compiling() and is_gradtrackingtensor(mask):
+    while not torch.compiler.is_dynamo_compiling() and is_gradtrackingtensor(mask):
         mask = get_unwrapped(mask)  # one that was made inside torch.func.jvp hides it
     return mask.requires_grad and torch.is_grad_enabled()
 

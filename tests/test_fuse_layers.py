@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -129,17 +131,30 @@ def test_a_compiled_model_refuses_what_it_would_pass_by(
     torch.compiler.reset()
 
 
+class Own:
+    """A checkpointing function that has no hash."""
+
+    __hash__ = None
+
+    def __call__(self, block: torch.nn.Module, *args: Tensor) -> Tensor:
+        return block(*args)
+
+
 def test_checkpointing_by_a_function_of_ones_own_is_refused():
     model = _model(TINY)
     inputs = _inputs(model)
     tk.fuse(model)
     model.enable_gradient_checkpointing()
     model(**inputs)
-    model.enable_gradient_checkpointing(lambda block, *args: block(*args))
+    model.enable_gradient_checkpointing(own := Own())
+    kept = weakref.ref(own)
     with pytest.raises(ValueError, match="gradient checkpointing is by a function of yours"):
         model(**inputs)
     model.disable_gradient_checkpointing()
     model(**inputs)
+    del own, model._gradient_checkpointing_func
+    gc.collect()
+    assert kept() is None
 
 
 def test_the_models_own_table_may_be_parametrized():

@@ -26,7 +26,7 @@ from tbcm.distiller import Distiller
 from tbcm.errors import UserError
 from tbcm.files import check_writable, write_whole
 from tbcm.models import load_teacher
-from tbcm.train import train
+from tbcm.train import stop_signals, train
 
 QUICK = {
     "train_batch_size": 1, "route_steps": 3, "lr_warmup_steps": 3, "learning_rate": 1e-3,
@@ -169,6 +169,21 @@ def test_a_run_that_is_told_to_stop_saves_its_step(
     monkeypatch.setattr(Distiller, "train_step", told)
     train(settings(tmp_path / "short", steps=4))
     assert (tmp_path / "short" / "student").exists()
+
+
+def test_a_handler_that_python_has_not_set_stops_nothing(monkeypatch: pytest.MonkeyPatch):
+    """`signal.signal` gives None for it, and takes no None."""
+    given = []
+
+    def set_handler(number: int, handler: object) -> None:
+        if not callable(handler):
+            raise TypeError("signal handler must be callable")
+        given.append(number)
+
+    monkeypatch.setattr("tbcm.train.signal.signal", set_handler)
+    with stop_signals() as told:
+        assert not told()
+    assert given == [signal.SIGTERM, signal.SIGUSR1]
 
 
 def test_going_back_sets_the_newer_checkpoints_aside(whole: Path, copy: Path):

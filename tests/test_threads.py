@@ -1,11 +1,17 @@
-"""`stop_tangent_gradient()` entered from more threads than one."""
+"""`stop_tangent_gradient()` and forward mode in more threads than one."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -13,23 +19,125 @@ import tbcm_kernels as tk
 from tbcm_kernels import _dual
 
 
-def test_two_threads_inside_the_semi_gradient_raise() -> None:
-    raised: list[str] = []
+def learns() -> bool:
+    """Whether a tangent has a graph here."""
+    x = torch.ones(2, 8, requires_grad=True)
+    return tk.rms_norm_jvp(x, None, torch.ones(2, 8))[1].requires_grad
 
-    def enter() -> None:
-        try:
-            with tk.stop_tangent_gradient():
-                pass
-        except RuntimeError as error:
-            raised.append(str(error))
 
-    with tk.stop_tangent_gradient():
-        thread = threading.Thread(target=enter)
-        thread.start()
+def elsewhere(call: Callable[[], Any]) -> Any:
+    """What a call returns in a thread of its own."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@contextlib.contextmanager
+def meanwhile(work: Callable[[Callable[[], None]], Any]) -> Iterator[None]:
+    """Another thread is in the middle of `work`, which calls its argument there."""
+    there, leave = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        there.set()
+        leave.wait(60)
+
+    thread = threading.Thread(target=work, args=(wait,))
+    thread.start()
+    assert there.wait(60)
+    try:
+        yield
+    finally:
+        leave.set()
         thread.join()
-    assert "another thread is inside" in raised[0]
-    with tk.stop_tangent_gradient(), tk.stop_tangent_gradient():
-        pass
+
+
+def compiling(wait: Callable[[], None]) -> None:
+    def backend(graph: torch.fx.GraphModule, _: list) -> Callable:
+        wait()
+        return graph.forward
+
+    torch.compile(lambda x: x.sin() + 1, backend=backend)(torch.ones(3))
+
+
+def inside(wait: Callable[[], None]) -> None:
+    with tk.stop_tangent_gradient():
+        wait()
+
+
+@pytest.fixture(autouse=True)
+def _left() -> Iterator[None]:
+    """Every scope is over after a test."""
+    yield
+    assert learns() and not _dual._stopped and not _dual._owners
+
+
+def test_a_scope_is_its_threads_alone() -> None:
+    with tk.stop_tangent_gradient():
+        assert not learns() and elsewhere(learns)
+        with tk.stop_tangent_gradient():
+            pass
+        assert not learns()
+    with meanwhile(inside):
+        assert learns()
+        with tk.stop_tangent_gradient():
+            assert not learns()
+        assert learns()
+
+
+def test_a_scope_begins_and_ends_while_another_thread_compiles() -> None:
+    with contextlib.ExitStack() as scope:
+        with meanwhile(compiling):
+            scope.enter_context(tk.stop_tangent_gradient())
+            assert not learns()
+        assert not learns()
+    with contextlib.ExitStack() as scope:
+        scope.enter_context(tk.stop_tangent_gradient())
+        with meanwhile(compiling):
+            scope.close()
+            assert learns()
+
+
+def test_a_scope_may_be_left_in_another_thread() -> None:
+    scope = contextlib.ExitStack()
+    elsewhere(lambda: scope.enter_context(tk.stop_tangent_gradient()))
+    assert learns()
+    scope.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_knows_no_scope_of_a_thread_that_it_has_not() -> None:
+    def ends_well() -> bool:
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(20)  # a lock that nobody is there to open
+            fine = learns() and not _dual._stopped
+            with tk.stop_tangent_gradient():
+                os._exit(0 if fine and not learns() else 1)
+        return os.waitpid(child, 0)[1] == 0
+
+    def holding(wait: Callable[[], None]) -> None:
+        with tk.stop_tangent_gradient(), _dual._owning:
+            wait()
+
+    with meanwhile(holding):
+        assert ends_well()
+
+
+def test_who_compiles_nothing_is_not_refused_for_others_that_do() -> None:
+    """Forward mode's level belongs to the process, and one thread's compiling did."""
+
+    def dual(wait: Callable[[], None]) -> None:
+        with fwAD.dual_level():
+            wait()
+
+    x = torch.randn(2, 8)
+    want = tk.rms_norm(x)
+    with meanwhile(dual), meanwhile(compiling):
+        assert torch.equal(tk.rms_norm(x), want)
+        assert torch.equal(torch.func.vmap(tk.rms_norm)(x[None])[0], want)
 
 
 def test_a_checkpoint_enters_again_from_a_thread_of_autograd() -> None:

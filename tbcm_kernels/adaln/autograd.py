@@ -68,19 +68,17 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return *found, *[None] * 4
     gout, gy = grads[:2]
     out, h, gate, scale = ctx.saved_tensors
-    needs = [
-        n and s is not None for n, s in zip(ctx.needs_input_grad[2:5], ctx.shapes, strict=True)
-    ]
+    gated, *others = ctx.needs_input_grad[2:5]
+    needs = (gated, *(n and gy is not None for n in others))
     chunk = 0 if ctx.impl == "cuda" else CHUNK  # 0: it adds the chunks' sums itself
     if any(s is not None and s[0][-2:-1] == out.shape[1:2] for s in ctx.shapes):
         chunk = 1
     gx, gh, *sums = adaln_backward(
         gout, gy, out, h, gate, scale, *needs, chunk, ctx.eps, ctx.h_dtype, ctx.impl
     )
-    there = (needs[0], needs[1] and gy is not None, needs[2] and gy is not None)
     reduced = [
-        g.sum_to_size(s[0]).to(s[1]) if t else None
-        for g, s, t in zip(sums, ctx.shapes, there, strict=True)
+        g.sum_to_size(s[0]).to(s[1]) if n else None
+        for g, s, n in zip(sums, ctx.shapes, needs, strict=True)
     ]
     if ctx.h_dtype is None:
         gh = None

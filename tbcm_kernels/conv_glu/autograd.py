@@ -43,7 +43,7 @@ def _backward(ctx: Any, gy: Tensor | None, gty: Tensor | None) -> tuple[Tensor |
     if gy is None:
         return (None,) * 10
     a, weight, bias = ctx.saved_tensors
-    needs = (ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[2])
+    needs = ctx.needs_input_grad[1:3]
     ga, gw, gb = conv_glu_backward(gy, a, weight, bias, *needs, *ctx.grid, ctx.impl)
     gw = gw.t().reshape(weight.shape).to(weight.dtype) if needs[0] else None
     return ga, gw, gb.to(bias.dtype) if needs[1] else None, *[None] * 7

@@ -44,7 +44,7 @@ def _backward(ctx: Any, gy: Tensor | None, gty: Tensor | None) -> tuple[Tensor |
     if gy is None:
         return (None,) * 7
     x, weight = ctx.saved_tensors
-    needs = weight is not None and ctx.needs_input_grad[1]
+    needs = ctx.needs_input_grad[1]
     return *_gradients(gy, x, weight, needs, ctx.eps, ctx.impl), *[None] * 5
 
 

@@ -71,8 +71,10 @@ def _forward(case: Case, primals: Values, tangents: Values) -> Values:
     """The same from the reference."""
     if case.op == "linear_attention":
         return linear_attention.forward(case, primals, tangents)
-    outputs = _reference(case.op).forward(*primals, *tangents, **case.options)
-    return _complete(case, outputs, primals, tangents)
+    outputs = list(_reference(case.op).forward(*primals, *tangents, **case.options))
+    if case.op == "adaln" and primals[1] is None:  # without h, x and its tangent are no sums
+        outputs[0], outputs[2] = primals[0], tangents[0]
+    return outputs
 
 
 def _names(case: Case) -> list[str]:
@@ -164,15 +166,6 @@ def _backward(case: Case, primals: Values, outputs: Values, cotangents: Values) 
         for s, m in zip(sums, (gate, scale, shift), strict=True)
     ]
     return [gx, None if h is None else gx if gate is None else gh, *modulations]
-
-
-def _complete(
-    case: Case, outputs: Sequence[Tensor | None], primals: Values, tangents: Values
-) -> Values:
-    """adaln without h returns x and its tangent in place of a sum."""
-    if case.op == "adaln" and primals[1] is None:
-        return [primals[0], outputs[1], tangents[0], outputs[3]]
-    return list(outputs)
 
 
 def _gradients(outputs: Sequence[Tensor | None], leaves: Values, cotangents: Values) -> Values:

@@ -12,15 +12,7 @@ from torch import Tensor
 
 from tbcm_kernels import _dispatch
 from tbcm_kernels._dual import present
-from tbcm_kernels._library import (
-    absent,
-    differentiate,
-    fresh,
-    in_rows,
-    present_or_absent,
-    register,
-    wide,
-)
+from tbcm_kernels._library import differentiate, fresh, in_rows, present_or_absent, register, wide
 from tbcm_kernels.trigflow import reference
 
 
@@ -57,8 +49,8 @@ def _output(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _output_fake(_: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    moves = present(arguments[1:4])
-    return fresh(x), fresh(x) if moves else absent(x)
+    moving = fresh(x) if present(arguments[1:4]) else None
+    return present_or_absent(x, (fresh(x), moving))
 
 
 def _output_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

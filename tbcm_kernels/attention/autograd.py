@@ -9,13 +9,7 @@ from torch import Tensor
 
 from tbcm_kernels import _dispatch
 from tbcm_kernels._dual import present
-from tbcm_kernels._library import (
-    in_order,
-    lane_by_lane,
-    or_none,
-    present_or_absent,
-    register,
-)
+from tbcm_kernels._library import in_order, lane_by_lane, or_none, present_or_absent, register
 from tbcm_kernels.attention import buffers
 from tbcm_kernels.attention.reference import Setting
 from tbcm_kernels.rms_norm.autograd import through_norm
@@ -47,12 +41,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     *setting, through, ctx.impl = inputs[8:]
     ctx.set_materialize_grads(False)
     ctx.rest = setting[2:]
-    ctx.through = through and present(inputs[5:8])
-    if not ctx.through:
-        ctx.mark_non_differentiable(*output[2:])
-    kept = output if ctx.through else output[:2]
-    tangents = inputs[5:8] if ctx.through else (None, None, None)
-    ctx.save_for_backward(*inputs[:5], *tangents, *setting[:2], *kept)
+    tangents, moved = inputs[5:8], output[2:]
+    if not (through and present(tangents)):
+        ctx.mark_non_differentiable(*moved)
+        tangents, moved = (None,) * 3, (None,) * 2
+    ctx.save_for_backward(*inputs[:5], *tangents, *setting[:2], *output[:2], *moved)
 
 
 def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -63,13 +56,10 @@ def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]
             "or detach the mask."
         )
     none = (None,) * 8
-    if not ctx.through:
-        cotangents = (*cotangents[:2], None, None)
-    if all(c is None for c in cotangents):
+    if not present(cotangents):
         return (*none, *none)
     saved = ctx.saved_tensors
     inputs, masks, outputs = saved[:8], saved[8:10], saved[10:]
-    outputs = outputs if ctx.through else (*outputs, None, None)
     found = attention_backward(*cotangents, *inputs, *outputs, *masks, *ctx.rest, ctx.impl)
     there = (True, True, True, *buffers.reached(inputs[5:], *cotangents[2:]))
     gq, gk, gv, gtq, gtk, gtv = map(or_none, found, there)

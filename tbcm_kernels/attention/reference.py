@@ -166,7 +166,7 @@ def _grouped(g: Tensor | None, groups: int) -> Tensor | None:
 def _masked(logits: Tensor, setting: Setting) -> Tensor:
     mask = setting.attn_mask
     if mask is not None and mask.dtype != torch.bool:
-        logits = logits + wide(mask).to(logits.dtype)
+        logits = logits + mask.to(logits.dtype)
     elif mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
     if setting.key_mask is not None:

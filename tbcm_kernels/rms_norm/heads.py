@@ -25,9 +25,9 @@ def normalized(
     if weight is None:
         return x, tx
     heads = heads_of_norm(x, weight)
-    rows = (None if t is None else merge(t, heads) for t in (x, tx))
-    y, ty = reference.forward(next(rows), wide(weight), next(rows), None, eps)
-    return tuple(None if t is None else operand(split(t, heads)) for t in (y, ty))
+    x, tx = (None if t is None else merge(t, heads) for t in (x, tx))
+    pair = reference.forward(x, weight, tx, None, eps)
+    return tuple(None if t is None else operand(split(t, heads)) for t in pair)
 
 
 def norm_backward(

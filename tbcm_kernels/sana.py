@@ -68,8 +68,7 @@ def swaps(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
         ValueError: naming it, a setting or layer with which the fused forward would differ from the
             stock, or a forward that is replaced already.
     """
-    own = model.__dict__.get("forward", model.forward)
-    if getattr(own, "__func__", None) not in (forward, type(model).forward):
+    if getattr(model.forward, "__func__", None) not in (forward, type(model).forward):
         raise ValueError(
             "fuse: this model's forward is replaced already, by a hook, offloading or fuse(); "
             "remove that first."
@@ -189,12 +188,8 @@ def forward(
             _ = type(block.attn1.processor), type(block.attn2.processor)
     _dual.guard_levels("fuse", "the stock model")
     masks = _text_masks(encoder_attention_mask, hidden_states)
-    conditions = {} if guidance is None else {"guidance": guidance}
-    modulation, embedded = self.time_embed(
-        timestep,
-        hidden_dtype=hidden_states.dtype,
-        **(conditions or {"batch_size": len(hidden_states)}),
-    )
+    told = {"batch_size": len(hidden_states)} if guidance is None else {"guidance": guidance}
+    modulation, embedded = self.time_embed(timestep, hidden_dtype=hidden_states.dtype, **told)
     text = encoder_hidden_states
     if not isinstance(text, FusedText):
         text = encode_text(self, text)

@@ -54,20 +54,20 @@ def faults(
         for v in (error, allowed, truth, noise)
     )
     # An exact baseline (all errors zero) still grants units in the last place.
-    unit, stores_only = torch.finfo(dtype).eps, dtype.itemsize < 4
+    eps, stores_only = torch.finfo(dtype).eps, dtype.itemsize < 4
     of_largest, of_row = (0.5, 0.25) if stores_only else (1.0, 1.0)
     slack = 1 + 2 / (error.numel() if stores_only else _draws(rows_noise)) ** 0.5
     found = []
-    limit = RMS * slack * max(_rms(allowed), 0.5 * unit * _rms(truth), 0.5 * _rms(noise))
+    limit = RMS * slack * max(_rms(allowed), 0.5 * eps * _rms(truth), 0.5 * _rms(noise))
     if (e := _rms(error)) > limit:
         found.append(f"{name}: RMS error {e:.3g} > {limit:.3g}")
-    granted = max(of_largest * unit * _largest(truth), _largest(noise))
+    granted = max(of_largest * eps * _largest(truth), _largest(noise))
     limit = LARGEST * slack * max(_largest(allowed), granted)
     if (e := _largest(error)) > limit:
         found.append(f"{name}: largest error {e:.3g} > {limit:.3g}")
     row_slack = 1 + 2 / min(error.numel() // rows.numel(), rank or error.numel()) ** 0.5
     # Also what a factor of the row loses that underflows.
-    granted = of_row * unit * rows_truth + torch.finfo(torch.float32).tiny * _largest(truth)
+    granted = of_row * eps * rows_truth + torch.finfo(torch.float32).tiny * _largest(truth)
     if not stores_only:  # a lucky row of the baseline counts as a typical one
         rows_allowed = rows_allowed.clamp_min(_rms(rows_allowed))
     limits = row_slack * (ROW * torch.hypot(rows_allowed, rows_noise) + granted)

@@ -33,8 +33,8 @@ def adaln(
         x: residual stream [B, N, C], fp32, bf16, fp16 or fp64.
         h: branch output of x's shape and dtype, or in 16 bits beside an x in fp32, as autocast
             makes it; None leaves x as it is.
-        gate, scale, shift: modulations that broadcast to x, such as [B, 1, C] per sample or
-            [B, N, C] per token, of any floating dtype; None is 1, 0, 0.
+        gate, scale, shift: modulations [..., C] that broadcast to x, such as [B, 1, C] per sample
+            or [B, N, C] per token, of any floating dtype; None is 1, 0, 0.
         eps: added to the variance.
         dtype: of y, x's by default; bf16 or fp16 beside an x in fp32, as the layer after it
             takes it under autocast.
@@ -174,6 +174,5 @@ def _fits(dtype: torch.dtype, x: Tensor) -> bool:
 def _broadcasts(small: torch.Size, big: torch.Size) -> bool:
     if len(small) == 3 and small == (big[0], 1, big[2]):
         return True
-    padded = (1,) * (3 - len(small)) + tuple(small)
-    pairs = zip(padded, big, strict=False)
-    return len(small) <= 3 and padded[-1] == big[-1] and all(s in (1, b) for s, b in pairs)
+    pairs = zip(reversed(small), reversed(big), strict=False)
+    return len(small) <= 3 and small[-1:] == big[-1:] and all(s in (1, b) for s, b in pairs)

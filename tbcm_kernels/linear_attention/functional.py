@@ -174,8 +174,8 @@ def _check(
     for name, x in (("k", k), ("v", v)):
         if x.ndim != 4 or x.dtype != q.dtype or x.device != q.device:
             raise ValueError(
-                f"{op}: {name} must be [B, H, S, D] with q's dtype and device, got {describe(x)} "
-                f"for {describe(q)}."
+                f"{op}: {name} must be of four dimensions and of q's dtype and device, got "
+                f"{describe(x)} for {describe(q)}."
             )
     if k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3] or v.shape[:3] != k.shape[:3]:
         raise ValueError(

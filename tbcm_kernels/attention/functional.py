@@ -185,7 +185,7 @@ def _run(
     k_norm: Norm | None, attn_mask: Tensor | None, key_mask: Tensor | None, is_causal: bool,
     alignment: str, scale: float | None, enable_gqa: bool, impl: str,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """(o, lse, to, tlse) of checked and canonical arguments."""
+    """(o, lse, to, tlse); checks the arguments and makes them canonical."""
     masks = {"attn_mask": attn_mask, "key_mask": key_mask}
     _dual.check_tensors(op, dict(zip("qkv", primals, strict=True)), masks)
     primals, tangents = (autocast(x, primals[0].device.type) for x in (primals, tangents))
@@ -202,7 +202,7 @@ def _run(
             f"{op}: causal_alignment must be upper_left or lower_right, got {alignment!r}."
         )
     causal = (k.shape[2] - q.shape[2] if alignment == "lower_right" else 0) if is_causal else None
-    scale = q.shape[3] ** -0.5 if scale is None else _dual.number(op, "scale", scale)
+    scale = max(1, q.shape[3]) ** -0.5 if scale is None else _dual.number(op, "scale", scale)
     setting = (attn_mask, key_mask, scale, causal, norms[0][1], norms[1][1])
     inputs = (q, k, v, norms[0][0], norms[1][0])
     values = _pair(inputs, tangents, setting, impl)

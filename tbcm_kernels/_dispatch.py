@@ -259,7 +259,7 @@ def _shared_memory(device: int) -> int:
 
 @functools.cache
 def implementation(op: str, impl: str) -> ModuleType:
-    """The module that holds `forward` and `backward` of one implementation of one op."""
+    """The module of one implementation of an op, with the functions that its reference has."""
     return importlib.import_module(f"tbcm_kernels.{op}.{impl}")
 
 

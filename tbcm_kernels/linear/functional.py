@@ -55,8 +55,9 @@ def linear_jvp(
         (y, ty); ty is None where all tangents are, and does not require grad under
         `stop_tangent_gradient()`, whose backward then reads the primals alone.
 
-    Raises: as `linear`; ValueError for a tangent that does not match its primal, RuntimeError
-        for a forward-AD dual among the arguments.
+    Raises:
+        ValueError: shapes that do not fit, or a tangent that does not match its primal.
+        RuntimeError: a forward-AD dual among the arguments.
 
     Precision: that of PyTorch's GEMM; autocast applies to the tangents too.
     """

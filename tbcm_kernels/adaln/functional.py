@@ -105,11 +105,10 @@ def adaln_jvp(
     eps = _dual.number("adaln_jvp", "eps", eps)
     _dual.guard_levels("adaln")
     _dual.refuse_duals("adaln_jvp", *primals, *tangents)
-    if _dual.present(tangents):
-        _dual.check_tangents(
-            "adaln_jvp", x=(x, tx), h=(h, th), gate=(gate, tgate), scale=(scale, tscale),
-            shift=(shift, tshift),
-        )  # fmt: skip
+    _dual.check_tangents(
+        "adaln_jvp", x=(x, tx), h=(h, th), gate=(gate, tgate), scale=(scale, tscale),
+        shift=(shift, tshift),
+    )  # fmt: skip
     return _pair(primals, tangents, eps, dtype, impl)
 
 

@@ -223,6 +223,11 @@ def wide(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The tensor in a dtype, if it is there."""
+    return None if x is None else x.to(dtype)
+
+
 def per_sample(t: Tensor, x: Tensor) -> Tensor:
     """One number a sample, t [B], in the dtype of x [B, ...] and shaped to broadcast over it."""
     return t.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tbcm_kernels import _dispatch, _dual
 from tbcm_kernels._layers import ADDED, Made, does_more, is_plain
-from tbcm_kernels._library import autocast_dtype
+from tbcm_kernels._library import autocast_dtype, cast
 from tbcm_kernels.adaln import adaln_jvp
 from tbcm_kernels.attention import attention_jvp
 from tbcm_kernels.attention.functional import MAX_HEAD_DIM
@@ -286,7 +286,7 @@ def _adaln(x: Pair, h: Pair, gate: Pair, scale: Pair, shift: Pair, eps: float) -
     dtype = x[0].dtype
     if h[0] is not None and dtype == torch.float32 and h[0].dtype.itemsize < 4:
         dtype = h[0].dtype  # which adaln takes, and saves in 16 bits
-    h = tuple(None if v is None else v.to(dtype) for v in h)
+    h = tuple(cast(v, dtype) for v in h)
     pairs = zip_pairs(x, h, gate, scale, shift)
     out, y, tout, ty = adaln_jvp(*pairs, eps=eps, dtype=_of_layers(x[0]))
     return (out, tout), (y, ty)
@@ -438,7 +438,7 @@ def _patch_embed(model: nn.Module, x: Pair, grid: tuple[int, int]) -> Pair:
         with parametrize.cached():  # both of one reading of the weight
             y, (_, ty) = embed(x[0]), _linear(_as_linear(embed.proj), tokens)
     dtype = torch.promote_types(y.dtype, model.scale_shift_table.dtype)
-    return y.to(dtype), None if ty is None else ty.to(dtype)
+    return y.to(dtype), cast(ty, dtype)
 
 
 def _patches(model: nn.Module, x: Tensor | None, grid: tuple[int, int]) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tbcm_kernels import _dispatch
 from tbcm_kernels._dual import present
-from tbcm_kernels._library import CHUNK, differentiate, in_rows, present_or_absent, register
+from tbcm_kernels._library import CHUNK, cast, differentiate, in_rows, present_or_absent, register
 from tbcm_kernels.adaln import buffers, reference
 
 
@@ -19,9 +19,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     kernel, dtype = _dispatch.implementation("adaln", impl), dtype or x.dtype
     if _takes_both(kernel, x, dtype, h, th):
         return present_or_absent(x, kernel.forward(*operands, eps, dtype=dtype))
-    h, th = _as(x.dtype, h), _as(x.dtype, th)  # saved as it came
+    h, th = cast(h, x.dtype), cast(th, x.dtype)  # saved as it came
     out, y, tout, ty = kernel.forward(x, h, gate, scale, shift, tx, th, *others, eps)
-    return in_rows(x, (out, _as(dtype, y), tout, _as(dtype, ty)))
+    return in_rows(x, (out, cast(y, dtype), tout, cast(ty, dtype)))
 
 
 def _takes_both(kernel: Any, x: Tensor, dtype: torch.dtype, *narrow: Tensor | None) -> bool:
@@ -31,10 +31,6 @@ def _takes_both(kernel: Any, x: Tensor, dtype: torch.dtype, *narrow: Tensor | No
         and x.dtype == torch.float32 != dtype
         and all(v is None or v.dtype == dtype for v in narrow)
     )
-
-
-def _as(dtype: torch.dtype, x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(dtype)
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -93,9 +89,9 @@ def _backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
     narrow = dtype or (out if gy is None else gy).dtype
     if _takes_both(kernel, out, narrow, gy, h):
         return present_or_absent(out, kernel.backward(*arguments[:-2], dtype=narrow))
-    gy, h = _as(out.dtype, gy), _as(out.dtype, h)
+    gy, h = cast(gy, out.dtype), cast(h, out.dtype)
     gx, gh, *sums = kernel.backward(gout, gy, out, h, gate, scale, *rest)
-    return in_rows(out, (gx, _as(dtype or out.dtype, gh), *sums))
+    return in_rows(out, (gx, cast(gh, dtype or out.dtype), *sums))
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tbcm_kernels._library import Rounding, unrounded, wide, without_autocast
+from tbcm_kernels._library import Rounding, cast, unrounded, wide, without_autocast
 from tbcm_kernels.rms_norm.heads import normalized
 
 FIRST_KEYS = 16
@@ -140,7 +140,7 @@ def backward(
             None if g is None else g.masked_fill(hidden, 0) for g in (gk, gv, gtk, gtv)
         )
     found = (scale * gq, scale * gk, gv, gtq, gtk, gtv)
-    return tuple(None if g is None else g.to(dtype) for g in found)
+    return tuple(cast(g, dtype) for g in found)
 
 
 def _shown(x: Tensor | None, key_mask: Tensor | None) -> Tensor | None:

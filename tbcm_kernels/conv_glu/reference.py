@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tbcm_kernels._library import wide, without_autocast
+from tbcm_kernels._library import cast, wide, without_autocast
 
 
 @without_autocast
@@ -23,7 +23,7 @@ def forward(
     """y and ẏ; ẏ is None where no input has a tangent."""
     grid = (height, width)
     a_, ta_ = wide(a), wide(ta)
-    w_, b_, tw_, tb_ = (_like(v, a_) for v in (weight, bias, tweight, tbias))
+    w_, b_, tw_, tb_ = (cast(v, a_.dtype) for v in (weight, bias, tweight, tbias))
     u = F.silu(a_)
     c1, c2 = depthwise(u, w_, b_, grid).chunk(2, -1)
     y = c1 * F.silu(c2)
@@ -52,7 +52,7 @@ def backward(
     """
     grid = (height, width)
     a_, gy_ = wide(a), wide(gy)
-    w_, b_ = _like(weight, a_), _like(bias, a_)
+    w_, b_ = cast(weight, a_.dtype), cast(bias, a_.dtype)
     u = F.silu(a_)
     c1, c2 = depthwise(u, w_, b_, grid).chunk(2, -1)
     gc = torch.cat([gy_ * F.silu(c2), gy_ * c1 * slope(c2)], -1)
@@ -68,10 +68,6 @@ def backward(
         ]
         gw = torch.stack(taps)
     return ga.to(a.dtype), gw, gc.sum((0, 1)) if needs_bias else None
-
-
-def _like(parameter: Tensor | None, a: Tensor) -> Tensor | None:
-    return None if parameter is None else parameter.to(a.dtype)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int]) -> Tensor:

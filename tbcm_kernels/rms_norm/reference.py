@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tbcm_kernels._library import chunk_sum, wide
+from tbcm_kernels._library import cast, chunk_sum, wide
 
 
 def forward(
@@ -26,7 +26,7 @@ def forward(
         ty = ty if w_ is None else w_ * ty
     if tw_ is not None:
         ty = tw_ * x_ * r if ty is None else ty + tw_ * x_ * r
-    return y.to(x.dtype), None if ty is None else ty.to(x.dtype)
+    return y.to(x.dtype), cast(ty, x.dtype)
 
 
 def backward(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tbcm_kernels import _C  # noqa: F401  (loading it registers the kernels)
 from tbcm_kernels._dual import present
-from tbcm_kernels._library import flat_samples, floats, fresh, in_one_dtype
+from tbcm_kernels._library import cast, flat_samples, floats, fresh, in_one_dtype
 
 
 def flow_input(
@@ -21,7 +21,7 @@ def flow_input(
         flat_samples(x), floats(t), flat_samples(tx), floats(tt), flat_samples(x_fm), t_fm,
         flat_samples(tx_fm), tt_fm,
     )  # fmt: skip
-    return x_fm, t_fm.to(t.dtype), tx_fm, None if tt_fm is None else tt_fm.to(t.dtype)
+    return x_fm, t_fm.to(t.dtype), tx_fm, cast(tt_fm, t.dtype)
 
 
 def flow_output(
@@ -36,7 +36,7 @@ def flow_output(
         flat_samples(v), flat_samples(x), floats(t), flat_samples(tv), flat_samples(tx),
         floats(tt), flat_samples(out), flat_samples(tout),
     )  # fmt: skip
-    return out.to(dtype), None if tout is None else tout.to(dtype)
+    return out.to(dtype), cast(tout, dtype)
 
 
 def trajectory_step(

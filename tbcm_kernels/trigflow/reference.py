@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tbcm_kernels._library import per_sample, wide
+from tbcm_kernels._library import cast, per_sample, wide
 
 
 def flow_input(
@@ -41,7 +41,7 @@ def flow_output(
 ) -> tuple[Tensor, Tensor | None]:
     """F and Ḟ; Ḟ is None where no input has a tangent."""
     x_, tx_ = wide(x), wide(tx)
-    v_, tv_ = (None if a is None else a.to(x_.dtype) for a in (v, tv))
+    v_, tv_ = (cast(a, x_.dtype) for a in (v, tv))
     lam, delta = _scalars(t, x_)
     terms = [] if tx_ is None else [lam * (delta * tx_)]
     if tv_ is not None:

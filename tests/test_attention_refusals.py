@@ -136,6 +136,15 @@ def test_refusals(message: str, call: Callable[[Tensor, Tensor], Any]) -> None:
         call(*heads(Q, K))
 
 
+def test_the_reference_takes_heads_without_width() -> None:
+    """Every query then sees the mean of the values, as in F.scaled_dot_product_attention."""
+    q, k, v = torch.ones(1, 2, 3, 0), torch.ones(1, 2, 5, 0), torch.randn(1, 2, 5, 8)
+    with pytest.raises(ValueError, match=r"head dim.*impl=\"reference\""):
+        tk.attention(q, k, v)
+    o = tk.attention(q, k, v, impl="reference")
+    torch.testing.assert_close(o, v.mean(2, keepdim=True).expand(1, 2, 3, 8))
+
+
 def test_the_reference_takes_any_head_dim_and_differentiates_the_bias() -> None:
     q, k, v = heads((1, 1, 3, 28), (1, 1, 4, 28), (1, 1, 4, 5))
     bias = torch.zeros(3, 4, requires_grad=True)

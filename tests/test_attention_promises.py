@@ -392,6 +392,13 @@ def test_boolean_masks_of_keys_alone(shape: tuple[int, ...], beside: bool) -> No
     torch.testing.assert_close(got, F.scaled_dot_product_attention(*inputs, both))
 
 
+@pytest.mark.parametrize(("count", "queries"), [(4, 0), (0, 5)])
+def test_a_boolean_mask_of_keys_beside_no_queries(count: int, queries: int) -> None:
+    q, k, v = heads((2, count, queries, 16), (2, count, 7, 16), (2, count, 7, 8))
+    mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    assert tk.attention(q, k, v, mask).shape == (2, count, queries, 8)
+
+
 @pytest.mark.parametrize("stop", [False, True])
 def test_each_norm_has_an_eps_of_its_own(stop: bool) -> None:
     q, k, v, tq, tk_, tv = heads(*[(1, 2, 5, 8)] * 6, dtype=torch.float64)

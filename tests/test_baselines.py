@@ -211,6 +211,14 @@ def test_half_of_what_the_gan_sees_comes_from_pure_noise(tmp_path: Path):
     assert (parts.draw().gan_t == torch.tensor(torch.pi / 2)).all()
 
 
+def test_all_that_the_gan_draws_is_of_the_runs_own_generator(tmp_path: Path):
+    config = settings(tmp_path, method="sana_sprint", train_batch_size=64)
+    parts, again = distiller(config), distiller(config)
+    draw = parts.draw()
+    torch.rand(7)
+    assert all(torch.equal(a, b) for a, b in zip(draw, again.draw(), strict=True))
+
+
 def test_the_heads_learn_to_tell_images_from_the_students(tmp_path: Path):
     parts = distiller(
         settings(tmp_path, method="sana_sprint", fused=True, train_batch_size=16, adv_lambda=0.0,
@@ -383,6 +391,15 @@ def test_a_folder_of_images_trains(teacher: Path, folder: Path, tmp_path: Path):
     train(of_folder(tmp_path / "run", teacher, folder, latents_cache=str(cache), fused=True))
     assert len(list(cache.iterdir())) == 5 and not (folder / "tbcm_latents").exists()
     assert (tmp_path / "run" / "student" / "config.json").exists()
+
+
+def test_a_long_caption_is_refused_before_an_image_is_encoded(
+    teacher: Path, folder: Path, tmp_path: Path
+):
+    (folder / "4.txt").write_text("seven " * 40)
+    with pytest.raises(UserError, match="41 tokens"):
+        train(of_folder(tmp_path / "run", teacher, folder))
+    assert not (folder / "tbcm_latents").exists()
 
 
 def test_an_emptied_latent_is_named(teacher: Path, folder: Path, tmp_path: Path):

@@ -101,6 +101,17 @@ def test_only_proved_kernels_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None
     _dispatch._proved.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("gpus", "want"), [([], None), ([(9, 0)] * 2, "9.0"), ([(9, 0), (8, 6)], None)]
+)
+def test_the_capability_is_that_of_all_gpus(
+    gpus: list[tuple[int, int]], want: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", gpus.__getitem__)
+    assert _dispatch.capability.__wrapped__() == want
+
+
 def test_an_older_extension_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "missing", lambda impl: None)
     monkeypatch.setattr(_dispatch, "source", lambda op, impl: None)
@@ -194,6 +205,8 @@ def test_attention_leaves_out_what_spills_in_triton(gpu_on_meta: dict[str, str |
     with pytest.warns(UserWarning, match="above 128 spill registers through the tangent"):
         assert chosen(136, True) == "reference"
     assert chosen(136, False) == chosen(136, True, False) == chosen(128, True) == "triton"
+    with torch.no_grad():
+        assert chosen(136, True) == "triton"
     assert chosen(136, True, impl="triton") == "triton"
     assert chosen(64, True, impl="triton", dtype=torch.float32) == "triton"
 

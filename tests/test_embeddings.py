@@ -102,6 +102,12 @@ def test_after_a_kill_only_what_is_missing_is_encoded(
     assert encoded == [PROMPTS[3:6], PROMPTS[6:]]
 
 
+def test_a_long_prompt_is_refused_before_any_is_encoded(teacher: Teacher, encoded: list):
+    with pytest.raises(UserError, match=r"seven .* has \d+ tokens"):
+        prompt_embeddings(teacher, [*PROMPTS, "seven " * 400])
+    assert encoded == []
+
+
 def test_other_prompts_encoders_and_instructions_have_caches_of_their_own(teacher: Teacher):
     names = {embeddings.fingerprint(teacher, PROMPTS), embeddings.fingerprint(teacher, PROMPTS[1:])}
     teacher.instruct = True

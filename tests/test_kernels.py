@@ -508,3 +508,15 @@ def test_frozen_parameters_of_the_gate_cost_nothing(monkeypatch: pytest.MonkeyPa
     a, weight = torch.ones(2, 6, 8, requires_grad=True), torch.ones(8, 1, 3, 3)
     tk.conv_glu(a, weight, weight[:, 0, 0, 0], height=2, width=3).sum().backward()
     assert asked == [(False, False)]
+
+
+@pytest.mark.parametrize("shape", [(20, 8), (1, 20, 8)])
+def test_modulations_of_tokens_that_all_samples_share(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x, cotangent = torch.randn(2, 2, 20, 8)
+    scale = torch.randn(shape, requires_grad=True)
+    got, want = (
+        torch.autograd.grad(tk.adaln(x, scale=scale, impl=impl)[1], scale, cotangent)
+        for impl in ("auto", "reference")
+    )
+    torch.testing.assert_close(got, want)

@@ -160,3 +160,10 @@ def test_one_pass_asks_for_the_gradient_of_the_value_alone(point):
     torch.testing.assert_close(jvp, objective.two_passes(network, x, t, velocity)[1])
     with pytest.raises(RuntimeError, match="tangent of the student was lost"):
         objective.one_pass(lambda x, t: network(x.detach().clone(), t.detach()), x, t, velocity)
+
+
+def test_the_tangent_of_one_pass_has_no_graph_where_pytorch_ends_it(point):
+    x, t, velocity = (a.float() for a in point)
+    weight = torch.ones((), requires_grad=True)
+    out, jvp = objective.one_pass(lambda x, t: weight * network(x, t), x, t, velocity)
+    assert out.requires_grad and not jvp.requires_grad

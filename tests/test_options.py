@@ -113,6 +113,17 @@ def test_came_has_the_released_betas(monkeypatch: pytest.MonkeyPatch):
     assert make_optimizer([], config) == ([], 1e-3, options)
 
 
+def test_adamw_has_the_settings_in_32_and_in_8_bits(monkeypatch: pytest.MonkeyPatch):
+    given = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-3, "adam_weight_decay": 0.2}
+    whole = make_optimizer([torch.nn.Parameter(torch.ones(1))], settings(Path(), **given))
+    names = ("lr", "betas", "eps", "weight_decay")
+    found = tuple(whole.defaults[name] for name in names)
+    package = SimpleNamespace(AdamW8bit=lambda parameters, *settings: settings)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", package)
+    narrow = make_optimizer([], settings(Path(), optimizer="adamw_8bit", **given))
+    assert found == narrow == (1e-3, (0.8, 0.95), 1e-3, 0.2)
+
+
 def test_a_missing_package_is_named_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("tbcm.train.load_prompts", lambda config: pytest.fail("too late"))
     options = (
@@ -235,6 +246,16 @@ def test_grids_show_the_validation_prompts(tmp_path: Path):
         assert torch.equal(a, b)
     assert len(shown.shown) == 1 and own.shown == own.embeddings == shown.embeddings
     assert not torch.equal(shown.sample(2, 1), own.sample(2, 1))
+
+
+def test_validation_prompts_come_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the digit 3\nthe digit 4\nthe digit 5\n")
+    parts = distiller(settings(tmp_path, validation_prompts=str(prompts)))
+    text, asked = parts.shown.text, []
+    monkeypatch.setattr(parts.shown, "text", lambda rows: asked.extend(rows) or text(rows))
+    parts.sample(7, 1)
+    assert asked == [0, 1, 2, 0, 1, 2, 0]
 
 
 @pytest.mark.parametrize("name", ["init_trackers", "log", "end_training"])

@@ -467,3 +467,28 @@ def test_a_mask_of_four_dimensions() -> None:
     want = attn(x, attention_mask=keep)
     attn.set_processor(JVPAttnProcessor())
     assert _worst(attn(x, attention_mask=keep), want) < 1e-5
+
+
+def test_the_norm_of_the_text_is_not_for_the_image_itself() -> None:
+    torch.manual_seed(0)
+    attn = _randomized(
+        Attention(query_dim=32, heads=4, dim_head=8, cross_attention_norm="layer_norm")
+    )
+    x = torch.randn(2, 6, 32)
+    want = attn(x)
+    attn.set_processor(JVPAttnProcessor())
+    assert _worst(attn(x), want) < 1e-5
+
+
+@pytest.mark.parametrize(("width", "says"), [(256, None), (264, "has head dim 264; it must be")])
+def test_the_widest_head_dim(width: int, says: str | None) -> None:
+    layers = nn.Sequential(Attention(query_dim=32, heads=1, dim_head=width))
+    if says:
+        with pytest.raises(ValueError, match=says):
+            tk.fuse(layers)
+        return
+    x, want = torch.randn(2, 6, 32), layers[0].get_processor()
+    with tk.fuse(layers):
+        assert isinstance(layers[0].get_processor(), JVPAttnProcessor)
+        _, tangent = torch.func.jvp(layers, (x,), (x,))
+    assert tangent.abs().max() > 0 and layers[0].get_processor() is want

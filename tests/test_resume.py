@@ -24,7 +24,7 @@ from tbcm import checkpoint
 from tbcm.config import TrainConfig
 from tbcm.distiller import Distiller
 from tbcm.errors import UserError
-from tbcm.files import check_writable, write_whole
+from tbcm.files import check_writable, content, write_whole
 from tbcm.models import load_teacher
 from tbcm.train import stop_signals, train
 
@@ -121,6 +121,14 @@ def test_half_written_checkpoints_are_skipped_with_a_sentence(
     assert "step-000009.tmp: a checkpoint that was not finished" in said
     assert "step-000008: it is half-written or damaged" in said
     assert losses(copy) == losses(whole)
+
+
+def test_a_damaged_checkpoint_that_is_named_is_refused(copy: Path):
+    zeros_inside(copy / "checkpoints" / "step-000006" / "state.pt")
+    before = snapshot(copy)
+    with pytest.raises(UserError, match=r"step-000006: it is half-written or damaged; give"):
+        train(settings(copy, resume="step-000006"))
+    assert snapshot(copy) == before
 
 
 def test_a_checkpoint_that_cannot_be_opened_is_not_passed_over(
@@ -313,6 +321,7 @@ def snapshot(run: Path) -> dict[str, bytes]:
         ({"resume": "latest", "learning_rate": 2e-3}, "learning_rate = 0.001, not 0.002"),
         ({"resume": "latest", "ema_decay": 0.5}, "ema_decay = "),
         ({"resume": "latest", "gradient_clip": 0.7}, "gradient_clip = "),
+        ({"resume": "latest", "mixed_precision": "bf16"}, "mixed_precision = no, not bf16"),
         ({"resume": "latest", "scm_cfg_scale": [2.5]}, "scm_cfg_scale = "),
         ({"resume": "latest", "train_batch_size": 4}, "train_batch_size = "),
         ({"resume": "step-000099"}, "step-000099: it is missing"),
@@ -514,3 +523,16 @@ def test_what_is_no_file_stays_what_it_is(tmp_path: Path):
     write_whole(link, b"new")
     assert link.is_symlink() and kept.read_bytes() == b"new"
     assert {p.name for p in tmp_path.rglob("*")} == {"pipe", "link", "folder", "kept"}
+
+
+def test_a_fingerprint_is_the_same_in_whatever_order_a_folder_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    files = [tmp_path / name for name in "ab"]
+    for file in files:
+        file.write_text(file.name)
+    found = set()
+    for order in (files, files[::-1]):
+        monkeypatch.setattr(Path, "iterdir", lambda _, order=order: iter(order))
+        found.add(content(tmp_path))
+    assert len(found) == 1

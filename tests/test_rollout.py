@@ -12,6 +12,7 @@ import tbcm_kernels
 from tbcm.rollout import (
     Text,
     branches,
+    by_points,
     keep_mask,
     rollout,
     student_samples,
@@ -93,6 +94,18 @@ def test_samples_drop_pure_noise_and_keep_each_prompt_with_its_point():
         assert samples.guidance[row] == 0.1 * guidance[p]
         assert samples.keep[row] == (0 if p == 1 else 1)
     assert samples.guidance.dtype == torch.float32
+
+
+def test_passes_of_a_few_points_hold_all_that_belongs_to_each():
+    trajectory, text = path(torch.tensor([1.0, 2.0, 3.0]))
+    samples = student_samples(trajectory, text, torch.arange(3.0), torch.tensor([1.0, 0, 1]))
+    passes = by_points(samples, 2)
+    assert sum(len(part.x) for part in passes) == len(samples.x)
+    for part in passes:
+        for row, x in enumerate(part.x):
+            (own,) = (i for i, other in enumerate(samples.x) if torch.equal(x, other))
+            for name in ("t", "velocity", "guidance", "keep"):
+                assert torch.equal(getattr(part, name)[row], getattr(samples, name)[own])
 
 
 def test_filter_drops_what_ends_near_the_degenerate_latent():

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -177,6 +178,21 @@ def test_a_killed_evaluation_continues_and_gives_the_same_figures(
         (tmp_path / "out" / name).write_bytes(b"[")
         assert cli.main(line) == 2
         assert f"Cannot read {tmp_path}/out/{name}" in capsys.readouterr().err
+
+
+def test_progress_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    judges = SimpleNamespace(state=lambda: {"scores": [1.0]})
+    scores.save_progress(tmp_path, judges)
+    before = (tmp_path / "progress.pt").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    judges.state = lambda: {"scores": [1.0, 2.0]}
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(scores.UserError, match=r"progress\.pt: No space left on device"):
+        scores.save_progress(tmp_path, judges)
+    assert (tmp_path / "progress.pt").read_bytes() == before
 
 
 def test_another_student_does_not_continue_what_one_began(

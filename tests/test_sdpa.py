@@ -124,7 +124,14 @@ class Default(nn.Module):
         return by(x, x, x)
 
 
-@pytest.mark.parametrize("kind", [OfAClass, OfAModule, Kept, Default, _around(_attend)])
+class KeywordDefault(nn.Module):
+    def forward(self, x: Tensor, *, by: Callable[..., Tensor] = _attend) -> Tensor:
+        return by(x, x, x)
+
+
+@pytest.mark.parametrize(
+    "kind", [OfAClass, OfAModule, Kept, Default, KeywordDefault, _around(_attend)]
+)
 def test_attention_is_found_where_a_forward_takes_it_from(kind: type[nn.Module]) -> None:
     x, dx = torch.randn(2, 1, 2, 6, 8)
     with sdpa_kernel(SDPBackend.MATH):

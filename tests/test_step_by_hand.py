@@ -140,3 +140,11 @@ def test_bf16_is_autocast_of_both_networks(method: str, tmp_path: Path):
         net.register_forward_pre_hook(told)
     run.train_step()
     assert found == {"teacher_net": {True}, "student_net": {True}}
+
+
+def test_samples_in_bf16_are_drawn_under_autocast(tmp_path: Path):
+    run, found = _run(tmp_path, mixed_precision="bf16"), []
+    hook = run.student_net.register_forward_pre_hook
+    hook(lambda *_: found.append(torch.is_autocast_enabled("cpu")))
+    run.sample(2, 2)
+    assert found == [True, True]

@@ -184,3 +184,12 @@ def test_scopes_of_two_threads_of_autograd_end_in_any_order() -> None:
     for thread in threads:
         thread.join()
     assert seen == [True] and not _dual.tangent_gradient_stopped()
+
+
+def test_backward_in_a_thread_of_its_own_knows_the_scope() -> None:
+    x, found = torch.ones(2, 8, requires_grad=True), []
+    y = x * 2
+    y.register_hook(lambda _: found.append(_dual.tangent_gradient_stopped()))
+    with tk.stop_tangent_gradient():
+        elsewhere(y.sum().backward)
+    assert found == [True]

@@ -17,6 +17,7 @@ from tbcm.config import PRESETS, TrainConfig, read_config, unused
 from tbcm.errors import UserError
 from tbcm.models import load_teacher
 from tbcm.optimizer import lr_factor
+from tbcm.progress import Display, Metrics
 from tbcm.rollout import rollout
 from tbcm.sampling import consistency_sample
 from tbcm.text import load_prompts
@@ -90,6 +91,17 @@ def test_settings_that_do_nothing_are_said(tmp_path: Path, capsys: pytest.Captur
     assert "never reaches its peak: lr_warmup_steps 5, max_train_steps 1." in said
 
 
+def test_a_jitter_of_each_prompt_does_nothing_without_jitter():
+    said = unused(settings(Path(), jitter=False, jitter_each_prompt=False))
+    assert said == {"jitter_each_prompt": "jitter False"}
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1])
+def test_a_calm_value_beyond_its_range_is_refused(value: float):
+    with pytest.raises(UserError, match="tangent_calm_value must be between 0 and 1"):
+        settings(Path(), tangent_calm_value=value)
+
+
 def test_saved_student_has_the_averaged_weights(tmp_path: Path):
     trainer.train(settings(tmp_path / "run", max_train_steps=3))
     student = SanaTransformer2DModel.from_pretrained(tmp_path / "run" / "student")
@@ -99,6 +111,16 @@ def test_saved_student_has_the_averaged_weights(tmp_path: Path):
     for saved, averaged in zip(student.parameters(), shadow, strict=True):
         assert torch.equal(saved, averaged)
     assert not torch.equal(student.proj_out.weight, state["student"]["proj_out.weight"])
+
+
+def test_the_student_gets_its_weights_back_where_a_sample_fails(tmp_path: Path):
+    parts = distiller(settings(tmp_path))
+    for a in parts.ema.shadow_params:
+        a.add_(1)
+    before = [p.detach().clone() for p in parts.learning]
+    with pytest.raises(MemoryError), parts.averaged_weights():
+        raise MemoryError
+    assert all(torch.equal(a, b) for a, b in zip(before, parts.learning, strict=True))
 
 
 def test_everything_on_at_once(tmp_path: Path):
@@ -118,6 +140,19 @@ def test_log_variance_head_is_not_in_the_student(tmp_path: Path):
     parts = distiller(settings(tmp_path, log_variance=True))
     fresh = SanaTransformer2DModel.from_config(parts.student.config)
     assert parts.student.state_dict().keys() == fresh.state_dict().keys()
+
+
+def test_the_log_variance_is_clipped_with_the_student(tmp_path: Path):
+    parts = distiller(settings(tmp_path, log_variance=True, gradient_clip=1e-3))
+    step, norms = parts.optimizer.step, []
+
+    def clipped() -> None:
+        norms.append(torch.stack([p.grad.norm() for p in parts.parameters]).norm().item())
+        step()
+
+    parts.optimizer.step = clipped
+    assert parts.train_step()["grad_norm"] > 0.1
+    assert norms == [pytest.approx(1e-3, rel=1e-2)]
 
 
 def test_non_finite_step_is_skipped_counted_and_not_applied(tmp_path: Path):
@@ -140,6 +175,17 @@ def test_non_finite_step_is_skipped_counted_and_not_applied(tmp_path: Path):
     parts.train_step()
     with pytest.raises(UserError, match=r"2 steps in a row.*learning_rate"):
         parts.train_step()
+
+
+def test_a_skipped_step_leaves_the_averages(tmp_path: Path):
+    parts = distiller(settings(tmp_path))
+    for _ in "12":  # after the first they are the weights
+        parts.train_step()
+    before = [a.clone() for a in parts.ema.shadow_params]
+    good = parts.forward
+    parts.forward = lambda *args: tuple(v * torch.nan for v in good(*args))
+    assert parts.train_step()["skipped"]
+    assert all(torch.equal(a, b) for a, b in zip(before, parts.ema.shadow_params, strict=True))
 
 
 def test_an_infinite_gradient_of_a_finite_loss_is_not_applied(tmp_path: Path):
@@ -173,6 +219,22 @@ def test_prompts_per_second_count_the_whole_batch(tmp_path: Path, monkeypatch: p
     assert parts.train_step()["prompts_per_s"] == 2 / 4
 
 
+def test_a_number_that_is_not_finite_is_null_in_the_metrics(tmp_path: Path):
+    Metrics(tmp_path / "metrics.jsonl", 0).write({"step": 1, "loss": float("nan"), "r": -torch.inf})
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert line == '{"step": 1, "loss": null, "r": null}\n'
+
+
+def test_the_time_that_is_left_is_told_by_the_steps_since_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    clock = SimpleNamespace(monotonic=iter([0.0, 30.0]).__next__)
+    monkeypatch.setattr("tbcm.progress.time", clock)
+    shown = Display(6, settings(tmp_path, max_train_steps=12, logging_steps=1))
+    shown.show({"step": 9, "loss": 1.0, "g_norm": 1.0, "r": 1.0, "prompts_per_s": 1.0})
+    assert "step 9/12" in (said := capsys.readouterr().out) and said.endswith("ETA 30 s\n")
+
+
 def test_a_draw_is_of_the_runs_own_generator(tmp_path: Path):
     scales = [1.0, 1.5, 4.0]
     config = settings(tmp_path, train_batch_size=300, scm_cfg_scale=scales)
@@ -187,6 +249,31 @@ def test_a_draw_is_of_the_runs_own_generator(tmp_path: Path):
     assert draw.uniform.mean().item() == pytest.approx(0.5, abs=0.05)
     still = distiller(settings(tmp_path, jitter=False)).draw().times
     assert torch.equal(still, route(4, 2.5).float().expand(2, -1))
+
+
+def test_what_pytorch_itself_draws_continues_too(tmp_path: Path):
+    parts, again = (distiller(settings(tmp_path)) for _ in "12")
+    torch.rand(3)  # as dropout in a student does
+    state, want = parts.state(), torch.rand(3)
+    again.load_state(state)
+    assert torch.equal(torch.rand(3), want)
+
+
+def test_the_filter_drops_by_the_number_that_was_drawn(tmp_path: Path):
+    parts = distiller(settings(tmp_path, train_batch_size=1))
+    draw, found = parts.draw(), []
+    path = parts.rollout
+
+    def kept(*args: object):
+        found.append(path(*args))
+        return found[-1]
+
+    parts.rollout = kept
+    parts.harvest(draw)
+    parts.filter_latent = found[0].x0[0] / SIGMA_DATA + 0.5**0.5  # so that the mse is a half
+    for uniform in (0.4, 0.6) * 4:
+        keep = parts.harvest(draw._replace(uniform=torch.tensor([uniform]))).keep
+        assert set(keep.tolist()) == {float(uniform < 0.5)}
 
 
 @pytest.mark.parametrize("fused", [False, True])

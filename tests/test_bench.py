@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from diffusers import PixArtTransformer2DModel
 
 import tbcm_kernels
 from bench import __main__ as bench
-from bench import configs, figures, model, ops, others, peers, plots, timing
+from bench import configs, figures, guard, model, ops, others, peers, plots, timing
 from bench import cost as bench_cost
 from tbcm import peaks
 from tbcm.step_bench import PAPER
@@ -29,6 +31,10 @@ def run_model(path: Path) -> tuple[int, list[dict]]:
     """The same of the smallest model."""
     sizes = ["--layers", "2", "--latent", "4", "--text", "8"]
     return run(path, "--model", "digits", *sizes, main=model.main)
+
+
+COPY = partial(peaks.copy_bandwidth, "cpu")
+MATMUL = partial(peaks.matmul_peak, "cpu", torch.float32)
 
 
 def off(function: Callable) -> Callable:
@@ -49,6 +55,52 @@ def small(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     monkeypatch.setattr(timing, "WARM_UP", 1)
     monkeypatch.setattr(peaks, "copy_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(peaks, "matmul_peak", lambda device, dtype: 1e12)
+
+
+def test_a_time_is_that_of_one_call_and_its_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "seconds", lambda call, device: 6.0)
+    watch, graph = timing.stopwatch([lambda: 1, lambda: 2], "cpu")
+    assert watch() == 3 and not graph
+    found = timing.summary([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert found == pytest.approx({"us": 3e6, "p20_us": 1.8e6, "p80_us": 23.2e6})
+
+
+def test_the_order_of_variants_turns_round() -> None:
+    turns: list[str] = []
+    samples = timing.interleave({n: lambda n=n: turns.append(n) or 1.0 for n in "abc"}, 0.0)
+    assert "".join(turns) == "abccba" and samples == {n: [1.0, 1.0] for n in "abc"}
+
+
+def test_memory_of_a_call_is_counted_in_mib() -> None:
+    found = timing.peak_memory(lambda: torch.ones(2**24), "cpu")
+    assert found is None or found == pytest.approx(64, rel=0.04)
+
+
+def test_the_fastest_baseline_is_the_one_that_counts(tmp_path: Path) -> None:
+    argv = ["--op", "attention", "--impl", "reference", "--pass", "backward"]
+    rows = [row for row in run(tmp_path / "rows.jsonl", *argv)[1] if "us" in row]
+    times = {row["variant"]: row["us"] for row in rows if row["variant"] in bench.BASELINES}
+    assert len(times) == 2 and {r["baseline"] for r in rows} == {min(times, key=times.get)}
+
+
+@pytest.mark.parametrize(("fits", "sets"), [(1, 1), (2, 2), (9, 5)])
+def test_input_sets_are_as_many_as_no_cache_holds(
+    fits: int, sets: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = ops.draw("rms_norm", replace(ops.SHAPES["digits"], batch=1), torch.float32, "cpu")
+    size = ops.traffic(case, "forward")
+    monkeypatch.setattr(timing, "beyond_cache", lambda device: fits * size)
+    argv = ["--op", "rms_norm", "--impl", "reference", "--pass", "forward", "--sets", "5"]
+    assert {row["sets"] for row in run(tmp_path / "rows.jsonl", *argv)[1]} == {sets}
+
+
+def test_peaks_count_reads_and_writes_and_both_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fastest of the rounds after the warm-up counts."""
+    times = [0.1] * peaks.WARM_UP + [4.0, 2.0, *[3.0] * (peaks.ROUNDS - 2)]
+    for measure, work in ((COPY, 2 * 4 * 2**25), (MATMUL, 2 * 2048**3)):
+        left = iter(times)
+        monkeypatch.setattr(peaks, "seconds", lambda call, device, left=left: next(left))
+        assert measure() == work / 2 and not list(left)
 
 
 @pytest.mark.parametrize("op", ops.OPS)
@@ -86,6 +138,16 @@ def test_a_pass_of_ours_gives_what_pytorch_gives(
     ours, theirs = (ops.tensors(ops.call(v, what, case)())[:gradients] for v in variants)
     for got, want in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)  # stock casts to fp32
+
+
+def test_two_passes_make_no_graph_of_the_tangent_and_take_the_fastest_value() -> None:
+    """Ours in one pass makes one of the value alone."""
+    case = ops.checked("attention", ops.SHAPES["digits"], torch.float32, "cpu")
+    two = ops.baselines(case, False)["two-pass"]
+    assert two.value is torch.nn.functional.scaled_dot_product_attention
+    for variant in (two, ops.ours(case, "reference")):
+        _, pair = ops.call(variant, "step", case)()
+        assert not pair[-1].requires_grad
 
 
 @pytest.mark.parametrize(
@@ -181,6 +243,51 @@ def test_rows_of_what_is_gone_or_has_no_baseline(
     earlier.write_text(json.dumps({k: v for k, v in rows[0].items() if k != "baseline"}))
     with pytest.raises(SystemExit, match=r"does not hold rows of .*'baseline'"):
         bench.main(["--device", "cpu", "--against", str(earlier)])
+
+
+def kept(**change: object) -> dict:
+    """A row as `--against` reads it."""
+    case = {"op": "adaln", "shape": "digits", "batch": 1, "tokens": 16, "dtype": "float32"}
+    about = {"pass": "jvp", "device": "cpu of a kind", "variant": "cpu", "us": 1.0}
+    return {**case, **about, "baseline": "eager", "speedup": 2.0, **change}
+
+
+@pytest.mark.parametrize(("now", "fell"), [(1.55, True), (1.65, False), (2.5, False)])
+def test_a_speedup_may_fall_by_the_margin_and_no_more(now: float, fell: bool) -> None:
+    made = [kept(), kept(variant="eager", us=now)]
+    assert guard.report(made, [kept()], 0.2) == fell
+
+
+def test_a_speedup_is_held_against_the_last_row_of_its_own_case(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sizes = ("op", "shape", "batch", "tokens", "dtype", "pass")
+    earlier = [kept(speedup=9.0), kept(), *(kept(**{k: 0}, speedup=9.0) for k in sizes)]
+    assert not guard.report([kept(), kept(variant="eager", us=2.0)], earlier, 0.2)
+    assert "1 speed-ups compared" in capsys.readouterr().out
+
+
+def test_rows_of_another_device_or_dtype_are_left_out(tmp_path: Path) -> None:
+    rows = [kept(), kept(device="NVIDIA H200"), kept(dtype="bfloat16")]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert guard.read(file, "cpu", "float32") == [rows[0]]
+    assert guard.read(file, "cuda", "float32") == [rows[1]]
+
+
+def test_the_cost_model_is_asked_about_the_size_that_was_measured() -> None:
+    times = {what: {"us": 2e6, "peak_mb": 3.0} for what in model.PASSES}
+    row = {"model": "sana-0.6b", "layers": 2, "latent": 16, "batch": 3, "text": 7}
+    row |= {"dtype": "bfloat16", "copy_gb_s": 10, "matmul_tflop_s": 1}
+    sana, machine = bench_cost.of_row(row)
+    assert (sana.tokens, sana.batch, sana.text, sana.itemsize) == (256, 3, 7, 2)
+    assert bench_cost.of_row(row | {"dtype": "float32"})[0].itemsize == 4
+    found = bench_cost.check([row | {"stock": times, "fused": times}])
+    assert {r["measured"] for r in found} == {2.0, 3.0}
+    assert found[0]["predicted"] == bench_cost.seconds(sana, "stock", "forward", machine)
+    pairs = ((1, 2), (10, 5), (10, 9))
+    made = [{"quantity": "s", "measured": m, "predicted": p} for m, p in pairs]
+    assert bench_cost.off(made, "s") == pytest.approx((0.5, 1.0, 3))
 
 
 def test_the_cost_model_is_held_against_rows_of_models_alone(
@@ -398,3 +505,22 @@ def test_configs_are_timed_and_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in (broken, idle):
         monkeypatch.setattr(configs, "repeated", wrong)
         assert configs.timed(*work[1][1:], "cpu") == {"refused": "gives another result"}
+
+
+def test_a_wrong_linear_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = ops.checked("linear", ops.SHAPES["digits"], torch.float32, "cpu")
+    assert ops.wrong(case, "pair") == []
+    monkeypatch.setattr(tbcm_kernels, "linear_jvp", off(tbcm_kernels.linear_jvp))
+    assert ops.wrong(case, "pair")[0].startswith("ty: RMS error")
+
+
+def test_a_peer_may_be_a_little_worse_than_eager_pytorch() -> None:
+    case = ops.draw("attention", ops.SHAPES["digits"], torch.float32, "cpu")
+    stock = ops.eager(case)
+
+    def slightly(*both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        value, tangent = stock.pair(*both)
+        return value, (1 + 4e-6) * tangent
+
+    assert ops.off(case, stock) is None
+    assert "its tangent is off by 4" in ops.off(case, replace(stock, pair=slightly))

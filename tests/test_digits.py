@@ -1,14 +1,17 @@
 """The built-in data, the prompts, and the shipped teacher with its text encoder."""
 
+import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tbcm import digits
+from tbcm import teacher as training
 from tbcm.errors import UserError
 from tbcm.models import Teacher, load_teacher, load_transformer
-from tbcm.teacher import TeacherConfig, save_teacher, train_teacher
+from tbcm.teacher import Batches, TeacherConfig, save_teacher, train_teacher
 from tbcm.text import read_prompts
 
 
@@ -118,3 +121,82 @@ def test_training_is_reproducible_and_never_overwrites(tmp_path):
     with pytest.raises(UserError, match="loss is not finite"):
         train_teacher(TeacherConfig(str(tmp_path / "c"), max_train_steps=3, learning_rate=1e30))
     assert not (tmp_path / "c").exists()
+
+
+def test_the_teachers_batches_are_drawn_as_its_settings_say():
+    cfg = TeacherConfig(
+        proportion_empty_prompts=0.25, proportion_uniform=0.0, logit_mean=2.0, logit_std=0.5
+    )
+    rows = torch.arange(81)
+    batches = Batches(cfg, rows, rows, torch.Generator().manual_seed(0))
+    logits = batches.times(4000).logit()
+    assert logits.mean() == pytest.approx(2, abs=0.05)
+    assert logits.std() == pytest.approx(0.5, abs=0.05)
+    cfg.proportion_uniform = 1.0
+    assert batches.times(4000).std() == pytest.approx(12**-0.5, abs=0.01)
+    labels = torch.arange(10).repeat(400)
+    found = batches.prompt_rows(labels)
+    asked = found != 80
+    assert asked.float().mean() == pytest.approx(0.75, abs=0.03)
+    assert torch.equal(found[asked] % 10, labels[asked]) and len(found.unique()) == 81
+
+
+def test_the_teacher_learns_the_velocity_from_data_to_noise():
+    x0, z, s = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.tensor([0.0, 0.25])
+
+    def net(x: torch.Tensor, timestep: torch.Tensor, **_: object) -> SimpleNamespace:
+        assert torch.equal(timestep, s) and torch.equal(x[0], x0[0])
+        assert torch.allclose(x[1], 0.75 * x0[1] + 0.25 * z[1])
+        return SimpleNamespace(sample=z - x0)
+
+    assert training.flow_matching_loss(net, x0, z, s, None, None) == 0
+
+
+def test_the_teachers_steps_are_warmed_up_clipped_and_averaged(teacher, monkeypatch):
+    step, loss, seen, noise = torch.optim.AdamW.step, training.flow_matching_loss, [], []
+
+    def spy(self, *args, **options):
+        grads = [p.grad for p in self.param_groups[0]["params"]]
+        norm = torch.nn.utils.get_total_norm(grads).item()
+        seen.append((self.param_groups[0]["lr"], norm))
+        return step(self, *args, **options)
+
+    def loss_of(net, x0, z, *rest):
+        assert all(p.grad is None for p in net.parameters())
+        noise.append(z)
+        return loss(net, x0, z, *rest)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    monkeypatch.setattr(training, "flow_matching_loss", loss_of)
+    settings = {"max_train_steps": 3, "train_batch_size": 2, "num_layers": 1, "lr_warmup_steps": 2}
+    nets = []
+    for change in ({}, {"ema_decay": 0.0}, {"seed": 1}):
+        cfg = TeacherConfig("", max_grad_norm=1e-3, **settings, **change)
+        nets.append(training.train_transformer(cfg, teacher.text).proj_out.weight)
+    assert [lr for lr, _ in seen[:3]] == pytest.approx([0, 1e-3, 2e-3])
+    assert all(norm == pytest.approx(1e-3, rel=1e-2) for _, norm in seen)
+    assert torch.equal(noise[0], noise[3]) and not torch.equal(noise[0], noise[6])
+    assert not torch.equal(nets[0], nets[1])
+
+
+def test_the_teachers_seed_is_its_encoders_and_its_scheduler_has_the_shift(
+    teacher, tmp_path, monkeypatch
+):
+    net = load_transformer(teacher.path / "transformer")
+    save_teacher(tmp_path / "t", net, teacher.text)
+    saved = json.loads((tmp_path / "t" / "scheduler" / "scheduler_config.json").read_text())
+    assert saved["shift"] == 2.5
+    seeds = []
+    monkeypatch.setattr(training, "build_text_encoder", seeds.append)
+    monkeypatch.setattr(training, "train_transformer", lambda cfg, text: None)
+    monkeypatch.setattr(training, "save_teacher", lambda *_: None)
+    train_teacher(TeacherConfig(str(tmp_path / "new"), seed=7))
+    assert seeds == [7]
+
+
+def test_a_prompt_in_capitals_is_one_in_lower_case(teacher):
+    prompt = "a handwritten seven"
+    for capitals, plain in zip(
+        teacher.text.encode([prompt.upper()]), teacher.text.encode([prompt]), strict=True
+    ):
+        assert torch.equal(capitals, plain)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from tbcm import digits, evaluate
+from tbcm import classifier, digits, evaluate
 from tbcm.classifier import accuracy, trained_classifier
 from tbcm.config import TrainConfig
 from tbcm.errors import UserError
@@ -107,6 +107,25 @@ def test_classifier_reads_held_out_digits_and_leaves_the_random_state():
     _, (images, labels) = digits.load_digits()
     assert accuracy(trained_classifier(), images, labels) >= 0.985
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_classifier_sees_digits_turned_either_way_and_is_the_same_for_all(monkeypatch):
+    seen, grid = [], classifier.F.affine_grid
+    monkeypatch.setattr(
+        classifier.F, "affine_grid", lambda theta, *rest, **how: seen.append(theta) or
+        grid(theta, *rest, **how)
+    )  # fmt: skip
+    classifier.augment(torch.zeros(1000, 1, 8, 8))
+    turn, shift = seen[0].split([2, 1], 2)
+    torch.testing.assert_close(turn @ turn.mT, torch.eye(2).expand_as(turn))
+    for moved, most in ((turn[:, 1, 0].asin(), 0.15), (shift, 0.1)):
+        assert 0.9 * most < moved.max() <= most + 1e-6 and abs(moved.mean()) < 0.1 * most
+    monkeypatch.setattr(classifier, "EPOCHS", 1)
+    heads = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        heads.append(trained_classifier.__wrapped__().head.weight)
+    assert torch.equal(*heads)
 
 
 def test_teacher_draws_the_digit_asked_for(run_dir):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import os
 import re
 import runpy
@@ -15,11 +16,13 @@ from pathlib import Path
 
 import pytest
 import setuptools
+import torch
 from setuptools import Distribution, Extension
 from setuptools.command.build_ext import build_ext
 
 import tbcm_kernels
 from tbcm_kernels import _dispatch
+from tbcm_kernels.testing import Proof
 
 ROOT = Path(__file__).parents[1]
 WITHOUT_TANGENT = {"merge_attention", "tangent_loss", "trajectory_step"}
@@ -127,6 +130,20 @@ def test_a_record_makes_its_folder(
     with pytest.raises(SystemExit):
         main.main(["--record", str(file / "inside")])
     assert "inside cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("found", "code"), [([[]], 0), ([[], ["y: off"]], 1), ([], 1)])
+def test_proofs_are_added_to_the_record_and_a_fault_fails(
+    found: list[list[str]], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = importlib.import_module("tbcm_kernels.testing.__main__")
+    made = [Proof("adaln", "cpu", "cpu", torch.float32, 3, faults) for faults in found]
+    monkeypatch.setattr(main, "proofs", lambda *_: iter(made))
+    file = tmp_path / "proofs.jsonl"
+    file.write_text("{}\n")
+    assert main.main(["--impl", "cpu", "--record", str(file)]) == code
+    _, *rows = map(json.loads, file.read_text().splitlines())
+    assert [row["faults"] for row in rows] == found
 
 
 @pytest.mark.parametrize("name", ["figures", "proofs"])

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
 
-from tbcm import cost
+from tbcm import cost, step_bench
 from tbcm.cli import main
 from tbcm.errors import UserError
+from tbcm.images import Latents
 from tbcm.step_bench import (
     MODES,
     PHASES,
@@ -58,6 +61,15 @@ def test_modes_that_disagree_are_not_timed(key: str, wrong: float):
 def test_methods_are_not_compared_with_each_other():
     other = {key: 2 * value for key, value in ROW.items()}
     check_agreement({EAGER: [ROW], ("scm", "eager"): [other], FUSED: [ROW]}, 1e-3)
+
+
+def test_small_losses_of_modes_have_to_agree_too():
+    small = {key: value / 1e4 for key, value in ROW.items() if key != "step"} | {"step": 1}
+    for tolerance in TOLERANCE.values():
+        wrong = {**small, "loss": (1 + 2 * tolerance) * small["loss"]}
+        with pytest.raises(UserError, match="loss of step 1 of tbcm"):
+            check_agreement({EAGER: [small], FUSED: [wrong]}, tolerance)
+    assert TOLERANCE == {"no": 1e-3, "bf16": 5e-2}
 
 
 def test_report_has_medians_and_their_ratios():
@@ -111,6 +123,81 @@ def test_what_was_measured_is_kept_where_a_later_variant_fails(
     with pytest.raises(UserError, match="no memory is left"):
         bench_step(file, 2, plan, ["tbcm"], ["fused", "eager"])
     assert json.loads(file.read_text())["fused"]["ms"] == pytest.approx(20)
+
+
+def test_variants_take_turns_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def ask(pipe: str, steps: int) -> list:
+        asked.append(f"{pipe}{steps}")
+        return [ROW] * steps
+
+    process = SimpleNamespace(kill=lambda: None, join=lambda: None)
+    monkeypatch.setattr(step_bench, "start_worker", lambda v, plan: (process, v[1][0]))
+    monkeypatch.setattr(step_bench, "ask", ask)
+    rows, _ = step_bench.measured([EAGER, FUSED], TINY, 10, {})
+    assert " ".join(asked) == "e3 f3 e4 f4 f4 e4 e2 f2 e0 f0"
+    assert [len(timings) for timings in rows.values()] == [10, 10]
+
+
+def test_the_roofs_are_the_better_of_before_and_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machines = iter([cost.Machine(copy=1e9, matmul=4e12), cost.Machine(copy=2e9, matmul=3e12)])
+    monkeypatch.setattr(Plan, "machine", lambda self: next(machines))
+    rows = {EAGER: [{**ROW, "step": 0.02, **dict.fromkeys(PHASES, 0.001)}] * 2}
+    found = (rows, {EAGER: {"peak_mb": 1.0, **TOTALS, **WORK}})
+    monkeypatch.setattr(step_bench, "measured", lambda *_: found)
+    result = bench_step(tmp_path / "x.json", 2, TINY, modes=["eager"])
+    assert (result["copy_gb_s"], result["matmul_tflop_s"]) == (2, 4)
+    assert json.loads((tmp_path / "x.json").read_text()) == result
+
+
+def test_a_phase_adds_up_and_leaves_the_encoding_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at the clock is one second."""
+    clock = iter(range(100))
+    monkeypatch.setattr(step_bench.time, "perf_counter", lambda: next(clock))
+
+    class Fake:
+        def images(self) -> None: ...
+
+        def harvest(self) -> None:
+            self.images()  # two looks more
+
+        def forward(self) -> None: ...
+
+        def backward(self) -> None: ...
+
+        def update(self) -> None: ...
+
+        def train_step(self) -> dict:
+            for phase in (self.harvest, self.forward, self.backward, self.backward, self.update):
+                phase()
+            return {}
+
+    counts = SimpleNamespace(of_a_step=lambda mode: {"samples": 3})
+    for name, found in (("make_distiller", Fake()), ("Counts", counts), ("work_of", (1, 20))):
+        monkeypatch.setattr(step_bench, name, lambda *_, found=found: found)
+    monkeypatch.setattr(step_bench.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(step_bench, "vae_work", lambda images, plan: (300 * images, 4000))
+    asked, sent = iter([1, 0]), []
+    pipe = SimpleNamespace(recv=lambda: next(asked), send=sent.append)
+    step_bench.work(("scm_vae", "eager"), TINY, pipe)
+    (row,), totals = sent
+    assert row == {
+        "encode": 1, "rollout": 2, "dual": 1, "backward": 2, "optimizer": 1, "step": 13,
+    }  # fmt: skip
+    assert (totals["flops"], totals["bytes"], totals["samples"]) == (901, 4020, 3)
+
+
+def test_quantiles_stand_around_the_median_and_a_dead_process_is_said() -> None:
+    rows = {EAGER: [{"step": s / 1e3, **dict.fromkeys(PHASES, 0.001)} for s in (1, 2, 3, 4, 9)]}
+    found = report(rows, {EAGER: {"peak_mb": 1.0, **TOTALS, **WORK}}, MACHINE)["eager"]
+    assert [found[k] for k in ("p20", "ms", "p80")] == pytest.approx([1.8, 3.0, 5.0])
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    theirs.close()
+    with pytest.raises(UserError, match="A benchmark process died"):
+        step_bench.ask(ours, 3)
 
 
 def test_a_baseline_alone_is_compared_with_nothing() -> None:
@@ -181,6 +268,53 @@ def test_a_compiled_step_is_the_eager_one(method: str, monkeypatch: pytest.Monke
     check_agreement(first, TOLERANCE["no"])
     assert tangents == [False, True]  # the whole teacher, then both passes of the student
     torch.compiler.reset()
+
+
+def test_sizes_of_a_cpu_are_its_share() -> None:
+    sizes = Plan("sana-0.6b", gpu=False).sizes()
+    assert sizes == {
+        "model": "sana-0.6b", "layers": 2, "of_layers": 28, "resolution": 512, "route_steps": 4,
+        "batch": 1, "reduced": True,
+    }  # fmt: skip
+    assert Plan("sana-0.6b", gpu=True).sizes()["route_steps"] == 16
+
+
+def test_bytes_of_a_step_are_those_of_its_precision() -> None:
+    wide, half = (Plan("sana-0.6b", resolution=64, gpu=gpu) for gpu in (False, True))
+    assert vae_work(2, wide)[1] == 2 * vae_work(2, half)[1]
+    config = SimpleNamespace(
+        mixed_precision="no", method="tbcm", route_steps=3, misaligned_pairs_D=False
+    )
+    net = step_bench.sana((2, 1, 64), 1, 2, guidance=True)
+    distiller = SimpleNamespace(
+        config=config, student=net, teacher=SimpleNamespace(latent_shape=(32, 2, 2)),
+        null=SimpleNamespace(mask=torch.ones(1, 300)),
+    )  # fmt: skip
+    bytes_of_fp32 = step_bench.work_of(distiller, 2)[1]
+    config.mixed_precision = "bf16"
+    assert step_bench.work_of(distiller, 2)[1] < bytes_of_fp32
+
+
+def test_weights_and_storages_seen_twice_are_not_counted_as_saved() -> None:
+    x, w = torch.ones(3, 5, requires_grad=True), torch.ones(5, 7, requires_grad=True)
+    _, size = step_bench.saved_bytes(lambda: x @ w + x[:, :1] @ w[:1], [w])
+    assert size == x.nbytes
+
+
+def test_images_are_scaled_as_latents_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Vae(torch.nn.Module):
+        config = SimpleNamespace(scaling_factor=0.25)
+
+        def encode(self, images: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(latent=images)
+
+    monkeypatch.setattr(step_bench, "sana_vae", Vae)
+    own = Latents(torch.zeros(1, dtype=torch.long), lambda picks: None, "random")
+    distiller = SimpleNamespace(
+        latents=own, config=SimpleNamespace(train_batch_size=3), device=torch.device("cpu")
+    )
+    latents = step_bench.encoded_latents(distiller, TINY).load(torch.arange(2))
+    assert latents.shape == (2, 3, 64, 64) and latents.std().item() == pytest.approx(0.25, rel=0.05)
 
 
 def test_sizes_of_a_gpu_are_the_models_own() -> None:
